@@ -1,0 +1,10 @@
+"""spikezoo: named spiking neural networks, with weights that load and numbers that can be trusted."""
+
+from spikezoo import models as models
+from spikezoo._version import __version__ as __version__
+from spikezoo.neurons import firing_rates as firing_rates
+from spikezoo.registry import create_model as create_model
+from spikezoo.registry import is_model as is_model
+from spikezoo.registry import list_models as list_models
+from spikezoo.registry import list_pretrained as list_pretrained
+from spikezoo.registry import model_info as model_info

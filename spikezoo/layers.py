@@ -1,0 +1,227 @@
+"""Layers, and the one place where time meets the batch: stateless layers see T*B as one batch.
+
+Axes: T time steps, B batch, C channels, H height, W width. Between layers everything is ``[T, B, ...]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from spikezoo.neurons import MembraneNorm, NeuronFactory
+
+__all__ = ["ConvNormNeuron", "LinearNormNeuron", "ResidualBlock", "Stem", "checkpointed", "conv_out", "over_time"]
+
+
+def over_time(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a stateless function of ``[N, ...]`` to ``[T, B, ...]`` with N = T*B."""
+    y = fn(x.flatten(0, 1))
+    return y.unflatten(0, x.shape[:2])
+
+
+def broadcast_steps(x: Tensor, T: int | None) -> Tensor:
+    """Expand what was computed once, ``[1, B, ...]``, to T time steps without copying it."""
+    return x if T is None or x.shape[0] == T else x.expand(T, *x.shape[1:])
+
+
+def conv_out(size: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
+    """Height and width after a convolution or pooling."""
+    height, width = ((s + 2 * padding - kernel) // stride + 1 for s in size)
+    return height, width
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise by batch statistics as in training, but leave the running ones alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | MembraneNorm)]
+    saved = [(m.momentum, getattr(m, "num_batches_tracked", None)) for m in norms]
+    for m in norms:
+        m.momentum = 0.0
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.num_batches_tracked = None
+    try:
+        yield
+    finally:
+        for m, (momentum, tracked) in zip(norms, saved, strict=True):
+            m.momentum = momentum
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.num_batches_tracked = tracked
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a module with gradient checkpointing.
+
+    The recomputation must not update the running statistics of the norms a second time; torch's checkpoint alone
+    would do so.
+    """
+    if torch.compiler.is_compiling():
+        return checkpoint(module, x, use_reentrant=False)
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(module)))
+
+
+class ConvNormNeuron(nn.Module):
+    """Convolution, optional pooling, batch norm over T*B, optional neuron.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        size: Height and width of the input.
+        kernel: Kernel size.
+        stride: Stride of the convolution.
+        bias: Whether the convolution has a bias.
+        affine: Whether the norm has a scale and a shift.
+        pool: Pooling between convolution and norm (the order of the ticket papers), or None.
+        neuron: Factory of the neuron, or None where the neuron sits after a residual join.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        size: Sequence[int],
+        *,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = False,
+        affine: bool = True,
+        pool: nn.Module | None = None,
+        neuron: NeuronFactory | None = None,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=bias, **dd)
+        self.out_size = conv_out(size, kernel, stride, kernel // 2)
+        self.pool = pool
+        if pool is not None:
+            self.out_size = conv_out(self.out_size, 2, 2, 0)
+        self.norm = nn.BatchNorm2d(out_chs, affine=affine, **dd)
+        self.neuron = neuron(out_chs, self.out_size) if neuron is not None else None
+
+    def _stateless(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.pool is not None:
+            x = self.pool(x)
+        return self.norm(x)
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Map ``[T, B, C, H, W]`` to ``[T, B, C', H', W']``; one frame is computed once and broadcast to T."""
+        x = broadcast_steps(over_time(self._stateless, x), T)
+        return x if self.neuron is None else self.neuron(x)
+
+
+class LinearNormNeuron(nn.Module):
+    """Flatten or average the map, then linear, optional batch norm, neuron; keeps a 1x1 map.
+
+    Args:
+        in_features: Input features after flattening or averaging.
+        out_features: Output features.
+        pool: Average the map first instead of flattening it.
+        norm: Non-affine batch norm before the neuron (the ticket papers' VGGs) or none (TET's ResNet-19).
+        bias: Whether the linear layer has a bias.
+        neuron: Factory of the neuron.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        pool: bool,
+        norm: bool,
+        bias: bool,
+        neuron: NeuronFactory,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.average = pool
+        self.linear = nn.Linear(in_features, out_features, bias=bias, **dd)
+        self.norm = nn.BatchNorm1d(out_features, affine=False, **dd) if norm else None
+        self.neuron = neuron(out_features)
+
+    def _stateless(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3)) if self.average else x.flatten(1)
+        x = self.linear(x)
+        return x if self.norm is None else self.norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, B, C, H, W]`` to ``[T, B, F, 1, 1]``."""
+        return self.neuron(over_time(self._stateless, x))[..., None, None]
+
+
+class Pool(nn.Module):
+    """A pooling layer over ``[T, B, C, H, W]``."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, B, C, H, W]`` to ``[T, B, C, H', W']``."""
+        return over_time(self.pool, x)
+
+
+class Stem(nn.Sequential):
+    """The encoding layers: the first sees a repeated image once, the rest see T steps."""
+
+    def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
+        """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
+        first, *rest = self
+        x = first(x, T)
+        for module in rest:
+            x = module(x)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Post-activation residual block: conv-norm-neuron-conv-norm, plus shortcut, neuron after the join.
+
+    The output is binary. The shortcut is the identity, or where the shape changes an optional average pooling, a
+    1x1 convolution and a norm, without neuron.
+
+    Args:
+        in_chs: Input channels.
+        out_chs: Output channels.
+        size: Height and width of the input.
+        stride: Stride of the block.
+        pooled_shortcut: Average pooling, then a 1x1 convolution of stride 1 (MPBN's ResNet-20), instead of a
+            strided 1x1 convolution.
+        neuron: Factory of the neurons.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        size: Sequence[int],
+        *,
+        stride: int = 1,
+        pooled_shortcut: bool = False,
+        neuron: NeuronFactory,
+        dd: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.conv1 = ConvNormNeuron(in_chs, out_chs, size, stride=stride, neuron=neuron, dd=dd)
+        self.conv2 = ConvNormNeuron(out_chs, out_chs, self.conv1.out_size, dd=dd)
+        self.out_size = self.conv2.out_size
+        self.pool: nn.Module | None = None
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_chs != out_chs:
+            if pooled_shortcut and stride != 1:
+                self.pool = Pool(nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))
+            conv_stride = 1 if pooled_shortcut else stride
+            self.shortcut = ConvNormNeuron(in_chs, out_chs, size, kernel=1, stride=conv_stride, dd=dd)
+        self.neuron = neuron(out_chs, self.out_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[T, B, C, H, W]`` spikes to ``[T, B, C', H', W']`` spikes."""
+        y = self.conv2(self.conv1(x))
+        if self.pool is not None:
+            x = self.pool(x)
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        return self.neuron(y + x)

@@ -1,0 +1,4 @@
+"""Model families; importing this package registers them."""
+
+from spikezoo.models import spiking_resnet as spiking_resnet
+from spikezoo.models import spiking_vgg as spiking_vgg

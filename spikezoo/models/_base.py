@@ -1,0 +1,298 @@
+"""The data flow that every model shares; read this file first.
+
+    images [B, C, H, W] or event frames [B, T, C, H, W]
+      -> encoding         one frame, or T frames               [1 or T, B, C, H, W]
+      -> stem             conv, norm once per image; neuron    [T, B, C, H, W]
+      -> stages, neck     each module maps [T, B, ...]         [T, B, F, h, w]
+      -> mean over T                                           [B, F, h, w]     forward_features
+      -> pool, linear     no firing                            [B, num_classes] forward_head
+
+The head is linear, so the mean over time may come first: the result equals the mean over time of the logits of
+every step (``forward_steps``), at 1/T of the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead
+from torch import Tensor, nn
+
+from spikezoo.encoding import direct
+from spikezoo.layers import checkpointed, over_time
+from spikezoo.neurons import NeuronConfig, NeuronFactory
+
+__all__ = ["SpikingModel"]
+
+
+def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}={value!r}: expected an integer >= {minimum}.{hint}")
+    return value
+
+
+class SpikingModel(nn.Module):
+    """Base of all models: arguments, neurons, forward passes and timm's contract.
+
+    A subclass adds the stem with ``_add_stem``, then its stages (sequences of blocks) with ``_add_stage``, optionally
+    fills ``neck``, and ends with ``_finish``.
+
+    Args:
+        num_classes: Classes of the head; 0 leaves it out.
+        in_chans: Input channels.
+        img_size: Height and width of the input, one number for squares.
+        T: Time steps for images. None takes 4, or 1 for neurons without time (relu, sign).
+        neuron: lif, if, plif, or the twins relu and sign.
+        mpbn: Membrane normalisation: channel, element, or 'none' (also None).
+        global_pool: Pooling of the head: avg, max or '' for none.
+        drop_rate: Dropout before the classifier.
+        neuron_defaults: Constants of the family.
+        neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        img_size: int | Sequence[int] = 32,
+        T: int | None = None,
+        neuron: str | None = None,
+        mpbn: str | bool | None = None,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        neuron_defaults: dict[str, Any],
+        neuron_arguments: dict[str, Any],
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = _positive_int("num_classes", num_classes, 0)
+        self.in_chans = _positive_int("in_chans", in_chans)
+        sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(sizes) != 2:
+            raise ValueError(f"img_size={img_size!r}: expected one number or (height, width), for instance 32.")
+        self.img_size = tuple(_positive_int("img_size", size) for size in sizes)
+        self.neuron_config = NeuronConfig.resolve(neuron_defaults, neuron, neuron_arguments)
+        if T is not None:
+            _positive_int("T", T, hint=" T is the number of time steps; T=4 is common, T=1 the fastest.")
+            if T > 1 and not self.neuron_config.spiking:
+                raise ValueError(
+                    f"T={T} with neuron={self.neuron_config.kind!r}: a neuron without membrane potential gives the "
+                    "same answer at every step. Use T=1, or neuron='lif'."
+                )
+        self.T = T if T is not None else (4 if self.neuron_config.spiking else 1)
+        self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, **self._dd)  # type: ignore[arg-type]
+        self._global_pool = global_pool
+        self.feature_info: list[dict[str, Any]] = []
+        self.min_img_size = 1  # the total stride, set by the subclass
+        self.fixed_img_size = False  # whether linear layers tie the net to its img_size
+        self.stem: nn.Module
+        self.stages = nn.ModuleList()
+        self.neck: nn.ModuleList = nn.ModuleList()
+
+    # ------------------------------------------------------------------------------------------- construction
+
+    def _add_stem(self, stem: nn.Module, channels: int, reduction: int) -> None:
+        self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": "stem"})
+        self.stem = stem
+
+    def _add_stage(self, stage: Sequence[nn.Module], channels: int, reduction: int) -> None:
+        self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{len(self.stages)}"})
+        self.stages.append(nn.Sequential(*stage))
+
+    def _finish(self, num_features: int, head_bias: bool = True) -> None:
+        """Add the head, once the subclass knows its number of features."""
+        self.num_features = self.head_hidden_size = num_features
+        self.head = ClassifierHead(num_features, self.num_classes, self._global_pool, self.drop_rate, **self._dd)
+        self._head_bias = head_bias
+        self._drop_head_bias()
+        del self._neuron, self._dd, self._global_pool
+
+    def _drop_head_bias(self) -> None:
+        if not self._head_bias and isinstance(self.head.fc, nn.Linear):
+            self.head.fc.register_parameter("bias", None)
+
+    def _check_size(self, size: Sequence[int]) -> None:
+        if min(size) < self.min_img_size:
+            raise ValueError(
+                f"img_size={tuple(size)} is smaller than the total stride {self.min_img_size} of this net: give images "
+                f"of at least {self.min_img_size}x{self.min_img_size}, or take a net with fewer stages "
+                "(spiking_conv4 takes 8x8)."
+            )
+
+    def _take(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Resolve feature levels: None is all, an int the last n, a list may count from the end."""
+        count = len(self.feature_info)
+        wanted = (
+            range(count) if indices is None else range(count - indices, count) if isinstance(indices, int) else indices
+        )
+        if not wanted or any(not -count <= index < count for index in wanted):
+            raise ValueError(
+                f"indices={indices!r}: this model has {count} feature levels, 0 (stem) to {count - 1}; give a number "
+                f"from 1 to {count} for the last ones, or a list of levels."
+            )
+        return [index % count for index in wanted]
+
+    # ------------------------------------------------------------------------------------------------ forward
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in (4, 5):
+            raise ValueError(
+                f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "
+                "A single image needs x.unsqueeze(0)."
+            )
+        channels, size = x.shape[-3], tuple(x.shape[-2:])
+        if channels != self.in_chans:
+            raise ValueError(
+                f"Input of shape {tuple(x.shape)} has {channels} channels and the model was created for "
+                f"{self.in_chans}: create it with in_chans={channels}."
+            )
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"Input of shape {tuple(x.shape)} is empty: expected a batch of at least one sample.")
+        if self.fixed_img_size and size != self.img_size:
+            raise ValueError(
+                f"Input of {size[0]}x{size[1]} pixels, and the linear layers of this model were built for "
+                f"{self.img_size[0]}x{self.img_size[1]}: create it with img_size={size[0]}"
+                f"{'' if size[0] == size[1] else f' (or ({size[0]}, {size[1]}))'}."
+            )
+        if not self.fixed_img_size:
+            self._check_size(size)
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        for block in stage:  # type: ignore[attr-defined]
+            x = checkpointed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
+        return x
+
+    def forward_sequence(self, x: Tensor) -> Tensor:
+        """Features of every time step, before the head.
+
+        Args:
+            x: Images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``.
+
+        Returns:
+            ``[T, B, num_features, h, w]``.
+
+        Raises:
+            ValueError: Wrong number of dimensions or channels, too small or empty.
+        """
+        self._check_input(x)
+        frames, T = direct(x, self.T)
+        x = self.stem(frames, T)
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        for module in self.neck:
+            x = module(x)
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Time mean of the features: ``[B, num_features, h, w]``."""
+        return self.forward_sequence(x).mean(0)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify ``[B, num_features, h, w]``; with ``pre_logits`` only pool."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]``, averaged over the time steps."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_steps(self, x: Tensor) -> Tensor:
+        """Logits of every time step, ``[T, B, num_classes]``; their mean over T is ``forward(x)``."""
+        return over_time(self.head, self.forward_sequence(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        time_mean: bool = True,
+    ) -> Any:
+        """Features of chosen stages, as timm's ``forward_intermediates``.
+
+        Args:
+            x: Images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``.
+            indices: Which levels, 0 being the stem: the last n (int), a list, or all (None).
+            norm: Ignored, for compatibility: there is no final norm.
+            stop_early: Do not compute beyond the last stage asked for.
+            output_fmt: Only NCHW.
+            intermediates_only: Leave out the final features.
+            time_mean: Average over time, ``[B, C, H, W]``; otherwise ``[T, B, C, H, W]``.
+
+        Returns:
+            The list of features, or the final features (as ``forward_features``) and that list.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported.")
+        take = self._take(indices)
+        self._check_input(x)
+        frames, T = direct(x, self.T)
+        x = self.stem(frames, T)
+        levels = [x]
+        for stage in self.stages[: max(take)] if stop_early else self.stages:
+            x = self._run_stage(stage, x)
+            levels.append(x)
+        found = [levels[index].mean(0) if time_mean else levels[index] for index in take]
+        if intermediates_only:
+            return found
+        for module in self.neck:
+            x = module(x)
+        return x.mean(0), found
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages (and head) that ``forward_intermediates`` with these indices does not need."""
+        take = self._take(indices)
+        self.stages = self.stages[: max(take)]
+        if prune_head:
+            self.neck = nn.ModuleList()
+            self.reset_classifier(0, "")
+        return take
+
+    # ---------------------------------------------------------------------------------------- timm's contract
+
+    def get_classifier(self) -> nn.Module:
+        """The classification layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
+        self.num_classes = _positive_int("num_classes", num_classes, 0)
+        self.head.reset(num_classes, global_pool)
+        self._drop_head_bias()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups for layer-wise learning rates."""
+        return {
+            "stem": r"^stem",
+            "blocks": [
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+                (r"^neck\.(\d+)", (99999,)),
+            ],
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of neurons: membrane norms and learned time constants."""
+        return {
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if type(module).__name__ in ("PLIF", "MembraneNorm")
+            for name, _ in module.named_parameters(recurse=False)
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable

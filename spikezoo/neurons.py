@@ -1,0 +1,535 @@
+"""Neurons: surrogate gradients, LIF, IF and PLIF with optional membrane normalisation, ReLU and sign twins.
+
+Axes: T time steps, B batch, C channels, H height, W width. A neuron takes its input current for all time
+steps at once, ``[T, B, ...]``, starts from rest and keeps nothing between calls: the membrane potential is a
+local variable of ``forward``. One plain PyTorch loop over T serves eager mode, ``torch.compile``, autocast and
+``torch.export``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "IF",
+    "LIF",
+    "PLIF",
+    "FoldedThreshold",
+    "MembraneNorm",
+    "NeuronConfig",
+    "NeuronFactory",
+    "ReLU",
+    "Sign",
+    "SpikingNeuron",
+    "UnknownArgumentError",
+    "firing_rates",
+    "nearest",
+    "spike",
+]
+
+
+class UnknownArgumentError(TypeError, ValueError):
+    """An argument name that does not exist: a ValueError for users, the TypeError that Python and timm expect."""
+
+
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return the sentence that names the closest valid names to a mistyped one.
+
+    Args:
+        name: What was given.
+        names: What would have been valid.
+    """
+    valid = sorted(names)
+    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Valid: {', '.join(valid)}."
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Surrogate gradients: x is the distance to the threshold, alpha the steepness (SpikingJelly's convention).
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _rectangle(x: Tensor, alpha: float) -> Tensor:
+    return torch.where(x.abs() <= 0.5 / alpha, alpha, 0.0).to(x.dtype)
+
+
+def _tanh(x: Tensor, alpha: float) -> Tensor:
+    slope = alpha * (1 - torch.tanh(alpha * x).square()) / (2 * math.tanh(alpha / 2))
+    return torch.where(x.abs() <= 0.5, slope, 0.0).to(x.dtype)
+
+
+def _triangle(x: Tensor, alpha: float) -> Tensor:
+    return (alpha - alpha * alpha * x.abs()).clamp_min(0)
+
+
+def _sigmoid(x: Tensor, alpha: float) -> Tensor:
+    s = torch.sigmoid(alpha * x)
+    return (1 - s) * s * alpha
+
+
+def _arctan(x: Tensor, alpha: float) -> Tensor:
+    z = x * (math.pi / 2 * alpha)
+    return (alpha / 2) / (1 + z * z)
+
+
+SURROGATES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
+    "rectangle": (_rectangle, 1.0),  # MPBN eq. 12: slope alpha within 0.5/alpha of the threshold
+    "tanh": (_tanh, 3.0),  # the MPBN authors' code: normalised tanh on the unit interval around the threshold
+    "triangle": (_triangle, 1.0),  # TET; SpikingJelly's PiecewiseQuadratic
+    "sigmoid": (_sigmoid, 4.0),  # SpikingJelly's default
+    "arctan": (_arctan, 2.0),  # SpikingJelly's ATan
+}
+
+
+class _Spike(torch.autograd.Function):
+    """Heaviside step forward, surrogate gradient backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, surrogate: str, alpha: float, strict: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.surrogate, ctx.alpha = surrogate, alpha
+        return (x > 0 if strict else x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * SURROGATES[ctx.surrogate][0](x, ctx.alpha), None, None, None
+
+
+class _Sign(torch.autograd.Function):
+    """Sign forward (0 at 0), 2 (1 - |x|) on [-1, 1] backward, as the binary-activation networks of biprop."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad * (2 - 2 * x.abs()).clamp_min(0)
+
+
+def spike(x: Tensor, surrogate: str = "sigmoid", alpha: float | None = None, strict: bool = False) -> Tensor:
+    """Fire where the distance to the threshold is positive.
+
+    Args:
+        x: Membrane potential minus threshold, any shape.
+        surrogate: Name of the surrogate gradient: rectangle, tanh, triangle, sigmoid or arctan.
+        alpha: Steepness of the surrogate; None takes its default.
+        strict: Fire at ``x > 0`` instead of ``x >= 0``.
+
+    Returns:
+        Spikes 0 or 1, shape and dtype of ``x``.
+    """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return (x > 0 if strict else x >= 0).to(x.dtype)
+    return _Spike.apply(x, surrogate, SURROGATES[surrogate][1] if alpha is None else alpha, strict)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------------------------------
+
+SPIKING = ("lif", "if", "plif")
+ANALOG = ("relu", "sign")
+
+
+@dataclass(frozen=True)
+class NeuronConfig:
+    """Everything that defines a neuron except its normalisation; plain data, so that every model can be stored.
+
+    Attributes:
+        kind: lif, if, plif, or the twins relu (ANN) and sign (binary activations), which have no time.
+        decay: Decay form, ``u = decay * v + x``. Ignored where ``tau`` is given, and by ``if``.
+        tau: Tau form, ``u = v + (x - (v - v_reset)) / tau``, as SpikingJelly's ``decay_input=True``. For
+            ``plif`` the initial value of the learned time constant.
+        threshold: Firing threshold.
+        v_reset: Potential after a hard reset.
+        reset: hard (to ``v_reset``) or soft (minus ``threshold``).
+        firing: '>=' (SpikingJelly) or '>' (the MPBN and TET authors).
+        surrogate: rectangle, tanh, triangle, sigmoid or arctan.
+        surrogate_alpha: Steepness; None takes the surrogate's default.
+        detach_reset: No gradient through the reset.
+    """
+
+    kind: str = "lif"
+    decay: float = 0.5
+    tau: float | None = None
+    threshold: float = 1.0
+    v_reset: float = 0.0
+    reset: str = "hard"
+    firing: str = ">="
+    surrogate: str = "sigmoid"
+    surrogate_alpha: float | None = None
+    detach_reset: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {
+            "kind": (*SPIKING, *ANALOG),
+            "reset": ("hard", "soft"),
+            "firing": (">=", ">"),
+            "surrogate": tuple(SURROGATES),
+        }
+        for name, valid in choices.items():
+            value = getattr(self, name)
+            if value not in valid:
+                shown = "neuron" if name == "kind" else name
+                raise ValueError(f"{shown}={value!r} does not exist. {nearest(value, valid)}")
+        for name in ("decay", "tau", "threshold", "v_reset", "surrogate_alpha"):
+            value = getattr(self, name)
+            optional = name in ("tau", "surrogate_alpha") and value is None
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not optional and not (number and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r}: expected a finite number.")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay}: expected a number in [0, 1]; 1 keeps the whole membrane potential.")
+        if self.tau is not None and self.tau < 1:
+            raise ValueError(f"tau={self.tau}: expected a time constant >= 1 (tau=2 halves the potential each step).")
+        if self.kind == "plif" and self.tau is not None and self.tau <= 1:
+            raise ValueError(f"tau={self.tau}: a learned time constant starts above 1, for instance tau=2.0.")
+        if self.threshold <= 0:
+            raise ValueError(f"threshold={self.threshold}: expected a positive number.")
+        if self.surrogate_alpha is not None and self.surrogate_alpha <= 0:
+            raise ValueError(f"surrogate_alpha={self.surrogate_alpha}: expected a positive number.")
+
+    @classmethod
+    def resolve(cls, defaults: dict[str, Any], kind: str | None, given: dict[str, Any]) -> NeuronConfig:
+        """Merge a family's constants with what a user gave.
+
+        Args:
+            defaults: Constants of the model's row.
+            kind: The user's ``neuron=``; None takes the row's.
+            given: The user's other neuron arguments; None values mean "not given".
+
+        Raises:
+            UnknownArgumentError: An argument that no neuron has.
+            ValueError: A value that makes no sense for this kind.
+        """
+        names = {field.name for field in fields(cls)} - {"kind"}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            if name not in names:
+                raise UnknownArgumentError(f"Unknown argument {name!r}. {nearest(name, names | MODEL_ARGUMENTS)}")
+        if "decay" in given and "tau" in given:
+            raise ValueError(
+                f"decay={given['decay']} and tau={given['tau']} were both given: they are two forms of one thing. "
+                "Give decay (u = decay*v + x) or tau (u = v + (x - v)/tau)."
+            )
+        kind = kind or defaults.get("kind", "lif")
+        if kind == "if" and ("decay" in given or "tau" in given):
+            raise ValueError("neuron='if' has no decay: leave decay and tau out, or use neuron='lif'.")
+        if kind == "plif" and "decay" in given:
+            raise ValueError("neuron='plif' learns its decay: give its initial time constant as tau=2.0.")
+        merged = {**defaults, **given, "kind": kind}
+        if "decay" in given:
+            merged["tau"] = None
+        if kind == "plif" and merged.get("tau") is None:
+            merged["tau"] = 2.0
+        return cls(**merged)
+
+    @property
+    def spiking(self) -> bool:
+        """Whether the neuron has a membrane potential and time."""
+        return self.kind in SPIKING
+
+
+# The constructor arguments that every model has besides the neuron's own; used for "did you mean".
+MODEL_ARGUMENTS = {"num_classes", "in_chans", "img_size", "T", "mpbn", "neuron", "global_pool", "drop_rate"}
+
+
+# --------------------------------------------------------------------------------------------------------------
+# What stands between membrane potential and firing
+# --------------------------------------------------------------------------------------------------------------
+
+
+class MembraneNorm(nn.Module):
+    """Batch normalisation of the membrane potential before firing: MPBN (eqs 7-8), in the authors' definition.
+
+    The raw potential is carried on to the next time step; only the firing decision sees the normalised one. One
+    set of parameters and running statistics is shared by all time steps; in training every step is normalised by
+    its own batch statistics, as in the authors' code.
+
+    Args:
+        mode: channel (one scale and shift a channel) or element (one for every neuron of the layer).
+        channels: Number of channels.
+        size: Height and width of the feature map, () for vectors. Needed by ``element``.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        channels: int,
+        size: Sequence[int] = (),
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.mode, self.channels, self.size = mode, channels, tuple(size)
+        self.momentum, self.eps = momentum, eps
+        shape = (channels, *self.size) if mode == "element" else (channels,)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.ones(shape, **dd))
+        self.bias = nn.Parameter(torch.zeros(shape, **dd))
+        self.register_buffer("running_mean", torch.zeros(shape, **dd))
+        self.register_buffer("running_var", torch.ones(shape, **dd))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+
+    def expand(self, value: Tensor, u: Tensor) -> Tensor:
+        """Shape a per-channel or per-element value so that it broadcasts over a potential ``[B, C, ...]``."""
+        if self.mode == "element":
+            return value
+        return value.view(-1, *[1] * (u.dim() - 2))
+
+    def scale_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map of evaluation: scale and shift, shaped like ``weight``."""
+        scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Normalise a membrane potential ``[B, C, ...]``."""
+        if self.mode == "element" and u.shape[1:] != self.weight.shape:
+            raise ValueError(
+                f"mpbn='element' was built for feature maps {tuple(self.weight.shape)} and got {tuple(u.shape[1:])}: "
+                "create the model with img_size= of your images, or use mpbn='channel'."
+            )
+        if not self.training:
+            # Multiply and add as two roundings, so that the fold can reproduce every comparison exactly.
+            scale, shift = self.scale_shift()
+            return u * self.expand(scale.to(u.dtype), u) + self.expand(shift.to(u.dtype), u)
+        flat = u.flatten(1) if self.mode == "element" else u
+        flat = flat.to(self.weight.dtype)
+        normed = F.batch_norm(
+            flat,
+            self.running_mean.flatten(),
+            self.running_var.flatten(),
+            self.weight.flatten(),
+            self.bias.flatten(),
+            True,
+            self.momentum,
+            self.eps,
+        )
+        return normed.view(u.shape).to(u.dtype) if self.mode == "element" else normed.to(u.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.mode}, {tuple(self.weight.shape)}"
+
+
+class FoldedThreshold(nn.Module):
+    """A firing threshold and a polarity per channel or element: what a folded MPBN neuron keeps.
+
+    The neuron fires where ``polarity * (u - threshold)`` is positive (or not negative, with '>='). The polarity is
+    -1 where the scale of the folded norm was negative, since the comparison flips there.
+
+    Args:
+        mode: channel or element.
+        shape: ``(C,)`` or ``(C, H, W)``.
+    """
+
+    def __init__(self, mode: str, shape: Sequence[int], device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.mode = mode
+        self.register_buffer("threshold", torch.zeros(tuple(shape), device=device, dtype=dtype))
+        self.register_buffer("polarity", torch.ones(tuple(shape), device=device, dtype=dtype))
+        self.threshold: Tensor
+        self.polarity: Tensor
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Signed distance to the threshold, shape of ``u`` ``[B, C, ...]``."""
+        shape = self.threshold.shape if self.mode == "element" else (-1, *[1] * (u.dim() - 2))
+        return (u - self.threshold.to(u.dtype).view(shape)) * self.polarity.to(u.dtype).view(shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.mode}, {tuple(self.threshold.shape)}"
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Neurons
+# --------------------------------------------------------------------------------------------------------------
+
+
+class SpikingNeuron(nn.Module):
+    """Charge, normalise, fire, reset over T steps; subclasses say how the membrane potential charges.
+
+    Args:
+        config: Constants of the neuron.
+        norm: Normalises the potential for the firing decision only (MPBN), or None.
+
+    Shape: ``[T, B, ...]`` input current to ``[T, B, ...]`` spikes 0 or 1 of the input's dtype. The membrane
+    potential of half-precision input is kept in float32.
+    """
+
+    def __init__(self, config: NeuronConfig, norm: MembraneNorm | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = norm
+        self.folded: FoldedThreshold | None = None  # takes the place of `norm` in a folded model
+
+    def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
+        """Membrane potential before firing; ``v`` is None at rest."""
+        raise NotImplementedError
+
+    def distance(self, u: Tensor) -> Tensor:
+        """Signed distance of a membrane potential ``[B, ...]`` to the firing threshold."""
+        if self.folded is not None:
+            return self.folded(u)
+        return (u if self.norm is None else self.norm(u)) - self.config.threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes ``[T, B, ...]`` of an input current ``[T, B, ...]``."""
+        config = self.config
+        current = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        spikes: list[Tensor] = []
+        v: Tensor | None = None
+        for t in range(x.shape[0]):
+            u = self.charge(v, current[t])
+            s = spike(self.distance(u), config.surrogate, config.surrogate_alpha, config.firing == ">")
+            spikes.append(s.to(x.dtype))
+            if t + 1 < x.shape[0]:
+                r = s.detach() if config.detach_reset else s
+                if config.reset == "soft":
+                    v = u - r * config.threshold
+                else:
+                    v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
+        # Concatenating frames, unlike stacking them, keeps the channels-last layout of each.
+        return spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        leak = "" if c.kind == "if" else f"tau={c.tau}, " if c.tau is not None else f"decay={c.decay}, "
+        return f"{leak}threshold={c.threshold}, reset={c.reset}, firing={c.firing!r}, surrogate={c.surrogate}"
+
+
+class LIF(SpikingNeuron):
+    """Leaky integrate-and-fire in the decay form or, where ``config.tau`` is set, the tau form."""
+
+    def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
+        """Membrane potential before firing."""
+        c = self.config
+        if c.tau is None:
+            if v is None:
+                return x if c.v_reset == 0 else x + c.v_reset
+            return c.decay * v + x if c.v_reset == 0 else c.v_reset + c.decay * (v - c.v_reset) + x
+        if v is None:
+            return x / c.tau if c.v_reset == 0 else c.v_reset + x / c.tau
+        return v + (x - (v - c.v_reset)) / c.tau
+
+
+class IF(SpikingNeuron):
+    """Integrate-and-fire: nothing leaks."""
+
+    def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
+        """Membrane potential before firing."""
+        return x + self.config.v_reset if v is None else v + x
+
+
+class PLIF(SpikingNeuron):
+    """LIF with one learned time constant a layer, ``1/tau = sigmoid(w)`` (Fang et al. 2021)."""
+
+    def __init__(
+        self,
+        config: NeuronConfig,
+        norm: MembraneNorm | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(config, norm)
+        self.w = nn.Parameter(torch.full((), -math.log((config.tau or 2.0) - 1.0), device=device, dtype=dtype))
+
+    def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
+        """Membrane potential before firing."""
+        rate = self.w.sigmoid().to(x.dtype)
+        v_reset = self.config.v_reset
+        if v is None:
+            return x * rate if v_reset == 0 else v_reset + x * rate
+        return v + (x - (v - v_reset)) * rate
+
+
+class ReLU(nn.ReLU):
+    """The ANN twin of a spiking neuron; no time."""
+
+
+class Sign(nn.Module):
+    """The binary-activation twin, -1, 0 or +1; no time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the sign of ``x``, any shape."""
+        return _Sign.apply(x)
+
+
+class NeuronFactory:
+    """Makes the neuron of each layer of a model from one configuration.
+
+    Args:
+        config: Constants of the neuron.
+        mpbn: None, channel or element.
+    """
+
+    def __init__(
+        self,
+        config: NeuronConfig,
+        mpbn: str | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if mpbn not in (None, "channel", "element"):
+            raise ValueError(f"mpbn={mpbn!r} does not exist. {nearest(mpbn, ('none', 'channel', 'element'))}")
+        if mpbn and not config.spiking:
+            raise ValueError(
+                f"mpbn={mpbn!r} normalises a membrane potential and neuron={config.kind!r} has none: "
+                "use neuron='lif', or mpbn='none'."
+            )
+        self.config, self.mpbn = config, mpbn
+        self.dd: dict[str, Any] = {"device": device, "dtype": dtype}
+
+    def __call__(self, channels: int, size: Sequence[int] = ()) -> nn.Module:
+        """Make a neuron for ``channels`` feature maps of ``size`` (height, width), or () for vectors."""
+        if self.config.kind == "relu":
+            return ReLU()
+        if self.config.kind == "sign":
+            return Sign()
+        norm = MembraneNorm(self.mpbn, channels, size, **self.dd) if self.mpbn else None
+        if self.config.kind == "plif":
+            return PLIF(self.config, norm, **self.dd)
+        return (IF if self.config.kind == "if" else LIF)(self.config, norm)
+
+
+@contextmanager
+def firing_rates(model: nn.Module, per_step: bool = False) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the firing rate of every spiking neuron layer while the block runs.
+
+    Args:
+        model: Any model with neurons of this module. Compile it inside the block, not before, if it is compiled.
+        per_step: Collect a rate per time step, ``[T]``, instead of the mean over time.
+
+    Yields:
+        Layer name -> one tensor per forward: the mean over neurons, batch (and time) of the spikes; differentiable.
+    """
+    rates: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            spikes = output.float()
+            rates.setdefault(name, []).append(spikes.flatten(1).mean(1) if per_step else spikes.mean())
+
+        return hook
+
+    neurons = [(name, module) for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in neurons]
+    try:
+        yield rates
+    finally:
+        for handle in handles:
+            handle.remove()
