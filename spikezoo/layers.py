@@ -99,7 +99,7 @@ class ConvNormNeuron(nn.Module):
         self.pool = pool
         if pool is not None:
             self.out_size = conv_out(self.out_size, 2, 2, 0)
-        self.norm = nn.BatchNorm2d(out_chs, affine=affine, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(out_chs, affine=affine, **dd)  # an Identity once folded
         self.neuron = neuron(out_chs, self.out_size) if neuron is not None else None
 
     def _stateless(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class LinearNormNeuron(nn.Module):
         super().__init__()
         self.average = pool
         self.linear = nn.Linear(in_features, out_features, bias=bias, **dd)
-        self.norm = nn.BatchNorm1d(out_features, affine=False, **dd) if norm else None
+        self.norm: nn.Module | None = nn.BatchNorm1d(out_features, affine=False, **dd) if norm else None
         self.neuron = neuron(out_features)
 
     def _stateless(self, x: Tensor) -> Tensor:

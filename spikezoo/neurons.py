@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -31,6 +30,7 @@ __all__ = [
     "Sign",
     "SpikingNeuron",
     "UnknownArgumentError",
+    "WithRates",
     "firing_rates",
     "nearest",
     "spike",
@@ -100,7 +100,7 @@ class _Spike(torch.autograd.Function):
         return (x > 0 if strict else x >= 0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         return grad * SURROGATES[ctx.surrogate][0](x, ctx.alpha), None, None, None
 
@@ -114,7 +114,7 @@ class _Sign(torch.autograd.Function):
         return x.sign()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * (2 - 2 * x.abs()).clamp_min(0)
 
@@ -252,6 +252,15 @@ MODEL_ARGUMENTS = {"num_classes", "in_chans", "img_size", "T", "mpbn", "neuron",
 # --------------------------------------------------------------------------------------------------------------
 
 
+def _check_elements(mode: str, values: Tensor, u: Tensor) -> None:
+    # Values of a 1x1 map would broadcast silently over a larger one.
+    if mode == "element" and u.shape[1:] != values.shape:
+        raise ValueError(
+            f"mpbn='element' was built for feature maps {tuple(values.shape)} and got {tuple(u.shape[1:])}: "
+            "create the model with img_size= of your images, or use mpbn='channel'."
+        )
+
+
 class MembraneNorm(nn.Module):
     """Batch normalisation of the membrane potential before firing: MPBN (eqs 7-8), in the authors' definition.
 
@@ -300,11 +309,7 @@ class MembraneNorm(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Normalise a membrane potential ``[B, C, ...]``."""
-        if self.mode == "element" and u.shape[1:] != self.weight.shape:
-            raise ValueError(
-                f"mpbn='element' was built for feature maps {tuple(self.weight.shape)} and got {tuple(u.shape[1:])}: "
-                "create the model with img_size= of your images, or use mpbn='channel'."
-            )
+        _check_elements(self.mode, self.weight, u)
         if not self.training:
             # Multiply and add as two roundings, so that the fold can reproduce every comparison exactly.
             scale, shift = self.scale_shift()
@@ -348,6 +353,7 @@ class FoldedThreshold(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Signed distance to the threshold, shape of ``u`` ``[B, C, ...]``."""
+        _check_elements(self.mode, self.threshold, u)
         shape = self.threshold.shape if self.mode == "element" else (-1, *[1] * (u.dim() - 2))
         return (u - self.threshold.to(u.dtype).view(shape)) * self.polarity.to(u.dtype).view(shape)
 
@@ -376,6 +382,7 @@ class SpikingNeuron(nn.Module):
         self.config = config
         self.norm = norm
         self.folded: FoldedThreshold | None = None  # takes the place of `norm` in a folded model
+        self.probe: list[Tensor] | None = None  # set by WithRates for the length of one call
 
     def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
         """Membrane potential before firing; ``v`` is None at rest."""
@@ -404,7 +411,10 @@ class SpikingNeuron(nn.Module):
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
         # Concatenating frames, unlike stacking them, keeps the channels-last layout of each.
-        return spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
+        out = spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
+        if self.probe is not None:
+            self.probe.append(out.float().mean(tuple(range(1, out.dim()))))
+        return out
 
     def extra_repr(self) -> str:
         c = self.config
@@ -506,30 +516,46 @@ class NeuronFactory:
         return (IF if self.config.kind == "if" else LIF)(self.config, norm)
 
 
-@contextmanager
-def firing_rates(model: nn.Module, per_step: bool = False) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the firing rate of every spiking neuron layer while the block runs.
+class WithRates(nn.Module):
+    """A model that also returns how often its neurons fire; differentiable, and compiled as one graph.
 
     Args:
-        model: Any model with neurons of this module. Compile it inside the block, not before, if it is compiled.
-        per_step: Collect a rate per time step, ``[T]``, instead of the mean over time.
-
-    Yields:
-        Layer name -> one tensor per forward: the mean over neurons, batch (and time) of the spikes; differentiable.
+        model: A model with neurons of this module.
+        steps: Call ``model.forward_steps`` (logits of every time step) instead of ``model``.
     """
-    rates: dict[str, list[Tensor]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            spikes = output.float()
-            rates.setdefault(name, []).append(spikes.flatten(1).mean(1) if per_step else spikes.mean())
+    def __init__(self, model: nn.Module, steps: bool = False) -> None:
+        super().__init__()
+        self.model, self.steps = model, steps
+        self.names = [name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
+        self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
 
-        return hook
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's output, and the firing rate of each layer (``names``) and time step ``[layers, T]``."""
+        probes: list[list[Tensor]] = [[] for _ in self._neurons]
+        for neuron, probe in zip(self._neurons, probes, strict=True):
+            neuron.probe = probe
+        try:
+            output = self.model.forward_steps(x) if self.steps else self.model(x)
+        finally:
+            for neuron in self._neurons:
+                neuron.probe = None
+        # A layer that did not run has no rate; one that ran twice has the mean of both.
+        rates = [torch.stack(probe).mean(0) for probe in probes if probe]
+        return output, torch.stack(rates) if rates else output.new_zeros(0, 1)
 
-    neurons = [(name, module) for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
-    handles = [module.register_forward_hook(watch(name)) for name, module in neurons]
-    try:
-        yield rates
-    finally:
-        for handle in handles:
-            handle.remove()
+
+def firing_rates(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Firing rate of every spiking layer: spikes per neuron and image, for each time step.
+
+    Args:
+        model: A model with neurons of this module; used in the mode (training or evaluation) that it is in.
+        x: A batch that the model takes.
+
+    Returns:
+        Layer name -> rates ``[T]``, mean over neurons and batch.
+    """
+    probed = WithRates(model)
+    with torch.no_grad():
+        _, rates = probed(x)
+    return dict(zip(probed.names, rates, strict=True))

@@ -119,7 +119,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
     Raises:
         ValueError: A name that is taken, by timm or by spikezoo.
     """
-    cfgs: dict[str, dict[str, Any]] = {}
+    cfgs: dict[str, Any] = {}
     for name, row in rows.items():
         if timm.is_model(name):
             raise ValueError(f"Model name {name!r} is taken already: registering it again would hide the other one.")

@@ -93,7 +93,7 @@ class SpikingModel(nn.Module):
         self.feature_info: list[dict[str, Any]] = []
         self.min_img_size = 1  # the total stride, set by the subclass
         self.fixed_img_size = False  # whether linear layers tie the net to its img_size
-        self.stem: nn.Module
+        self.stem: nn.Module = nn.Identity()  # first, so that modules are listed in the order of the data flow
         self.stages = nn.ModuleList()
         self.neck: nn.ModuleList = nn.ModuleList()
 
@@ -278,7 +278,7 @@ class SpikingModel(nn.Module):
             "stem": r"^stem",
             "blocks": [
                 (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
-                (r"^neck\.(\d+)", (99999,)),
+                (r"^neck", (99999,)),  # timm's mark for "with the group before", which is the last block's
             ],
         }
 

@@ -1,0 +1,154 @@
+"""Evaluation: accuracy, loss, speed and firing rates of a model on data, and the facts that every result carries."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spikezoo.checkpoint import atomic
+from spikezoo.neurons import WithRates
+
+__all__ = ["environment", "evaluate", "write_rows"]
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: str | torch.device = "cpu",
+    autocast: Callable[[], Any] = nullcontext,
+    compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a model on a whole split.
+
+    Args:
+        model: The model; put into evaluation mode for the duration.
+        loader: Batches of images and integer labels; each rank of a distributed run sees its share.
+        device: Where the model is.
+        autocast: Makes the context of the forward pass.
+        compiled: A compiled ``WithRates(model)``, used for full batches: a shorter one would be compiled anew.
+        progress: Show a progress bar.
+
+    Returns:
+        top1, top5 (per cent), loss, samples, images_per_second (loading included, without the first batch where
+        there are several, which pays for compilation), firing_rate (mean over layers and time steps, None without
+        spiking neurons), layer_firing_rates.
+    """
+    training = model.training
+    model.eval()
+    probed = WithRates(model)
+    sums = torch.zeros(4, dtype=torch.float64)
+    rate_sums = torch.zeros(len(probed.names), dtype=torch.float64)
+    full = timed = 0
+    started = mark = time.perf_counter()
+    try:
+        for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
+            images, labels = images.to(device), labels.to(device)
+            full = full or len(images)
+            run = compiled if compiled is not None and len(images) == full else probed
+            with autocast():
+                logits, rates = run(images)
+            logits = logits.float()
+            top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            if sums[3] > 0:
+                timed += len(images)
+            sums += torch.stack([top[:, 0].sum(), top.sum(), loss, loss.new_tensor(len(images))]).double().cpu()
+            rate_sums += len(images) * rates.mean(1).double().cpu()
+            if not timed:
+                mark = time.perf_counter()
+    finally:
+        model.train(training)
+    finished = time.perf_counter()
+    if dist.is_available() and dist.is_initialized():
+        packed = torch.cat([sums, rate_sums]).to(device)
+        dist.all_reduce(packed)
+        sums, rate_sums = packed[:4].cpu(), packed[4:].cpu()
+    samples = int(sums[3])
+    if samples == 0:
+        raise ValueError("The split to evaluate on is empty.")
+    layers = dict(zip(probed.names, (rate_sums / samples).tolist(), strict=True))
+    return {
+        "top1": 100 * sums[0].item() / samples,
+        "top5": 100 * sums[1].item() / samples,
+        "loss": sums[2].item() / samples,
+        "samples": samples,
+        "images_per_second": timed / (finished - mark) if timed else samples / (finished - started),
+        "firing_rate": sum(layers.values()) / len(layers) if layers else None,
+        "layer_firing_rates": layers,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its arguments: commit, versions, machine, date."""
+    folder = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    packages = ("torch", "torchvision", "timm", "spikingjelly", "spikezoo-snn")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except ImportError:
+            versions[package] = "not installed"
+    processor = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        processor = lines[0].partition(":")[2].strip() if lines else processor
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit,
+        "python": platform.python_version(),
+        **versions,
+        "machine": f"{processor}, {os.cpu_count()} cores, accelerator {accelerator}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write result rows as .json or .csv, under a temporary name first.
+
+    Raises:
+        ValueError: Another suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        if suffix == ".json":
+            json.dump(list(rows), file, indent=2)
+            file.write("\n")
+            return
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: json.dumps(v) if isinstance(v, dict | list) else v for k, v in row.items()})

@@ -1,0 +1,1021 @@
+"""Tests of spikezoo.data: no network, no data on disk, truths by hand."""
+
+import contextlib
+import gzip
+import os
+import random
+import shutil
+import struct
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from spikezoo import data
+from spikezoo.data import (
+    Loader,
+    create_loader,
+    dataset_info,
+    list_datasets,
+    load_arrays,
+    natural_dataset,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def _arrays(train=40, test=13, size=16, channels=3, classes=4):
+    rng = np.random.default_rng(0)
+    shape = (size, size) if channels is None else (size, size, channels)
+    return {
+        "train_images": rng.integers(0, 256, (train, *shape), dtype=np.uint8),
+        "train_labels": np.arange(train) % classes,
+        "test_images": rng.integers(0, 256, (test, *shape), dtype=np.uint8),
+        "test_labels": np.arange(test) % classes,
+    }
+
+
+@pytest.fixture
+def npz(tmp_path):
+    np.savez(tmp_path / "small.npz", **_arrays())
+    return f"npz:{tmp_path / 'small.npz'}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(1)
+    for split, count in (("train", 6), ("val", 3)):
+        for label in ("apple", "bird"):
+            place = tmp_path / "images" / split / label
+            place.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return str(tmp_path / "images")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def _same(left, right):
+    left, right = list(left), list(right)
+    assert len(left) == len(right)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in zip(left, right, strict=True))
+
+
+def _states():
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _assert_states(before):
+    after = _states()
+    assert before[0] == after[0]
+    assert all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+    assert torch.equal(before[2], after[2])
+
+
+HEAVY = {
+    "plain": {},
+    "all": {
+        "cutout": 5,
+        "reprob": 0.5,
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "smoothing": 0.1,
+        "auto_augment": "cifar10",
+    },
+    "rand": {"auto_augment": "rand-m9-mstd0.5", "reprob": 0.9, "remode": "const"},
+    "augmix": {"auto_augment": "augmix-m3-w2"},
+    "original": {"auto_augment": "original", "mixup": 1.0},
+    "trivial": {"auto_augment": "trivial", "cutmix": 1.0},
+}
+
+
+# --- names and descriptions ----------------------------------------------------------------------
+
+
+def test_list_datasets():
+    names = list_datasets()
+    assert {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz:PATH"} <= set(names)
+    assert {"imagenet", "folder", "hfds/NAME", "wds/NAME", "torch/NAME", "tfds/NAME"} <= set(names)
+
+
+def test_info_is_frozen():
+    with pytest.raises(FrozenInstanceError):
+        dataset_info("digits").num_classes = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "channels", "size"),
+    [
+        ("cifar10", 10, 3, 32),
+        ("cifar100", 100, 3, 32),
+        ("mnist", 10, 1, 28),
+        ("fashion_mnist", 10, 1, 28),
+        ("digits", 10, 1, 8),
+        ("imagenet", 1000, 3, 224),
+    ],
+)
+def test_info_constants(name, classes, channels, size):
+    info = dataset_info(name)
+    assert (info.num_classes, info.in_chans, info.img_size) == (classes, channels, size)
+    assert len(info.mean) == len(info.std) == channels
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"),
+    [
+        ((8, 1, 10), "digits"),
+        ((28, 1, 10), "mnist"),
+        ((32, 3, 10), "cifar10"),
+        ((32, 3, 100), "cifar100"),
+        ((224, 3, 1000), "imagenet"),
+        ((64, 3, 200), "imagenet"),
+    ],
+)
+def test_natural_dataset(shape, name):
+    assert natural_dataset(*shape) == name
+
+
+@pytest.mark.parametrize("shape", [(32, 3, 7), (28, 3, 10), (16, 3, 10)])
+def test_natural_dataset_unknown(shape):
+    with pytest.raises(ValueError, match="--dataset digits"):
+        natural_dataset(*shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cifr10", "did you mean cifar10"),
+        ("MNIST", "--dataset mnist"),
+        ("digit", "--dataset digits"),
+        ("zzz", "e.g. --dataset digits"),
+        ("hfds/", "unknown dataset"),
+        ("some/file.npz", "--dataset npz:some/file.npz"),
+    ],
+)
+def test_unknown_name(name, said):
+    for call in (
+        lambda: dataset_info(name),
+        lambda: load_arrays(name, "train"),
+        lambda: create_loader(name, "train"),
+    ):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert said in str(error.value)
+
+
+def test_folder_given_as_name(tmp_path):
+    with pytest.raises(ValueError, match="--dataset folder --data-dir"):
+        dataset_info(str(tmp_path))
+
+
+def test_load_arrays_of_a_timm_name():
+    with pytest.raises(ValueError, match="create_loader"):
+        load_arrays("imagenet", "train")
+
+
+# --- digits --------------------------------------------------------------------------------------
+
+
+def test_digits_split():
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    train, train_labels = load_arrays("digits", "train")
+    test, test_labels = load_arrays("digits", "test")
+    assert train.shape == (1437, 1, 8, 8) and test.shape == (360, 1, 8, 8)
+    assert train.dtype == torch.uint8 and train_labels.dtype == torch.int64
+    assert train_labels.unique().tolist() == test_labels.unique().tolist() == list(range(10))
+    # Every image of the source is in exactly one split, at the place that the rule gives it.
+    i_train = i_test = 0
+    for i, (image, label) in enumerate(zip(raw.images, raw.target, strict=True)):
+        scaled = torch.from_numpy(np.round(image * 255 / 16).astype(np.uint8))
+        if i % 5 == 0:
+            assert torch.equal(test[i_test, 0], scaled) and test_labels[i_test] == label
+            i_test += 1
+        else:
+            assert torch.equal(train[i_train, 0], scaled) and train_labels[i_train] == label
+            i_train += 1
+    assert (i_train, i_test) == (1437, 360)
+    pixels = train.double() / 255
+    info = dataset_info("digits")
+    assert info.mean == (round(pixels.mean().item(), 4),)
+    assert info.std == (round(pixels.std(correction=0).item(), 4),)
+    assert "360" in info.split_note and "1437" in info.split_note
+
+
+def test_digits_eval_order_and_values():
+    images, labels = load_arrays("digits", "val")
+    loader = create_loader("digits", "test", batch_size=100)
+    assert isinstance(loader, Loader)
+    assert len(loader) == 4 and loader.num_samples == 360
+    batches = list(loader)
+    assert [len(x) for x, _ in batches] == [100, 100, 100, 60]
+    assert torch.equal(torch.cat([y for _, y in batches]), labels)
+    wanted = (images.float() / 255 - 0.3053) / 0.3762
+    torch.testing.assert_close(torch.cat([x for x, _ in batches]), wanted)
+
+
+def test_digits_are_not_flipped_by_default():
+    loader = create_loader("digits", "train", train=True, crop_padding=0)
+    plain = create_loader("digits", "train", train=True, crop_padding=0, hflip=0.0)
+    flipped = create_loader("digits", "train", train=True, crop_padding=0, hflip=0.5)
+    assert _same(loader, plain) and not _same(loader, flipped)
+    assert create_loader("digits", "train", train=True)._padding == 1
+
+
+def test_natural_augmentation(npz, tmp_path):
+    loader = create_loader(npz, "train", train=True)
+    assert (loader._hflip, loader._padding) == (0.5, 2)
+    loader = create_loader(npz, "train", train=True, img_size=32)
+    assert loader._padding == 4
+    loader = create_loader(npz, "train", train=True, img_size=28)
+    assert loader._padding == 2
+    np.savez(tmp_path / "grey.npz", **_arrays(channels=None))
+    assert create_loader(f"npz:{tmp_path / 'grey.npz'}", "train", train=True)._hflip == 0
+
+
+# --- pieces of the augmentation, against slow loops ----------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [1, 4])
+def test_crop_against_loop(padding):
+    images = torch.randint(1, 256, (9, 3, 8, 10), dtype=torch.uint8)
+    top = torch.randint(2 * padding + 1, (9,))
+    left = torch.randint(2 * padding + 1, (9,))
+    got = data._crop(images, padding, top, left)
+    assert got.dtype == torch.uint8
+    for i in range(9):
+        padded = torch.zeros(3, 8 + 2 * padding, 10 + 2 * padding, dtype=torch.uint8)
+        padded[:, padding:-padding, padding:-padding] = images[i]
+        assert torch.equal(got[i], padded[:, top[i] : top[i] + 8, left[i] : left[i] + 10])
+
+
+def test_flip_by_hand():
+    images = torch.tensor([[1, 2], [3, 4]]).view(1, 1, 2, 2).repeat(2, 1, 1, 1)
+    got = data._flip(images, torch.tensor([True, False]))
+    assert got[0, 0].tolist() == [[2, 1], [4, 3]] and got[1, 0].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("size", "row", "column", "rows", "columns"),
+    [
+        (4, 5, 5, range(3, 7), range(3, 7)),  # in the middle: the whole 4 x 4
+        (4, 0, 0, range(2), range(2)),  # at the corner: a quarter
+        (4, 9, 5, range(7, 10), range(3, 7)),  # at the border: cut off
+        (3, 5, 5, range(4, 7), range(4, 7)),
+        (1, 0, 9, range(1), range(9, 10)),
+    ],
+)
+def test_cutout_hole(size, row, column, rows, columns):
+    images = torch.full((1, 2, 10, 10), 7, dtype=torch.uint8)
+    got = data._cutout(images, size, torch.tensor([row]), torch.tensor([column]))
+    wanted = images.clone()
+    wanted[:, :, rows.start : rows.stop, columns.start : columns.stop] = 0
+    assert torch.equal(got, wanted)
+    assert (got == 0).sum() == 2 * len(rows) * len(columns)
+
+
+def test_loader_augments_like_a_loop(npz):
+    """Repeats a whole augmented batch image by image from the same random numbers."""
+    images, labels = load_arrays(npz, "train")
+    loader = create_loader(npz, "train", train=True, batch_size=8, seed=5, cutout=4, crop_padding=3)
+    loader.set_epoch(2)
+    order = torch.randperm(40, generator=data._generator("order", 5, 2))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loader.info.mean, loader.info.std))
+    for batch, (got, targets) in enumerate(loader):
+        chosen = order[batch * 8 : batch * 8 + 8]
+        assert torch.equal(targets, labels[chosen])
+        generator = data._generator("augment", 5, 2, batch, 0)
+        top = torch.randint(7, (8,), generator=generator)
+        left = torch.randint(7, (8,), generator=generator)
+        flip = torch.rand(8, generator=generator) < 0.5
+        row = torch.randint(16, (8,), generator=generator)
+        column = torch.randint(16, (8,), generator=generator)
+        for i, index in enumerate(chosen.tolist()):
+            padded = torch.zeros(3, 22, 22, dtype=torch.uint8)
+            padded[:, 3:19, 3:19] = images[index]
+            image = padded[:, top[i] : top[i] + 16, left[i] : left[i] + 16].clone()
+            image = image.flip(2) if flip[i] else image
+            y, x = row[i] - 2, column[i] - 2
+            image[:, max(y, 0) : max(y + 4, 0), max(x, 0) : max(x + 4, 0)] = 0
+            torch.testing.assert_close(got[i], (image.float() / 255 - mean) / std)
+
+
+def test_resize_and_channels(npz):
+    images, _ = load_arrays(npz, "test")
+    info = dataset_info(npz)
+    loader = create_loader(npz, "test", img_size=8, in_chans=1, batch_size=13)
+    ((got, _),) = loader
+    assert got.shape == (13, 1, 8, 8) and loader.info.img_size == 8 and loader.info.in_chans == 1
+    grey = np.stack([np.asarray(Image.fromarray(i.permute(1, 2, 0).numpy()).convert("L")) for i in images])
+    grey = torch.from_numpy(grey)[:, None].float()
+    wanted = torch.nn.functional.interpolate(grey, (8, 8), mode="bilinear", antialias=True)
+    mean, std = np.mean(info.mean), np.mean(info.std)
+    assert loader.info.mean == (pytest.approx(mean),)
+    # PIL rounds the luma in another way, by one of 255 steps at most.
+    back = (got * std + mean) * 255
+    assert (back - wanted).abs().max() < 1.6
+
+
+def test_grey_to_rgb_and_given_statistics():
+    ((got, _),) = create_loader("digits", "test", in_chans=3, batch_size=360, mean=(0.5,), std=(2, 2, 2))
+    images, _ = load_arrays("digits", "test")
+    torch.testing.assert_close(got, ((images.float() / 255 - 0.5) / 2).expand(-1, 3, -1, -1))
+
+
+def test_channels_last(npz):
+    for images, _ in create_loader(npz, "train", train=True, batch_size=8, channels_last=True):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    for images, _ in create_loader(npz, "train", train=True, batch_size=8):
+        assert images.is_contiguous()
+
+
+def test_erasing(npz):
+    kwargs = {"train": True, "hflip": 0, "crop_padding": 0, "batch_size": 40}
+    ((plain, _),) = create_loader(npz, "train", **kwargs)
+    ((erased, _),) = create_loader(npz, "train", reprob=1.0, remode="const", **kwargs)
+    changed = plain != erased
+    assert (erased[changed] == 0).all()
+    assert changed.any(dim=(1, 2, 3)).all()
+
+
+# --- mixing --------------------------------------------------------------------------------------
+
+
+def test_soft_targets(npz):
+    loader = create_loader(npz, "train", train=True, batch_size=8, mixup=1.0, smoothing=0.1, hflip=0, crop_padding=0)
+    plain = create_loader(npz, "train", train=True, batch_size=8, hflip=0, crop_padding=0)
+    for (mixed, soft), (images, labels) in zip(loader, plain, strict=True):
+        assert soft.shape == (8, 4) and soft.dtype == torch.float32
+        torch.testing.assert_close(soft.sum(1), torch.ones(8))
+        hot = torch.nn.functional.one_hot(labels, 4) * 0.9 + 0.1 / 4
+        # One lambda per batch, and it explains images and targets alike.
+        flipped = images.flip(0)
+        lam = ((mixed - flipped) * (images - flipped)).sum() / (images - flipped).square().sum()
+        torch.testing.assert_close(mixed, lam * images + (1 - lam) * flipped)
+        torch.testing.assert_close(soft, lam * hot + (1 - lam) * hot.flip(0))
+
+
+def test_odd_batches_and_wider_targets(npz):
+    loader = create_loader(npz, "train", train=True, batch_size=7, cutmix=1.0, num_classes=6, drop_last=False)
+    sizes = [len(y) for _, y in loader]
+    assert sizes == [7] * 5 + [5]
+    for images, soft in loader:
+        assert len(images) == len(soft) and soft.shape[1] == 6
+        assert soft[-1].max() == 1  # the unpaired one stays as it is
+    ((_, soft),) = create_loader(npz, "train", train=True, subset=1, mixup=1.0)
+    assert soft.shape == (1, 4)
+
+
+def test_no_mixing_without_training(npz):
+    for _, labels in create_loader(npz, "test", mixup=1.0, cutmix=1.0, reprob=0.5, auto_augment="trivial"):
+        assert labels.dtype == torch.int64
+    assert _same(create_loader(npz, "test", mixup=1.0, cutout=4), create_loader(npz, "test"))
+
+
+# --- a pure function of seed, epoch, batch and rank ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_reproducible_and_resumable(npz, kind):
+    def make(seed=3):
+        return create_loader(npz, "train", train=True, batch_size=8, seed=seed, **HEAVY[kind])
+
+    loader = make()
+    before = _states()
+    whole = list(loader)
+    _assert_states(before)
+    assert len(whole) == len(loader) == 5
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert _same(whole, make())
+    for start in range(6):
+        assert _same(whole[start:], loader.iterate(start))
+    loader.set_epoch(1)
+    assert not _same(whole, loader)
+    assert not _same(whole, make(seed=4))
+    assert not _same([whole[0]], [whole[1]])
+
+
+def test_states_between_batches(npz):
+    loader = create_loader(npz, "train", train=True, batch_size=8, **HEAVY["all"])
+    before = _states()
+    for _ in loader:
+        _assert_states(before)
+    iterator = iter(loader)
+    next(iterator)
+    del iterator
+    _assert_states(before)
+
+
+def test_epoch_is_taken_when_iteration_begins(npz):
+    loader = create_loader(npz, "train", train=True, batch_size=8)
+    whole = list(loader)
+    iterator = iter(loader)
+    loader.set_epoch(7)
+    assert _same(whole, iterator)
+
+
+def test_epoch_covers_every_sample_once(npz):
+    images, _ = load_arrays(npz, "train")
+    loader = create_loader(npz, "train", train=True, batch_size=8, hflip=0, crop_padding=0)
+    got = torch.cat([x for x, _ in loader])
+    plain = torch.cat([x for x, _ in create_loader(npz, "train")])
+    assert not torch.equal(got, plain)
+    assert len(got) == len(images)
+    assert torch.equal(got.flatten(1).sort(0).values, plain.flatten(1).sort(0).values)
+
+
+# --- shards, subsets, last batches ---------------------------------------------------------------
+
+
+def _shard_ids(npz, split, world, **kwargs):
+    """Which stored images each rank sees, found again by their pixels."""
+    stored = torch.cat([x for x, _ in create_loader(npz, split)])
+    ids = []
+    for rank in range(world):
+        loader = create_loader(npz, split, rank=rank, world_size=world, **kwargs)
+        got = list(loader)
+        assert len(got) == len(loader)
+        seen = [(stored == x).flatten(1).all(1).nonzero().item() for batch, _ in got for x in batch]
+        ids.append(seen)
+    return ids
+
+
+def test_eval_shards(npz):
+    first, second = _shard_ids(npz, "test", 2, batch_size=4)
+    assert first == [0, 2, 4, 6, 8, 10, 12] and second == [1, 3, 5, 7, 9, 11]
+
+
+def test_eval_with_more_ranks_than_samples(npz):
+    ids = _shard_ids(npz, "test", 15, batch_size=4)
+    assert sorted(i for part in ids for i in part) == list(range(13)) and ids[14] == []
+
+
+def test_train_shards(npz):
+    kwargs = {"train": True, "hflip": 0, "crop_padding": 0, "batch_size": 4}
+    first, second, third = _shard_ids(npz, "train", 3, **kwargs)
+    assert len(first) == len(second) == len(third) == 12
+    assert len({*first, *second, *third}) == 36
+
+
+def test_last_batch(npz):
+    sizes = {}
+    for drop in (None, True, False):
+        loader = create_loader(npz, "train", train=True, batch_size=16, drop_last=drop)
+        sizes[drop] = [len(y) for _, y in loader]
+        assert len(loader) == len(sizes[drop])
+    assert sizes == {None: [16, 16], True: [16, 16], False: [16, 16, 8]}
+    assert [len(y) for _, y in create_loader(npz, "train", train=True, batch_size=64)] == [40]
+    with pytest.raises(ValueError, match="--batch-size 40"):
+        create_loader(npz, "train", train=True, batch_size=64, drop_last=True)
+    with pytest.raises(ValueError, match="no batch is left"):
+        create_loader(npz, "train", train=True, subset=1, world_size=2)
+
+
+def test_subset(npz):
+    loader = create_loader(npz, "train", subset=10, batch_size=40)
+    ((images, labels),) = loader
+    assert loader.num_samples == len(images) == 10
+    assert sorted(labels.bincount().tolist()) == [2, 2, 3, 3]
+    assert _same(loader, create_loader(npz, "train", subset=10, batch_size=40))
+    assert not _same(loader, create_loader(npz, "train", subset=10, batch_size=40, seed=1))
+    assert create_loader(npz, "train", subset=40).num_samples == 40
+
+
+def test_subset_of_uneven_classes():
+    labels = torch.tensor([5] * 20 + [2] * 3 + [9])
+    chosen = data._balanced(labels, 8, 0)
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    counts = {c: (labels[chosen] == c).sum().item() for c in (2, 5, 9)}
+    assert counts == {2: 3, 5: 4, 9: 1}
+
+
+# --- bad arguments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 2.5}, "--batch-size 128"),
+        ({"batch_size": True}, "whole number"),
+        ({"hflip": 1.5}, "hflip=1.5"),
+        ({"reprob": -0.1}, "probability from 0 to 1"),
+        ({"mixup_prob": 2}, "--mixup-prob 0.5"),
+        ({"mixup_switch_prob": float("nan")}, "mixup_switch_prob=nan"),
+        ({"smoothing": 1.1}, "smoothing=1.1"),
+        ({"mixup": -1}, "mixup=-1"),
+        ({"cutmix": float("inf")}, "cutmix=inf"),
+        ({"crop_padding": -1}, "--crop-padding 4"),
+        ({"cutout": -2}, "cutout=-2"),
+        ({"auto_augment": "cifra"}, "--auto-augment cifar10"),
+        ({"auto_augment": "rand-z3"}, "timm refuses it"),
+        ({"remode": "black"}, "const, rand, pixel"),
+        ({"rank": 2, "world_size": 2}, "rank=2"),
+        ({"world_size": 0}, "world_size=0"),
+        ({"rank": -1}, "rank=-1"),
+        ({"img_size": 0}, "--img-size 32"),
+        ({"in_chans": 4}, "--in-chans 3"),
+        ({"num_classes": 2}, "--num-classes 4"),
+        ({"num_workers": -1}, "--workers 2"),
+        ({"subset": 0}, "subset=0"),
+        ({"subset": 41}, "--subset 40"),
+        ({"scale": (0.5, 0.1)}, "scale="),
+        ({"crop_pct": 0.0}, "crop_pct=0.0"),
+        ({"interpolation": "cubic"}, "bicubic"),
+        ({"mean": (0.1, 0.2)}, "--mean"),
+        ({"std": (0.0,)}, "std="),
+    ],
+)
+def test_bad_arguments(npz, kwargs, said):
+    with pytest.raises(ValueError) as error:
+        create_loader(npz, "train", **kwargs)
+    assert said in str(error.value)
+
+
+def test_bad_split_epoch_and_start(npz):
+    for split in ("training", "", "Train"):
+        with pytest.raises(ValueError, match="train or test"):
+            create_loader(npz, split)
+    loader = create_loader(npz, "eval")
+    with pytest.raises(ValueError, match="epoch=-1"):
+        loader.set_epoch(-1)
+    for start in (-1, 2):
+        with pytest.raises(ValueError, match="start_batch"):
+            loader.iterate(start)
+
+
+# --- npz -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_npz(tmp_path, channels):
+    arrays = _arrays(channels=channels)
+    arrays["test_labels"] = arrays["test_labels"].astype(np.uint8)[:, None]
+    arrays["test_labels"][3] = 6
+    np.savez_compressed(tmp_path / "a.npz", **arrays)
+    info = dataset_info("npz:a.npz", str(tmp_path))
+    assert (info.name, info.num_classes, info.img_size) == ("npz:a.npz", 7, 16)
+    assert info.in_chans == (channels or 1)
+    pixels = arrays["train_images"].reshape(-1, channels or 1) / 255
+    np.testing.assert_allclose(info.mean, pixels.mean(0))
+    np.testing.assert_allclose(info.std, pixels.std(0))
+    images, labels = load_arrays("npz:a.npz", "test", str(tmp_path))
+    assert images.shape == (13, channels or 1, 16, 16) and labels.dtype == torch.int64
+    wanted = arrays["test_images"].reshape(13, 16, 16, -1).transpose(0, 3, 1, 2)
+    assert np.array_equal(images.numpy(), wanted)
+    assert labels.tolist() == arrays["test_labels"].ravel().tolist()
+
+
+def test_npz_written_anew_is_read_anew(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, **_arrays(classes=4))
+    assert dataset_info(f"npz:{path}").num_classes == 4
+    np.savez(path, **_arrays(train=41, classes=5))
+    assert dataset_info(f"npz:{path}").num_classes == 5
+
+
+def test_npz_of_one_colour(tmp_path):
+    arrays = _arrays()
+    arrays["train_images"][:] = 9
+    np.savez(tmp_path / "a.npz", **arrays)
+    ((images, _),) = create_loader(f"npz:{tmp_path / 'a.npz'}", "test")
+    assert images.isfinite().all()
+
+
+def _drop(arrays):
+    del arrays["test_labels"]
+    arrays["labels"] = np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_drop, "lacks test_labels; it has train_images, train_labels, test_images, labels"),
+        (lambda a: a.update(train_images=a["train_images"] / 255), "type float64"),
+        (lambda a: a.update(train_images=a["train_images"][0, 0]), "shape (16, 3)"),
+        (lambda a: a.update(train_images=a["train_images"][:, :8]), "shape (40, 8, 16, 3)"),
+        (lambda a: a.update(test_images=a["test_images"][..., :1]), "test images (16, 16, 1)"),
+        (lambda a: a.update(train_labels=a["train_labels"][:-1]), "40 train_images but 39"),
+        (lambda a: a.update(train_labels=a["train_labels"] * 1.0), "train_labels has the type"),
+        (lambda a: a.update(test_labels=np.zeros((13, 2), int)), "test_labels has the shape"),
+        (lambda a: a.update(test_labels=a["test_labels"] - 1), "negative labels"),
+        (lambda a: a.update(test_labels=a["test_labels"].astype(object)), "type object"),
+        (
+            lambda a: a.update(test_labels=a["test_labels"][:0], test_images=a["test_images"][:0]),
+            "the test split is empty",
+        ),
+    ],
+)
+def test_bad_npz(tmp_path, change, said):
+    arrays = _arrays()
+    change(arrays)
+    np.savez(tmp_path / "bad.npz", **arrays)
+    name = f"npz:{tmp_path / 'bad.npz'}"
+    for call in (lambda: dataset_info(name), lambda: create_loader(name, "test")):
+        with pytest.raises(ValueError) as error:
+            call()
+        assert said in str(error.value) and "numpy.savez" in str(error.value)
+
+
+def test_damaged_npz(tmp_path):
+    path = tmp_path / "cut.npz"
+    np.savez(path, **_arrays())
+    content = path.read_bytes()
+    for broken in (content[: len(content) // 2], b"", b"no zip at all"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="not a whole"):
+            dataset_info(f"npz:{path}")
+    middle = content.find(b"train_images.npy") + 3000
+    path.write_bytes(content[:middle] + b"XXXXXXXX" + content[middle + 8 :])
+    with pytest.raises(ValueError, match="the file is damaged"):
+        load_arrays(f"npz:{path}", "train")
+
+
+@pytest.mark.parametrize("name", ["npz:", "npz:no/such/file.npz"])
+def test_missing_npz(name):
+    with pytest.raises(FileNotFoundError, match="--dataset npz:PATH"):
+        create_loader(name, "train")
+
+
+# --- torchvision's files -------------------------------------------------------------------------
+
+
+def _idx(array):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def _write_mnist(root, kind="MNIST", packed=True):
+    raw = root / kind / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(2)
+    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    for part in ("train", "t10k"):
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = raw / f"{part}-{what}-ubyte"
+            if packed:
+                path.with_suffix(".gz").write_bytes(gzip.compress(_idx(array)))
+            else:
+                path.write_bytes(_idx(array))
+    return images, labels
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_mnist_files(tmp_path, no_network, monkeypatch, name, kind, packed):
+    images, labels = _write_mnist(tmp_path, kind, packed)
+    monkeypatch.setenv("SPIKEZOO_DATA", str(tmp_path))
+    before = sorted(os.listdir(tmp_path / kind / "raw"))
+    for split in ("train", "test"):
+        got, got_labels = load_arrays(name, split)
+        assert np.array_equal(got[:, 0].numpy(), images)
+        assert got_labels.tolist() == labels.tolist() and got_labels.dtype == torch.int64
+    assert sorted(os.listdir(tmp_path / kind / "raw")) == before
+
+
+def test_mnist_damaged(tmp_path, no_network):
+    images, _ = _write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for broken in (
+        whole[:-100],
+        b"hello",
+        gzip.compress(b"\0\0\x08\x03\0"),
+        gzip.compress(b"abcd"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz.*Remove that file"):
+            load_arrays("mnist", "train", str(tmp_path))
+    # A broken extracted file does no harm where the packed one is whole.
+    path.write_bytes(whole)
+    path.with_suffix("").write_bytes(b"\0\0")
+    assert len(load_arrays("mnist", "train", str(tmp_path))[0]) == len(images)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("download", [True, False])
+def test_nothing_there(tmp_path, no_network, capfd, name, download):
+    root = tmp_path / "not" / "there"
+    with pytest.raises(FileNotFoundError) as error:
+        create_loader(name, "train", data_dir=str(root), download=download)
+    message = str(error.value)
+    assert str(root) in message and "looked for" in message
+    assert "--data-dir FOLDER" in message and "--dataset digits" in message
+    assert ("download failed" if download else "switched off") in message
+    assert os.listdir(tmp_path) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_half_a_download_stays_not_behind(tmp_path, monkeypatch):
+    import torchvision.datasets.utils as utils
+
+    def half(url, filename, *args):
+        with open(filename, "wb") as file:
+            file.write(b"half")
+        print("noise")
+        print("noise", file=sys.stderr)
+        raise ConnectionResetError("cut off")
+
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(utils, "_urlretrieve", half)
+    for name in ("mnist", "cifar10"):
+        with pytest.raises(FileNotFoundError, match="cut off"):
+            load_arrays(name, "train", str(tmp_path))
+        assert os.listdir(tmp_path) == []
+
+
+def test_download_lands_in_place(tmp_path, monkeypatch):
+    import torchvision.datasets as datasets
+
+    class Fake:
+        def __init__(self, root, download):
+            assert download and root != str(tmp_path)
+            _write_mnist(data.Path(root))
+
+    monkeypatch.setattr(datasets, "MNIST", Fake)
+    images, _ = load_arrays("mnist", "train", str(tmp_path))
+    assert len(images) == 7
+    assert os.listdir(tmp_path) == ["MNIST"]
+    monkeypatch.delattr(datasets, "MNIST")
+    assert len(load_arrays("mnist", "test", str(tmp_path))[0]) == 7
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_that_is_not_official(tmp_path, no_network, name):
+    import torchvision.datasets as datasets
+
+    cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    place = tmp_path / cls.base_folder
+    place.mkdir()
+    for file in [file for file, _ in cls.train_list + cls.test_list] + [cls.meta["filename"]]:
+        (place / file).write_bytes(b"no pickle")
+    with pytest.raises(ValueError) as error:
+        load_arrays(name, "train", str(tmp_path))
+    assert "MD5" in str(error.value) and "npz:PATH" in str(error.value)
+
+
+def test_cifar_from_official_layout(tmp_path, monkeypatch):
+    import hashlib
+    import pickle
+
+    import torchvision.datasets as datasets
+
+    place = tmp_path / "cifar-10-batches-py"
+    place.mkdir()
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+    contents = {
+        "data_batch_1": {"data": pixels, "labels": [3, 1, 2, 0]},
+        "test_batch": {"data": pixels[:2], "labels": [1, 0]},
+        "batches.meta": {"label_names": list("abcd")},
+    }
+    sums = {}
+    for name, content in contents.items():
+        (place / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((place / name).read_bytes()).hexdigest()
+    cls = datasets.CIFAR10
+    monkeypatch.setattr(cls, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(cls, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": sums["batches.meta"]})
+    images, labels = load_arrays("cifar10", "train", str(tmp_path), download=False)
+    assert np.array_equal(images.numpy(), pixels.reshape(4, 3, 32, 32))
+    assert labels.tolist() == [3, 1, 2, 0]
+    assert len(load_arrays("cifar10", "test", str(tmp_path))[0]) == 2
+
+
+# --- timm's readers ------------------------------------------------------------------------------
+
+TIMM = {
+    "plain": {},
+    "all": {"cutout": 5, "reprob": 0.5, "remode": "pixel", "mixup": 0.8, "cutmix": 1.0},
+    "rand": {"auto_augment": "rand-m9-mstd0.5", "cutout": 3},
+    "cifar10": {"auto_augment": "cifar10", "in_chans": 1, "interpolation": "random"},
+}
+
+
+def _folder(folder, split="train", **kwargs):
+    kwargs = {"img_size": 16, "batch_size": 3, "num_workers": 0, **kwargs}
+    return create_loader("folder", split, data_dir=folder, **kwargs)
+
+
+def test_folder_eval(folder):
+    loader = _folder(folder, "val")
+    assert isinstance(loader, Loader)
+    assert (loader.num_samples, len(loader)) == (6, 2)
+    assert loader.info.num_classes == 2 and loader.info.img_size == 16
+    batches = list(loader)
+    assert torch.cat([y for _, y in batches]).tolist() == [0, 0, 0, 1, 1, 1]
+    assert batches[0][0].shape == (3, 3, 16, 16) and batches[0][0].dtype == torch.float32
+    info = dataset_info("folder", folder)
+    assert info.num_classes == 2 and info.img_size == 224
+    # By hand: timm resizes the short side to floor(16 / 0.875) and cuts out the middle.
+    image = Image.open(f"{folder}/val/apple/0.png").resize((21, 18), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image))[1:17, 2:18].permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (info.mean, info.std))
+    torch.testing.assert_close(batches[0][0][0], (pixels - mean) / std)
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_folder_reproducible_and_resumable(folder, kind):
+    loader = _folder(folder, train=True, **TIMM[kind])
+    before = _states()
+    whole = []
+    for batch in loader:
+        _assert_states(before)
+        whole.append(batch)
+    assert len(whole) == len(loader) == 4
+    assert whole[0][0].shape[1] == TIMM[kind].get("in_chans", 3)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert _same(whole, _folder(folder, train=True, **TIMM[kind]))
+    for start in range(5):
+        assert _same(whole[start:], loader.iterate(start))
+    loader.set_epoch(1)
+    assert not _same(whole, loader)
+
+
+# Forking next to threads is what DataLoader does, and newer Pythons warn of it.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_workers_change_nothing(folder):
+    kwargs = {"train": True, **TIMM["all"]}
+    whole = list(_folder(folder, **kwargs))
+    before = _states()
+    assert _same(whole[2:], _folder(folder, num_workers=1, **kwargs).iterate(2))
+    _assert_states(before)
+
+
+def test_folder_shards_and_subset(folder):
+    parts = [_folder(folder, "val", rank=rank, world_size=4) for rank in range(4)]
+    assert [sum(len(y) for _, y in part) for part in parts] == [2, 2, 1, 1]
+    loader = _folder(folder, subset=6)
+    assert sorted(torch.cat([y for _, y in loader]).tolist()) == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(ValueError, match="--subset 12"):
+        _folder(folder, subset=13)
+    loader = _folder(folder, "val", channels_last=True)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x, _ in loader)
+
+
+def test_folder_that_lacks_a_class(folder):
+    """A split without the first class must not shift the labels of the others."""
+    for file in os.listdir(f"{folder}/val/apple"):
+        os.remove(f"{folder}/val/apple/{file}")
+    loader = _folder(folder, "val")
+    assert torch.cat([y for _, y in loader]).tolist() == [1, 1, 1]
+    assert loader.info.num_classes == 2
+
+
+def test_split_folders(folder, tmp_path):
+    os.rename(f"{folder}/val", f"{folder}/test")
+    assert _folder(folder, "validation").num_samples == 6
+    assert create_loader("imagenet", "test", data_dir=folder, num_workers=0).num_samples == 6
+    os.makedirs(f"{folder}/val/bird")
+    Image.new("RGB", (9, 9)).save(f"{folder}/val/bird/x.png")
+    assert _folder(folder, "val").num_samples == 1
+    assert _folder(folder, "test").num_samples == 6
+
+
+def test_tar(folder):
+    import tarfile
+
+    path = f"{folder}/data.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(f"{folder}/val", arcname=".")
+    loader = create_loader(path, "test", img_size=16, num_workers=0)
+    assert loader.num_samples == 6 and loader.info.num_classes == 2
+    assert dataset_info(path).num_classes == 2
+    assert torch.cat([y for _, y in loader]).tolist() == [0, 0, 0, 1, 1, 1]
+    loader.dataset.reader.reader.tar_state.tf.close()  # timm keeps the tar file open
+    assert create_loader(path, "test", num_workers=0, subset=2).num_samples == 2
+    os.rename(path, f"{folder}/train.tar")
+    shutil.rmtree(f"{folder}/train")
+    assert _folder(folder, "train").num_samples == 6
+    shutil.rmtree(f"{folder}/val/apple")
+    assert torch.cat([y for _, y in _folder(folder, "val")]).tolist() == [1, 1, 1]
+    with tarfile.open(path, "w"):
+        pass
+    with pytest.raises(ValueError, match="no images"):
+        create_loader(path, "train")
+    with open(path, "wb") as file:
+        file.write(b"no tar")
+    with pytest.raises(ValueError, match="cannot read"):
+        create_loader(path, "train")
+
+
+def test_missing_folders(folder, tmp_path):
+    for name in ("imagenet", "folder"):
+        with pytest.raises(FileNotFoundError, match=f"--dataset {name} --data-dir FOLDER"):
+            create_loader(name, "train", data_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="train or test"):
+        _folder(folder, "trian")
+    empty = tmp_path / "empty" / "train" / "cat"
+    empty.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images"):
+        _folder(str(tmp_path / "empty"))
+
+
+def test_timm_prefixes(tmp_path, no_network):
+    with pytest.raises(ValueError, match="timm cannot open"):
+        create_loader("torch/nosuch", "train", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--data-dir FOLDER"):
+        create_loader("torch/mnist", "train", data_dir=str(tmp_path), download=False)
+    _write_mnist(tmp_path, packed=False)
+    loader = create_loader("torch/mnist", "train", data_dir=str(tmp_path), num_workers=0, img_size=16)
+    ((images, labels),) = loader
+    assert images.shape == (7, 3, 16, 16) and labels.tolist() == list(range(7))
+    assert loader.info.num_classes == 10
+    with contextlib.suppress(ImportError, FileNotFoundError):
+        create_loader("wds/some", "train", data_dir=str(tmp_path), num_workers=0)
+    assert dataset_info("wds/some").num_classes == 0
+
+
+@pytest.mark.parametrize("missing", ["hfds", "wds"])
+def test_missing_package(tmp_path, monkeypatch, missing):
+    package = {"hfds": "datasets", "wds": "webdataset"}[missing]
+    reader = f"timm.data.readers.reader_{missing}"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, reader, raising=False)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        create_loader(f"{missing}/some", "train", data_dir=str(tmp_path))
+
+
+class _Reader:
+    """A stream as timm's readers are one: it draws from python's global generator."""
+
+    def __init__(self, count=10):
+        self.count = count
+        self.epochs = []
+
+    def __iter__(self):
+        for i in range(self.count):
+            pixels = np.full((20, 20, 3), random.randrange(256), dtype=np.uint8)
+            yield Image.fromarray(pixels), i % 3
+
+    def __len__(self):
+        return self.count
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+def _stream(train=True, **kwargs):
+    from timm.data.dataset import IterableImageDataset
+
+    def fake(*args):
+        return IterableImageDataset("", reader=_Reader())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_open_timm", fake)
+        return create_loader("wds/x", "train", train=train, batch_size=4, img_size=16, num_workers=0, **kwargs)
+
+
+def test_stream():
+    kwargs = {"mixup": 0.5, "num_classes": 3, "reprob": 0.5}
+    loader = _stream(**kwargs)
+    assert len(loader) == 2 and loader.num_samples == 10 and loader.info.num_classes == 3
+    loader.set_epoch(4)
+    before = _states()
+    whole = []
+    for batch in loader:
+        _assert_states(before)
+        whole.append(batch)
+    assert loader.dataset.reader.epochs == [4]
+    assert len(whole) == 2 and whole[0][1].shape == (4, 3)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert _same(whole[1:], loader.iterate(1))
+    loader.set_epoch(5)
+    assert not _same(whole, loader)
+    assert [len(y) for _, y in _stream(train=False)] == [4, 4, 2]
+    with pytest.raises(ValueError, match="--num-classes N"):
+        _stream(mixup=0.5)
+    with pytest.raises(ValueError, match="stream"):
+        _stream(subset=3)
+
+
+def test_bad_channels_for_timm(folder):
+    with pytest.raises(ValueError, match="--in-chans 3"):
+        _folder(folder, in_chans=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", HEAVY)
+def test_gpu_sees_what_the_cpu_sees(npz, kind):
+    kwargs = {"train": True, "batch_size": 8, **HEAVY[kind]}
+    state = torch.cuda.get_rng_state()
+    on_gpu = list(create_loader(npz, "train", device="cuda", **kwargs))
+    assert torch.equal(state, torch.cuda.get_rng_state())
+    for (a, b), (c, d) in zip(on_gpu, create_loader(npz, "train", **kwargs), strict=True):
+        assert a.is_cuda and b.is_cuda
+        torch.testing.assert_close(a.cpu(), c)
+        torch.testing.assert_close(b.cpu(), d)

@@ -1,0 +1,829 @@
+#!/usr/bin/env python3
+"""Train a spiking network: YAML configs and timm's flag names.
+
+    python train.py --config configs/quickstart.yaml
+    python train.py --model mpbn_resnet20 --T 1 --dataset cifar10 --data-dir DATA --epochs 10 --lr 0.1
+    torchrun --nproc-per-node 2 train.py --config configs/quickstart.yaml
+
+Flags on the command line win over the config. Writes to OUTPUT/EXPERIMENT: args.yaml, metadata.json, summary.csv,
+curves.png, last.safetensors (everything that --resume needs), model_best.safetensors and, at the end, the folder's
+model.safetensors and config.json, which validate.py --checkpoint takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import random
+import shlex
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import (
+    CheckpointSaver,
+    ModelEmaV3,
+    NativeScaler,
+    ParseKwargs,
+    dispatch_clip_grad,
+    distribute_bn,
+    get_outdir,
+    init_distributed_device,
+    random_seed,
+    trim_summary,
+    update_summary,
+)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import spikezoo
+from spikezoo.checkpoint import atomic, load_state, load_weights, save_state
+from spikezoo.data import create_loader, dataset_info
+from spikezoo.evaluation import environment, evaluate
+from spikezoo.neurons import WithRates, nearest
+
+# Logits and the firing rates of every layer and time step, of a batch of images.
+Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, named as in timm's train.py where timm has them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of defaults; its keys are these flags")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default="digits",
+        help="digits, mnist, fashion_mnist, cifar10, cifar100, npz:PATH, "
+        "imagenet or another name that timm reads (default: %(default)s)",
+    )
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
+    group.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--train-split", default="train")
+    group.add_argument("--val-split", default="test")
+    group.add_argument("--subset", type=int, metavar="N", help="train on N images only, classes balanced")
+    group.add_argument("-b", "--batch-size", type=int, default=128)
+    group.add_argument("-vb", "--validation-batch-size", type=int)
+    group.add_argument("-j", "--workers", type=int, default=2, help="loader processes; small sets are held in memory")
+    group.add_argument("--hflip", type=float, help="probability of a horizontal flip (default: the dataset's)")
+    group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
+    group.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="side of one square hole an image")
+    group.add_argument("--aa", metavar="POLICY", help="cifar10, imagenet, svhn, trivial or timm's rand-... strings")
+    group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing")
+    group.add_argument("--mixup", type=float, default=0.0)
+    group.add_argument("--cutmix", type=float, default=0.0)
+    group.add_argument("--mixup-prob", type=float, default=1.0)
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5)
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="spiking_conv4", help="a name of spikezoo.list_models()")
+    group.add_argument("--T", type=int, help="time steps (default: the model's)")
+    group.add_argument("--mpbn", help="membrane normalisation: channel, element, none (default: the model's)")
+    group.add_argument("--neuron", help="lif, if, plif, or the twins relu and sign (default: the model's)")
+    group.add_argument("--num-classes", type=int, help="(default: the dataset's)")
+    group.add_argument("--in-chans", type=int, help="(default: the dataset's)")
+    group.add_argument("--img-size", type=int, help="(default: the dataset's)")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="further arguments of create_model: decay=0.5 surrogate=triangle ...",
+    )
+    group.add_argument("--pretrained", action="store_true")
+    group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
+    group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
+    group.add_argument("--grad-checkpointing", action="store_true")
+    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--torchcompile", action="store_true", help="compile the whole model")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--opt", default="sgd")
+    group.add_argument("--opt-eps", type=float)
+    group.add_argument("--opt-betas", type=float, nargs="+")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on norms and biases")
+    group.add_argument("--layer-decay", type=float)
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--clip-grad", type=float)
+    group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
+    group.add_argument("--epochs", type=int, default=10)
+    group.add_argument("--lr", type=float, default=0.1)
+    group.add_argument("--sched", default="cosine", help="cosine, step, multistep, poly, tanh, wsd, constant, ...")
+    group.add_argument(
+        "--sched-on-updates",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="schedule every update, not every epoch",
+    )
+    group.add_argument("--warmup-epochs", type=float, default=0)
+    group.add_argument("--warmup-lr", type=float, default=1e-5)
+    group.add_argument("--warmup-prefix", action="store_true")
+    group.add_argument("--cooldown-epochs", type=int, default=0)
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--decay-epochs", type=float, default=30)
+    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
+    group.add_argument("--decay-rate", type=float, default=0.1)
+    group.add_argument("--patience-epochs", type=int, default=10)
+    group.add_argument("--grad-accum-steps", type=int, default=1)
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+
+    group = parser.add_argument_group("loss")
+    group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
+    group.add_argument("--tet", action="store_true", help="temporal efficient training: the loss of every time step")
+    group.add_argument("--tet-lambda", type=float, default=0.0, help="weight of TET's pull of the outputs to 1")
+    group.add_argument("--rate-penalty", type=float, default=0.0, help="weight of the firing-rate penalty")
+    group.add_argument("--rate-target", type=float, default=0.0, help="layer firing rates below this cost nothing")
+    group.add_argument("--model-ema", action="store_true", help="keep an average of the weights and evaluate it too")
+    group.add_argument("--model-ema-decay", type=float, default=0.999)
+    group.add_argument("--model-ema-warmup", action="store_true")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    group.add_argument("--output", default="output", metavar="DIR")
+    group.add_argument(
+        "--experiment", metavar="NAME", help="folder in OUTPUT (default: the config's name, or the model's)"
+    )
+    group.add_argument(
+        "--resume",
+        metavar="FILE_OR_auto",
+        help="continue a run: its last.safetensors or recovery file, "
+        "or 'auto' for the newest of OUTPUT/EXPERIMENT (starts afresh where there is none)",
+    )
+    group.add_argument("--no-resume-opt", action="store_true", help="take only the weights of --resume")
+    group.add_argument(
+        "--recovery-interval", type=int, default=0, metavar="N", help="save every N batches in mid-epoch"
+    )
+    group.add_argument("--checkpoint-hist", type=int, default=1, help="how many of the best checkpoints to keep")
+    group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
+    group.add_argument("--log-interval", type=int, default=50)
+    return parser
+
+
+def convert(action: argparse.Action, key: str, value: Any) -> Any:
+    """Give a config value the type that the same flag would have; YAML reads 3e-4 as a string."""
+    if value is None:
+        return None
+    if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+        if not isinstance(value, bool):
+            raise ValueError(f"Config key {key!r}: {value!r}, expected true or false.")
+        return value
+    if isinstance(action, ParseKwargs):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"Config key {key!r}: {value!r}, expected a mapping, for instance {{decay: 0.5}}.")
+        return dict(value)
+    many = action.nargs in ("+", "*")
+    if isinstance(value, Mapping) or isinstance(value, list) != many:
+        raise ValueError(f"Config key {key!r}: {value!r}, expected {'a list' if many else 'one value'}.")
+    kind: Callable[[Any], Any] = action.type if callable(action.type) else str
+    try:
+        converted = [kind(item) for item in value] if many else kind(value)
+        if (isinstance(value, float | bool) and kind is int and converted != value) or isinstance(value, bool):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"Config key {key!r}: {value!r}, expected {getattr(kind, '__name__', 'a value')}.") from None
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"Config key {key!r}: {value!r} does not exist. {nearest(value, action.choices)}")
+    return converted
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line over config over defaults.
+
+    Raises:
+        FileNotFoundError: No such config.
+        ValueError: A key that is no flag, or a value of another type.
+    """
+    parser = build_parser()
+    first, _ = parser.parse_known_args(argv)
+    if first.config:
+        path = Path(first.config)
+        if not path.is_file():
+            raise FileNotFoundError(f"No config at {path}. The configs that come with spikezoo are in configs/.")
+        try:
+            config = yaml.safe_load(path.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds a {type(config).__name__}: expected 'key: value' lines.")
+        actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+        defaults = {}
+        for key, value in config.items():
+            dest = str(key).replace("-", "_")
+            if dest not in actions:
+                raise ValueError(f"Unknown key {key!r} in {path}. {nearest(dest, actions)}")
+            defaults[dest] = convert(actions[dest], str(key), value)
+        parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    args.opt_args = args.opt_kwargs
+    args.experiment = args.experiment or (Path(args.config).stem if args.config else args.model)
+    for name, low in (
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("grad_accum_steps", 1),
+        ("log_interval", 1),
+        ("checkpoint_hist", 1),
+        ("recovery_interval", 0),
+        ("workers", 0),
+    ):
+        if getattr(args, name) < low:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}.")
+    for name in ("smoothing", "tet_lambda", "drop"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number in [0, 1).")
+    if args.lr <= 0 or args.rate_penalty < 0:
+        raise ValueError(f"--lr {args.lr} --rate-penalty {args.rate_penalty}: expected lr > 0 and a penalty >= 0.")
+    return args
+
+
+class Objective:
+    """The loss: cross entropy, hard or soft targets, smoothed; TET's over time steps; the firing-rate penalty.
+
+    Args:
+        args: Parsed arguments.
+        soft: Whether the targets are distributions (mixup, cutmix).
+    """
+
+    def __init__(self, args: argparse.Namespace, soft: bool) -> None:
+        self.args = args
+        self.criterion: nn.Module = nn.CrossEntropyLoss()
+        if soft:
+            self.criterion = SoftTargetCrossEntropy()
+        elif args.smoothing:
+            self.criterion = LabelSmoothingCrossEntropy(args.smoothing)
+
+    def __call__(self, output: Tensor, target: Tensor, rates: Tensor) -> Tensor:
+        """Loss of logits ``[B, K]``, or with TET ``[T, B, K]``, and firing rates ``[layers, T]``."""
+        output = output.float()
+        if self.args.tet:
+            loss = torch.stack([self.criterion(step, target) for step in output]).mean()
+            weight = self.args.tet_lambda
+            if weight:
+                loss = (1 - weight) * loss + weight * F.mse_loss(output, torch.ones_like(output))
+        else:
+            loss = self.criterion(output, target)
+        if self.args.rate_penalty:
+            loss = loss + self.args.rate_penalty * (rates.mean(1) - self.args.rate_target).clamp_min(0).mean()
+        return loss
+
+
+class Saver(CheckpointSaver):
+    """timm's saver, writing safetensors; every file takes its name only when it is whole.
+
+    Args:
+        snapshot: Returns the training state.
+    """
+
+    def __init__(self, snapshot: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(model=None, optimizer=None, **kwargs)
+        self.extension = ".safetensors"
+        self.snapshot = snapshot
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        save_state(save_path, {**self.snapshot(), "metric": metric, "saver": self.state_dict(epoch, metric)})
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)  # timm unlinks dst first, which leaves a moment without any checkpoint
+
+    def drop_recovery(self) -> None:
+        """Remove the mid-epoch files of an epoch that ended well."""
+        for path in Path(self.recovery_dir).glob(f"{self.recovery_prefix}-*{self.extension}"):
+            path.unlink()
+        self.curr_recovery_file = self.prev_recovery_file = ""
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """States of all random generators."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "python": random.getstate(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore what :func:`rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    random.setstate(state["python"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The state of a run that is furthest: last.safetensors or a later mid-epoch recovery."""
+    found: list[tuple[int, int, Path]] = []
+    for path in folder.glob("*.safetensors"):
+        if path.name == "last.safetensors" or path.name.startswith("recovery-"):
+            state = load_state(path)
+            found.append((state["epoch"], state["batch"], path))
+    return max(found)[2] if found else None
+
+
+def not_finite(model: nn.Module, images: Tensor, autocast: Callable[[], Any]) -> str:
+    """Name of the first layer whose output is not finite, found by running the batch again."""
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        with torch.no_grad(), autocast():
+            if not torch.isfinite(images).all():
+                return "the input images"
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "none of the layers: the loss itself"
+
+
+def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
+    """Draw the run's curves and the firing rate of every layer; [] without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No pictures: pip install 'spikezoo-snn[plot]' brings matplotlib.")
+        return []
+    matplotlib.use("Agg")
+    import csv
+
+    from matplotlib import pyplot as plt
+
+    with open(folder / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    epochs = [int(row["epoch"]) + 1 for row in rows]
+
+    def column(name: str) -> list[float]:
+        return [float(row[name]) if row[name] else math.nan for row in rows]
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
+    axes[0].plot(epochs, column("train_loss"), "o-", label="train", markersize=3)
+    axes[0].plot(epochs, column("eval_loss"), "o-", label="test", markersize=3)
+    axes[0].set(title="Loss", xlabel="epoch")
+    axes[0].legend(frameon=False)
+    axes[1].plot(epochs, column("eval_top1"), "o-", color="C2", markersize=3)
+    axes[1].set(title="Test accuracy (top-1, %)", xlabel="epoch")
+    axes[2].plot(epochs, column("eval_firing_rate"), "o-", color="C3", markersize=3)
+    axes[2].set(title="Mean firing rate (spikes per neuron and step)", xlabel="epoch", ylim=(0, None))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    paths = [folder / "curves.png"]
+    with atomic(paths[0]) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+    if layer_rates:
+        figure, axis = plt.subplots(figsize=(7, 0.6 + 0.25 * len(layer_rates)), layout="constrained")
+        names = list(layer_rates)
+        axis.barh(range(len(names)), [layer_rates[name] for name in names], color="C3")
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.invert_yaxis()
+        axis.set(title="Firing rate of every layer on the test set", xlabel="spikes per neuron and time step")
+        axis.grid(alpha=0.3, axis="x")
+        paths.append(folder / "firing_rates.png")
+        with atomic(paths[1]) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
+        plt.close(figure)
+    return paths
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under a temporary name, then rename."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of create_model; classes, channels and size come from the dataset unless given."""
+    info = dataset_info(args.dataset, args.data_dir)
+    arguments = {
+        "num_classes": args.num_classes or info.num_classes,
+        "in_chans": args.in_chans or info.in_chans,
+        "img_size": args.img_size or info.img_size,
+        "T": args.T,
+        "mpbn": args.mpbn,
+        "neuron": args.neuron,
+        "drop_rate": args.drop or None,
+        **args.model_kwargs,
+    }
+    return {key: value for key, value in arguments.items() if value is not None}
+
+
+class Run:
+    """One training run: everything that is built once, and the loop over it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
+        self.device = init_distributed_device(args)
+        self.main = args.rank == 0
+        random_seed(args.seed, 0)  # the same initial weights on every rank
+
+        self.arguments = model_arguments(args)
+        model = spikezoo.create_model(args.model, args.pretrained, **self.arguments)
+        if args.initial_checkpoint:
+            load_weights(model, args.initial_checkpoint)
+        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing()
+        self.model = model
+        random_seed(args.seed, args.rank)
+
+        size = model.img_size[0]
+        loader = functools.partial(
+            create_loader,
+            args.dataset,
+            data_dir=args.data_dir,
+            download=args.dataset_download,
+            device=self.device,
+            seed=args.seed,
+            rank=args.rank,
+            world_size=args.world_size,
+            img_size=size,
+            in_chans=model.in_chans,
+            channels_last=args.channels_last,
+            num_workers=args.workers,
+        )
+        soft = bool(args.mixup or args.cutmix)
+        self.train_loader = loader(
+            args.train_split,
+            train=True,
+            batch_size=args.batch_size,
+            subset=args.subset,
+            hflip=args.hflip,
+            crop_padding=args.crop_padding,
+            cutout=args.cutout,
+            auto_augment=args.aa,
+            reprob=args.reprob,
+            mixup=args.mixup,
+            cutmix=args.cutmix,
+            mixup_prob=args.mixup_prob,
+            mixup_switch_prob=args.mixup_switch_prob,
+            smoothing=args.smoothing if soft else 0.0,
+            num_classes=model.num_classes,
+        )
+        self.val_loader = loader(args.val_split, batch_size=args.validation_batch_size or args.batch_size)
+        self.objective = Objective(args, soft)
+        if args.rate_penalty and not model.neuron_config.spiking:
+            raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
+
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+        self.updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
+        )
+        half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
+        self.autocast: Callable[[], Any] = (
+            functools.partial(torch.autocast, self.device.type, half) if args.amp else nullcontext
+        )
+        self.scaler = NativeScaler(self.device.type) if args.amp and half is torch.float16 else None
+        self.ema = (
+            ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
+        )
+        self.epoch, self.batch, self.updates = 0, 0, 0
+        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0}
+        self._prepare_output()
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def _prepare_output(self) -> None:
+        args = self.args
+        folder = Path(args.output) / args.experiment
+        state: dict[str, Any] | None = None
+        source: Path | None = None
+        if args.resume == "auto":
+            source = newest_state(folder)
+        elif args.resume:
+            source = Path(args.resume)
+        if source is not None:
+            state = load_state(source)
+            if args.resume != "auto" and source.parent.resolve() != folder.resolve():
+                folder = Path(get_outdir(args.output, args.experiment, inc=True)) if self.main else folder
+        elif self.main and args.resume != "auto":
+            folder = Path(get_outdir(args.output, args.experiment, inc=True))
+        if args.distributed:
+            shared = [str(folder)]
+            dist.broadcast_object_list(shared, src=0)
+            folder = Path(shared[0])
+        self.folder = folder
+        self.saver = None
+        if self.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.saver = Saver(
+                self.snapshot,
+                checkpoint_dir=str(folder),
+                recovery_dir=str(folder),
+                decreasing=args.eval_metric == "loss",
+                max_history=args.checkpoint_hist,
+            )
+        if state is not None:
+            self._restore(state, source)
+        if self.main:
+            trim_summary(folder / "summary.csv", self.epoch)
+            with atomic(folder / "args.yaml") as temporary:
+                known = {a.dest for a in build_parser()._actions} - {"help", "config", "resume"}
+                kept = {key: value for key, value in vars(args).items() if key in known and value is not None}
+                temporary.write_text(yaml.safe_dump(kept, sort_keys=True))
+            command = shlex.join(["python", "train.py", *sys.argv[1:]])
+            write_json(folder / "metadata.json", {"command": command, "seed": args.seed, **environment()})
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that the run needs to go on exactly as if it had not stopped."""
+        return {
+            "architecture": self.args.model,
+            "model_args": self.arguments,
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "updates": self.updates,
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "rng": rng_state(self.device),
+            "recipe": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        # What must not change between the parts of one run for it to be the same run.
+        names = ("batch_size", "dataset", "epochs", "grad_accum_steps", "lr", "model", "opt", "sched", "seed", "subset")
+        return {name: getattr(self.args, name) for name in names} | {"world_size": self.args.world_size}
+
+    def _restore(self, state: dict[str, Any], source: Path | None) -> None:
+        if state["architecture"] != self.args.model or state["model_args"] != self.arguments:
+            raise ValueError(
+                f"{source} was written by model {state['architecture']!r} with {state['model_args']}, and this run "
+                f"asks for {self.args.model!r} with {self.arguments}. Use the same config, or --initial-checkpoint."
+            )
+        self.model.load_state_dict(state["model"])
+        if self.args.no_resume_opt:
+            return
+        changed = {k: (v, state["recipe"][k]) for k, v in self._fingerprint().items() if state["recipe"].get(k) != v}
+        if changed:
+            told = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changed.items())
+            raise ValueError(f"Cannot continue {source} exactly: {told}. Use the same flags, or --no-resume-opt.")
+        if self.ema:
+            if state["ema"] is None:
+                raise ValueError(f"{source} holds no averaged weights: leave --model-ema out, or use --no-resume-opt.")
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        if self.scaler and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.updates = state["epoch"], state["batch"], state["updates"]
+        self.sums = dict(state["sums"])
+        if self.args.rank == 0:
+            set_rng_state(state["rng"], self.device)
+        if self.saver:
+            self.saver.load_state_dict(state["saver"])
+        if self.main:
+            print(f"Resuming {source} at epoch {self.epoch + 1}, batch {self.batch}.")
+
+    # -------------------------------------------------------------------------------------------------- loop
+
+    def train(self) -> dict[str, Any]:
+        """Run all epochs and return the last evaluation."""
+        args, model = self.args, self.model
+        if self.main:
+            count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            print(
+                f"{args.model}: {count:,} parameters, T={model.T}, neuron={model.neuron_config.kind}, "
+                f"mpbn={model.mpbn or 'none'}; {args.dataset}: {self.train_loader.num_samples:,} training and "
+                f"{self.val_loader.num_samples:,} test images; {self.device}"
+                f"{f' x {args.world_size}' if args.distributed else ''}; output {self.folder}",
+                flush=True,
+            )
+        net: nn.Module = WithRates(model, steps=args.tet)
+        if args.distributed:
+            net = nn.parallel.DistributedDataParallel(net, [self.device] if self.device.type == "cuda" else None)
+        run: Step = torch.compile(net) if args.torchcompile else net
+        # Evaluation can share the compiled step where that is the plain forward pass.
+        compiled = run if args.torchcompile and not args.tet and not args.distributed else None
+        results: dict[str, Any] = {}
+        while self.epoch < self.epochs:
+            started = time.perf_counter()
+            self._train_epoch(net, run)
+            seconds = time.perf_counter() - started
+            if args.distributed:
+                distribute_bn(model, args.world_size, True)
+            sums, lr = self.sums, self.optimizer.param_groups[0]["lr"]
+            train = {
+                "loss": sums["loss"] / sums["batches"],
+                "firing_rate": sums["rate"] / sums["batches"] if model.neuron_config.spiking else None,
+                "images_per_second": sums["images"] / seconds,
+                "seconds": seconds,
+            }
+            self.epoch, self.batch = self.epoch + 1, 0
+            self.sums = dict.fromkeys(self.sums, 0)
+            results = self._evaluate(model, compiled)
+            if self.ema:
+                results["ema"] = self._evaluate(self.ema.module, None)
+            self._finish_epoch(train, results, lr)
+        return results or self._evaluate(model, compiled)
+
+    def _evaluate(self, model: nn.Module, compiled: Step | None) -> dict[str, Any]:
+        progress = self.main and sys.stderr.isatty()
+        return evaluate(
+            model, self.val_loader, device=self.device, autocast=self.autocast, compiled=compiled, progress=progress
+        )
+
+    def _train_epoch(self, net: nn.Module, run: Step) -> None:
+        args, model = self.args, self.model
+        net.train()
+        self.train_loader.set_epoch(self.epoch)
+        total = len(self.train_loader)
+        accumulate = args.grad_accum_steps
+        spiking = model.neuron_config.spiking
+        bar = tqdm(
+            total=total,
+            initial=self.batch,
+            desc=f"epoch {self.epoch + 1}/{self.epochs}",
+            disable=not (self.main and sys.stderr.isatty()),
+            leave=False,
+        )
+        shown, since = time.perf_counter(), 0
+        last_group = total - (total % accumulate or accumulate)  # a shorter last group is averaged over its own length
+        for images, target in self.train_loader.iterate(self.batch):
+            images, target = images.to(self.device), target.to(self.device)
+            group = total - last_group if self.batch >= last_group else accumulate
+            update = (self.batch + 1) % accumulate == 0 or self.batch + 1 == total
+            sync = nullcontext() if update or not args.distributed else net.no_sync()  # type: ignore[operator]
+            with sync:
+                with self.autocast():
+                    output, rates = run(images)
+                loss = self.objective(output, target, rates)
+                value = loss.item()
+                if not math.isfinite(value):
+                    self._stop_not_finite(images, value)
+                rate = rates.mean().item() if spiking else None
+                self.sums["loss"] += value
+                self.sums["rate"] += rate or 0.0
+                self.sums["batches"] += 1
+                self.sums["images"] += len(images) * args.world_size
+                loss = loss / group
+                if self.scaler:
+                    self.scaler(
+                        loss,
+                        self.optimizer,
+                        clip_grad=args.clip_grad,
+                        clip_mode=args.clip_mode,
+                        parameters=model.parameters(),
+                        need_update=update,
+                    )
+                else:
+                    loss.backward()
+            self.batch += 1
+            since += len(images) * args.world_size
+            if update:
+                if not self.scaler:
+                    if args.clip_grad is not None:
+                        dispatch_clip_grad(model.parameters(), args.clip_grad, args.clip_mode)
+                    self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.updates += 1
+                if self.ema:
+                    self.ema.update(model, step=self.updates)
+                if self.scheduler:
+                    self.scheduler.step_update(self.updates)
+            bar.update()
+            now = time.perf_counter()
+            if self.main and (self.batch % args.log_interval == 0 or self.batch == total):
+                line = f"loss {self.sums['loss'] / self.sums['batches']:.4f}, {since / (now - shown):.0f} images/s"
+                if rate is not None:
+                    line += f", firing rate {rate:.3f}"
+                bar.set_postfix_str(line)
+                if bar.disable:
+                    print(f"epoch {self.epoch + 1}/{self.epochs} batch {self.batch}/{total}: {line}", flush=True)
+                shown, since = now, 0
+            if (
+                self.saver
+                and args.recovery_interval
+                and update
+                and self.batch < total
+                and self.batch % args.recovery_interval == 0
+            ):
+                self.saver.save_recovery(self.epoch, self.batch)
+        bar.close()
+
+    def _stop_not_finite(self, images: Tensor, value: float) -> None:
+        layer = not_finite(self.model, images, self.autocast)
+        good = [p for p in (newest_state(self.folder),) if p]
+        raise SystemExit(
+            f"Stopped: the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1} (update {self.updates}). "
+            f"First layer whose output is not finite: {layer}. "
+            f"Last good checkpoint: {good[0] if good else 'none was written yet'}. "
+            "A smaller --lr, --clip-grad 1.0 or a longer --warmup-epochs often helps."
+        )
+
+    def _finish_epoch(self, train: dict[str, Any], results: dict[str, Any], lr: float) -> None:
+        args = self.args
+        best = results.get("ema", results)
+        if self.scheduler:
+            self.scheduler.step(self.epoch, best[args.eval_metric])
+        if not self.main:
+            return
+        keys = ("top1", "top5", "loss", "firing_rate", "images_per_second")
+        eval_row = OrderedDict((key, results[key]) for key in keys)
+        if "ema" in results:
+            eval_row.update((f"ema_{key}", results["ema"][key]) for key in keys[:4])
+        summary = self.folder / "summary.csv"
+        update_summary(
+            self.epoch - 1, train, eval_row, filename=summary, lr=lr, write_header=not summary.exists(), log_wandb=False
+        )
+        self.saver.save_checkpoint(self.epoch - 1, best[args.eval_metric])  # type: ignore[union-attr]
+        self.saver.drop_recovery()  # type: ignore[union-attr]
+        rate = results["firing_rate"]
+        print(
+            f"epoch {self.epoch}/{self.epochs}: train loss {train['loss']:.4f}, test loss {results['loss']:.4f}, "
+            f"top-1 {results['top1']:.2f} %"
+            + (f" (averaged weights {best['top1']:.2f} %)" if self.ema else "")
+            + (f", firing rate {rate:.3f}" if rate is not None else "")
+            + f", {train['images_per_second']:.0f} images/s, {train['seconds']:.0f} s",
+            flush=True,
+        )
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the weights that the run delivers, its pictures, and say where everything is."""
+        if not self.main:
+            return
+        model = self.ema.module if self.ema else self.model
+        final = results.get("ema", results)
+        from safetensors.torch import save_file
+
+        weights = {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        with atomic(self.folder / "model.safetensors") as temporary:
+            save_file(weights, temporary, {"format": "pt"})
+        measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
+        write_json(
+            self.folder / "config.json",
+            {
+                "architecture": self.args.model,
+                "num_classes": self.model.num_classes,
+                "num_features": self.model.num_features,
+                "model_args": {**self.arguments, "T": self.model.T},
+                "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split, "results": measured},
+            },
+        )
+        pictures = plot(self.folder, final["layer_firing_rates"])
+        rate = final["firing_rate"]
+        print(f"\nTest accuracy   {final['top1']:.2f} % (last epoch{', averaged weights' if self.ema else ''})")
+        if rate is not None:
+            print(f"Firing rate     {rate:.3f} spikes per neuron and time step, T={self.model.T}")
+        print(f"Checkpoint      {self.folder / 'model.safetensors'}")
+        if pictures:
+            print(f"Pictures        {', '.join(map(str, pictures))}")
+        data = f" --data-dir {shlex.quote(self.args.data_dir)}" if self.args.data_dir else ""
+        print(f"Validate it     python validate.py --checkpoint {shlex.quote(str(self.folder))}{data}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse, train, write."""
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    run = Run(parse_args(argv))
+    try:
+        run.finish(run.train())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
