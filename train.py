@@ -565,6 +565,7 @@ class Run:
         return {
             "architecture": self.args.model,
             "model_args": self.arguments,
+            "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split},
             "epoch": self.epoch,
             "batch": self.batch,
             "updates": self.updates,

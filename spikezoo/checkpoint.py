@@ -16,7 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["atomic", "file_hash", "find_weights", "load_state", "load_weights", "read_weights", "save_state"]
+__all__ = [
+    "atomic",
+    "file_hash",
+    "find_weights",
+    "load_state",
+    "load_weights",
+    "read_config",
+    "read_weights",
+    "save_state",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 STATE_VERSION = "spikezoo-state/1"
@@ -145,6 +154,35 @@ def find_weights(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise FileNotFoundError(f"No {WEIGHTS_NAME} in {path}. Give a .safetensors file or a folder that train.py wrote.")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: architecture, model_args and results.
+
+    Args:
+        path: A folder with config.json, a weights file beside one, or a training state, which holds it itself.
+
+    Returns:
+        The config, {} where there is none.
+    """
+    path = find_weights(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        _, metadata = _read(path)
+        if "spikezoo.state" in metadata:
+            state = load_state(path)
+            return {key: state[key] for key in ("architecture", "model_args", "spikezoo") if key in state}
+    beside = path.parent / "config.json"
+    if not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{beside} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{beside} holds a {type(config).__name__}: expected an object with architecture and model_args."
+        )
+    return config
 
 
 def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:

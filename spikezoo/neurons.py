@@ -329,6 +329,7 @@ class MembraneNorm(nn.Module):
         return normed.view(u.shape).to(u.dtype) if self.mode == "element" else normed.to(u.dtype)
 
     def extra_repr(self) -> str:
+        """What print(model) shows."""
         return f"{self.mode}, {tuple(self.weight.shape)}"
 
 
@@ -358,6 +359,7 @@ class FoldedThreshold(nn.Module):
         return (u - self.threshold.to(u.dtype).view(shape)) * self.polarity.to(u.dtype).view(shape)
 
     def extra_repr(self) -> str:
+        """What print(model) shows."""
         return f"{self.mode}, {tuple(self.threshold.shape)}"
 
 
@@ -417,6 +419,7 @@ class SpikingNeuron(nn.Module):
         return out
 
     def extra_repr(self) -> str:
+        """What print(model) shows."""
         c = self.config
         leak = "" if c.kind == "if" else f"tau={c.tau}, " if c.tau is not None else f"decay={c.decay}, "
         return f"{leak}threshold={c.threshold}, reset={c.reset}, firing={c.firing!r}, surrogate={c.surrogate}"
@@ -536,7 +539,7 @@ class WithRates(nn.Module):
         for neuron, probe in zip(self._neurons, probes, strict=True):
             neuron.probe = probe
         try:
-            output = self.model.forward_steps(x) if self.steps else self.model(x)
+            output = self.model.forward_steps(x) if self.steps else self.model(x)  # type: ignore[operator]
         finally:
             for neuron in self._neurons:
                 neuron.probe = None

@@ -252,7 +252,7 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
     if module and module not in modules:
         raise ValueError(f"Unknown module {module!r}. {nearest(module, modules)}")
     found = timm.list_models(filter, module=module, pretrained=pretrained)
-    # timm leaves its micro-models out of unfiltered listings; so do we.
+    # timm's listing holds its own models too.
     return [name for name in found if name.partition(".")[0] in _rows]
 
 

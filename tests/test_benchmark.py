@@ -22,7 +22,10 @@ def benchmark():
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmark"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # micro-models gain nothing from more, and on a busy machine they wait for each other
     yield module
+    torch.set_num_threads(threads)
     del sys.modules["benchmark"]
 
 
@@ -65,9 +68,10 @@ def create(name, **kwargs):
 def test_baseline_gives_the_same_logits(benchmark, images, name, arguments):
     model = create(name, **arguments).eval()
     net = benchmark.SpikingJellyNet(model).eval()
-    with torch.no_grad(), spikezoo.firing_rates(model) as rates:
+    with torch.no_grad():
         ours, theirs = model(images), net(images)
-    assert all(0 < rate[0] < 1 for rate in rates.values()), rates
+    rates = spikezoo.firing_rates(model, images)
+    assert all(0 < rate.mean() < 1 for rate in rates.values()), rates  # equal because silent would prove nothing
     assert ours.std() > 1e-3
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
     torch.testing.assert_close(net(images), theirs, rtol=0, atol=0)  # it resets

@@ -23,10 +23,21 @@ from spikezoo.neurons import (
     Sign,
     SpikingNeuron,
     UnknownArgumentError,
+    WithRates,
     firing_rates,
     nearest,
     spike,
 )
+
+
+@pytest.fixture(autouse=True)
+def _seeded_on_one_thread():
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors on busy cores: a second thread is many times slower
+    yield
+    torch.set_num_threads(threads)
+
 
 # ------------------------------------------------------------------------------------------ potentials by hand
 
@@ -292,7 +303,7 @@ def test_mpbn_statistics_of_each_step_and_of_a_map():
     torch.testing.assert_close(norm.running_mean, mean)
     element = MembraneNorm("element", 3, (5, 5))
     z = element(x[0])
-    torch.testing.assert_close(z.mean(0), torch.zeros(3, 5, 5), atol=1e-6, rtol=0)
+    torch.testing.assert_close(z.mean(0), torch.zeros(3, 5, 5), atol=1e-4, rtol=0)
     torch.testing.assert_close(element.running_mean, 0.1 * x[0].mean(0))
     torch.testing.assert_close(element.running_var, 0.9 + 0.1 * x[0].var(0))
     with pytest.raises(ValueError, match=r"built for feature maps \(3, 5, 5\) and got \(3, 4, 4\).*img_size="):
@@ -374,10 +385,10 @@ def test_compiled_neuron_equals_eager():
 def test_autocast():
     model = spikezoo.create_model("test_mpbn_vgg", T=2)
     x = torch.randn(4, 3, 32, 32)
-    with torch.autocast("cpu", torch.bfloat16), firing_rates(model) as rates:
-        y = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, rates = WithRates(model)(x)
     y.float().square().sum().backward()
-    assert y.isfinite().all() and all(0 < rate[0] < 1 for rate in rates.values())
+    assert y.isfinite().all() and (rates > 0).all() and (rates < 1).all()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
@@ -500,28 +511,23 @@ def test_firing_rates_by_hand():
     net = nn.Sequential(LIF(NeuronConfig(decay=1.0)), nn.Identity(), LIF(NeuronConfig(decay=1.0, threshold=0.5)))
     x = torch.tensor([[[1.0, 0.5], [0.0, 0.0]], [[1.0, 0.5], [0.0, 0.25]]])
     # First layer: step 1 fires 1 of 4, step 2 fires 2 of 4; the second layer repeats its spikes.
-    with firing_rates(net) as rates:
-        net(x)
-        net(x * 0)
-    assert {name: [rate.item() for rate in values] for name, values in rates.items()} == {
-        "0": [0.375, 0],
-        "2": [0.375, 0],
-    }
-    with firing_rates(net, per_step=True) as rates:
-        net(x)
-    assert rates["0"][0].tolist() == [0.25, 0.5]
-    with firing_rates(net) as rates:
-        net(x.requires_grad_())
-    rates["2"][0].backward()  # for penalties on activity
+    assert {name: rate.tolist() for name, rate in firing_rates(net, x).items()} == {"0": [0.25, 0.5], "2": [0.25, 0.5]}
+    assert firing_rates(net, x * 0)["2"].tolist() == [0, 0]
+    output, rates = WithRates(net)(x.requires_grad_())
+    assert torch.equal(output, net(x)) and rates.tolist() == [[0.25, 0.5], [0.25, 0.5]]
+    rates[1].sum().backward()  # for penalties on activity
     assert x.grad.abs().sum() > 0
 
 
-def test_firing_rates_leave_no_hooks_behind():
-    model = spikezoo.create_model("test_spiking_vgg")
-    with firing_rates(model) as rates:
-        model(torch.randn(2, 3, 32, 32))
-    neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-    assert len(rates) == len(neurons) == 5 and not any(neuron._forward_hooks for neuron in neurons)
-    with pytest.raises(RuntimeError, match="stop here"), firing_rates(model):
-        raise RuntimeError("stop here")
-    assert not any(neuron._forward_hooks for neuron in neurons)
+def test_firing_rates_leave_no_probes_behind():
+    model = spikezoo.create_model("test_spiking_vgg", T=3)
+    x = torch.randn(2, 3, 32, 32)
+    rates = firing_rates(model, x)
+    neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+    assert list(rates) == list(neurons) and len(rates) == 5
+    assert all(rate.shape == (3,) for rate in rates.values())
+    assert all(neuron.probe is None for neuron in neurons.values())
+    model.head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        firing_rates(model, x)
+    assert all(neuron.probe is None for neuron in neurons.values())

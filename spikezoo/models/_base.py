@@ -130,9 +130,9 @@ class SpikingModel(nn.Module):
     def _take(self, indices: int | Sequence[int] | None) -> list[int]:
         """Resolve feature levels: None is all, an int the last n, a list may count from the end."""
         count = len(self.feature_info)
-        wanted = (
-            range(count) if indices is None else range(count - indices, count) if isinstance(indices, int) else indices
-        )
+        if indices is None:
+            indices = count
+        wanted = range(-indices, 0) if isinstance(indices, int) else indices
         if not wanted or any(not -count <= index < count for index in wanted):
             raise ValueError(
                 f"indices={indices!r}: this model has {count} feature levels, 0 (stem) to {count - 1}; give a number "
@@ -254,8 +254,10 @@ class SpikingModel(nn.Module):
         """Remove the stages (and head) that ``forward_intermediates`` with these indices does not need."""
         take = self._take(indices)
         self.stages = self.stages[: max(take)]
+        self.feature_info = self.feature_info[: max(take) + 1]
         if prune_head:
             self.neck = nn.ModuleList()
+            self.fixed_img_size = False
             self.reset_classifier(0, "")
         return take
 
@@ -268,7 +270,8 @@ class SpikingModel(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
         self.num_classes = _positive_int("num_classes", num_classes, 0)
-        self.head.reset(num_classes, global_pool)
+        like = next(self.parameters())  # a headless net has no layer that timm could copy these from
+        self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
         self._drop_head_bias()
 
     @torch.jit.ignore

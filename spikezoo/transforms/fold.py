@@ -119,9 +119,10 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
 
     The result fires exactly where the model in evaluation mode fires, for every finite membrane potential of the
     model's dtype: the thresholds are not computed by a formula, which would be off by a rounding, but found by
-    bisection of the neuron's own operations over all floats. That holds in eager mode; a compiler that contracts
-    multiply and add changes the unfolded model. Where the scale of the norm is negative the comparison flips, which
-    is what the polarity says. The reset is untouched; a soft one still subtracts ``config.threshold``.
+    bisection of the neuron's own operations over all floats. That holds in eager mode on the device of the model; a
+    compiler that contracts multiply and add, or another device's square root, changes the unfolded model. Where the
+    scale of the norm is negative the comparison flips, which is what the polarity says. The reset is untouched; a
+    soft one still subtracts ``config.threshold``.
 
     Args:
         model: Any model in float32 or float64 whose neurons have a membrane norm. It stays as it is.

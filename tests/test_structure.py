@@ -1,0 +1,181 @@
+"""Tests of the house itself: who imports whom, where time meets the batch, docstrings, no paths of one machine."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "spikezoo"
+
+# File or folder of spikezoo/ -> what of spikezoo it may import; "x lazily" means inside a function only. Arrows
+# point one way, so that each file can be read with those to its right in mind and no others.
+ALLOWED = {
+    "_version.py": set(),
+    "neurons.py": set(),
+    "encoding.py": set(),
+    "counters.py": set(),
+    "checkpoint.py": set(),
+    "data.py": set(),
+    "layers.py": {"neurons"},
+    "registry.py": {"neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
+    "models": {"layers", "registry", "encoding", "neurons", "models"},
+    "transforms": {"neurons", "layers", "transforms"},
+    "evaluation.py": {"neurons", "checkpoint", "counters"},
+    "search.py": {"registry", "counters"},
+    "hub.py": {"registry", "transforms", "checkpoint", "_version"},
+    "deploy.py": {"neurons", "layers", "transforms", "counters", "checkpoint"},
+    "__init__.py": {"*"},
+}
+SCRIPTS = ("train.py", "validate.py", "benchmark.py")
+
+
+def tracked():
+    """Files of the repository, new ones included, ignored ones not."""
+    done = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in sorted(filter(None, done.stdout.split("\0"))) if (ROOT / name).is_file()]
+
+
+def imports(path):
+    """Yield (top-level package, part of spikezoo or '', inside a function?, line) of every import of a file."""
+
+    def names(node):
+        if isinstance(node, ast.Import):
+            return [alias.name for alias in node.names]
+        package = node.module or ""
+        if node.level:
+            inside = path.relative_to(ROOT).with_suffix("").parts[: -node.level]
+            package = ".".join([*inside, *filter(None, [package])])
+        # `from spikezoo import models` names a part only in its last word.
+        return [f"{package}.{alias.name}" for alias in node.names] if package == "spikezoo" else [package]
+
+    def walk(node, lazily):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                for name in names(child):
+                    top, _, rest = name.partition(".")
+                    yield top, rest.partition(".")[0], lazily, child.lineno
+            deeper = lazily or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from walk(child, deeper)
+
+    yield from walk(ast.parse(path.read_text()), False)
+
+
+def row_of(path):
+    part = path.relative_to(PACKAGE).parts[0]
+    assert part in ALLOWED, (
+        f"spikezoo/{part} has no row in the import table: say what it may import, in {Path(__file__).name}."
+    )
+    return ALLOWED[part]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_import_table(path):
+    allowed = row_of(path)
+    for top, part, lazily, line in imports(path):
+        if top != "spikezoo" or "*" in allowed:
+            continue
+        fine = part in allowed or (lazily and f"{part} lazily" in allowed)
+        where = "inside a function" if lazily else "at the top"
+        assert fine, (
+            f"{path.relative_to(ROOT)}:{line} imports spikezoo.{part} {where}; it may import {sorted(allowed)}."
+        )
+
+
+def test_import_table_has_no_cycle():
+    # The lazy arrows are left out: there the registry opens what stands above it, when a user asks for weights.
+    arrows = {
+        name.removesuffix(".py"): {to for to in allowed if "lazily" not in to and to != name.removesuffix(".py")}
+        for name, allowed in ALLOWED.items()
+        if "*" not in allowed
+    }
+    seen = []
+    while arrows:
+        free = [name for name, to in arrows.items() if not to - set(seen)]
+        assert free, f"These import each other: {sorted(arrows)}"
+        seen += free
+        for name in free:
+            del arrows[name]
+
+
+def test_parser_of_imports(tmp_path, monkeypatch):
+    # The tests above pass on any file whose imports go unseen.
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "spikezoo" / "models" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import spikezoo.neurons as n\nfrom spikezoo.models._base import A\nfrom spikezoo import layers, encoding\n"
+        "from .. import registry\nfrom ._base import B\nfrom ..data import C\nimport torch.nn\n"
+        "def f():\n    if True:\n        from spikezoo.checkpoint import load\n"
+    )
+    assert [(top, part, lazily) for top, part, lazily, _ in imports(path)] == [
+        ("spikezoo", "neurons", False),
+        ("spikezoo", "models", False),
+        ("spikezoo", "layers", False),
+        ("spikezoo", "encoding", False),
+        ("spikezoo", "registry", False),
+        ("spikezoo", "models", False),
+        ("spikezoo", "data", False),
+        ("torch", "nn", False),
+        ("spikezoo", "checkpoint", True),
+    ]
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if (ROOT / name).exists()])
+def test_scripts_import_the_package_only(script):
+    # A script that imports a neighbouring script works only from the root of a checkout.
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"tests", "configs", "benchmarks"}
+    found = list(imports(ROOT / script))
+    assert not [(top, line) for top, _, _, line in found if top in ours]
+    parts = {part for top, part, _, _ in found if top == "spikezoo"} - {""}
+    existing = {path.stem for path in PACKAGE.iterdir()} | set(dir(__import__("spikezoo")))
+    assert parts <= existing and any(top == "spikezoo" for top, _, _, _ in found)
+
+
+def test_time_meets_the_batch_in_one_file():
+    # Law 2: folding T into B and back is what every silent mix-up of samples and steps is made of.
+    fold = re.compile(r"flatten\(\s*(start_dim\s*=\s*)?0\s*,\s*(end_dim\s*=\s*)?1\s*\)|unflatten\(\s*(dim\s*=\s*)?0\b")
+    assert fold.search((PACKAGE / "layers.py").read_text())
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path.name != "layers.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if fold.search(line)
+    ]
+    assert not found, "Use layers.over_time: " + "; ".join(found)
+
+
+def test_every_file_says_what_it_is_for():
+    bare = []
+    for path in tracked():
+        if path.suffix == ".py":
+            text = path.read_text()
+            if not (ast.get_docstring(ast.parse(text)) or "").strip() or not text.startswith(('"""', 'r"""', "#!")):
+                bare.append(str(path.relative_to(ROOT)))
+    assert not bare, f"No docstring in the first line: {bare}"
+
+
+def test_no_paths_of_one_machine():
+    # Written in pieces, lest this file finds itself.
+    pattern = re.compile(
+        r"(?<![\w./*])/(?:" + "|".join(["wo" + "rk", "ro" + "ot", "ho" + "me", "Us" + "ers"]) + r")(?=[/\s\"'`)]|$)"
+    )
+    assert pattern.search("see /wo" + "rk/shared") and not pattern.search("a.b/wo" + "rk/x, /wo" + "rkflows")
+    found = []
+    for path in tracked():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            continue  # weights and pictures
+        for number, line in enumerate(lines, 1):
+            if pattern.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, "; ".join(found)

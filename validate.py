@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Validate spiking networks: accuracy, speed and firing rates of named models or checkpoints on a dataset.
+
+    python validate.py --checkpoint output/quickstart
+    python validate.py --model mpbn_resnet19
+    python validate.py --model 'mpbn_*' --dataset cifar10 --data-dir DATA --results-file results.csv
+
+Pretrained weights are taken where a model has them; where it has none and no checkpoint is given, the weights are
+random, and the output says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs, random_seed
+
+import spikezoo
+from spikezoo.checkpoint import file_hash, find_weights, load_weights, read_config
+from spikezoo.data import create_loader, dataset_info, natural_dataset
+from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.neurons import WithRates
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags, named as in timm's validate.py where timm has them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", "-m", help="a name, a wildcard such as 'mpbn_*', or all")
+    group.add_argument("--pretrained", action="store_true", help="insist on pretrained weights")
+    group.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    group.add_argument("--use-ema", action="store_true", help="averaged weights of a training state")
+    group.add_argument("--T", type=int, help="time steps (default: the checkpoint's, else the model's)")
+    group.add_argument("--mpbn", help="channel, element or none (default: the checkpoint's, else the model's)")
+    group.add_argument("--neuron", help="lif, if, plif, relu or sign (default: the checkpoint's, else the model's)")
+    group.add_argument("--num-classes", type=int)
+    group.add_argument("--in-chans", type=int)
+    group.add_argument("--img-size", type=int)
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="further arguments of create_model",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", "--data", help="(default: the checkpoint's, else what fits the model's input)")
+    group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
+    group.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--split", default="test")
+    group.add_argument("-b", "--batch-size", type=int, default=128)
+    group.add_argument("-j", "--workers", type=int, default=2)
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--torchcompile", action="store_true")
+    group.add_argument("--device", help="(default: cuda where there is one)")
+    group.add_argument("--seed", type=int, default=42, help="of random weights")
+    group.add_argument("--layer-rates", action="store_true", help="print and record the firing rate of every layer")
+    group.add_argument("--results-file", metavar="FILE", help=".csv or .json")
+    return parser
+
+
+def build(name: str, args: argparse.Namespace, config: dict[str, Any]) -> tuple[torch.nn.Module, str, str]:
+    """Make one model with its weights.
+
+    Args:
+        name: Architecture, with or without tag.
+        args: Parsed arguments.
+        config: What the checkpoint's folder says of it, or {}.
+
+    Returns:
+        The model, the name of its dataset, and where its weights come from.
+    """
+    given = {key: getattr(args, key) for key in ("T", "mpbn", "neuron", "num_classes", "in_chans", "img_size")}
+    given = {key: value for key, value in given.items() if value is not None} | args.model_kwargs
+    stored = config.get("model_args", {})
+    if "T" in given and stored.get("T", given["T"]) != given["T"]:
+        print(f"{name}: the checkpoint was made with T={stored['T']} and is evaluated with T={given['T']}.")
+    info = spikezoo.model_info(name)
+    architecture = info.name
+    pretrained = not args.checkpoint and (args.pretrained or bool(info.pretrained))
+    arguments = {**stored, **given}
+    dataset = args.dataset or config.get("spikezoo", {}).get("dataset")
+    if dataset is None:
+        size = arguments.get("img_size", info.input_size[1])
+        chans, classes = arguments.get("in_chans", info.input_size[0]), arguments.get("num_classes", info.num_classes)
+        dataset = natural_dataset(size if isinstance(size, int) else size[0], chans, classes)
+    if not args.checkpoint and not pretrained:
+        # Random weights fit any data: take classes, channels and size from there.
+        facts = dataset_info(dataset, args.data_dir)
+        for key, value in (
+            ("num_classes", facts.num_classes),
+            ("in_chans", facts.in_chans),
+            ("img_size", facts.img_size),
+        ):
+            if value:
+                arguments.setdefault(key, value)
+    random_seed(args.seed)
+    model = spikezoo.create_model(name, pretrained, **arguments)
+    if args.checkpoint:
+        load_weights(model, args.checkpoint, args.use_ema)
+        return model, dataset, str(find_weights(args.checkpoint))
+    if pretrained:
+        return model, dataset, name if "." in name else info.pretrained[0]
+    print(
+        f"{architecture}: no pretrained weights and no --checkpoint, so its weights are random (seed {args.seed}): "
+        "expect the accuracy of guessing."
+    )
+    return model, dataset, "random"
+
+
+def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """Validate one model and return its result row."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
+    model, dataset, weights = build(name, args, config)
+    loader = create_loader(
+        dataset,
+        args.split,
+        data_dir=args.data_dir,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        device=device,
+        img_size=model.img_size[0],
+        in_chans=model.in_chans,
+        channels_last=args.channels_last,
+        num_workers=args.workers,
+    )
+    classes = loader.info.num_classes
+    if classes and classes != model.num_classes:
+        raise ValueError(
+            f"{name} has {model.num_classes} classes and {dataset} has {classes}: give the --dataset it was made for."
+        )
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
+    result = evaluate(
+        model,
+        loader,
+        device=device,
+        autocast=functools.partial(torch.autocast, device.type, half) if args.amp else nullcontext,
+        compiled=torch.compile(WithRates(model)) if args.torchcompile else None,
+        progress=sys.stderr.isatty(),
+    )
+    layers = result.pop("layer_firing_rates")
+    row = {
+        "model": name,
+        "top1": round(result["top1"], 4),
+        "top1_err": round(100 - result["top1"], 4),
+        "top5": round(result["top5"], 4),
+        "top5_err": round(100 - result["top5"], 4),
+        "loss": round(result["loss"], 6),
+        "images_per_second": round(result["images_per_second"], 1),
+        "param_count": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "T": model.T,
+        "neuron": model.neuron_config.kind,
+        "mpbn": model.mpbn or "none",
+        "firing_rate": None if result["firing_rate"] is None else round(result["firing_rate"], 6),
+        "dataset": dataset,
+        "split": args.split,
+        "samples": result["samples"],
+        "img_size": model.img_size[0],
+        "weights": weights,
+        "checkpoint_sha256": file_hash(weights) if args.checkpoint else None,
+        "batch_size": args.batch_size,
+        "precision": args.amp_dtype if args.amp else "float32",
+        "compiled": args.torchcompile,
+        "device": str(device),
+        "seed": args.seed,
+        **environment(),
+    }
+    rate = row["firing_rate"]
+    print(
+        f"{name} on {dataset}/{args.split} ({row['samples']:,} images): top-1 {row['top1']:.2f} %, top-5 "
+        f"{row['top5']:.2f} %, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s, "
+        f"{row['param_count']:,} parameters, T={model.T}, "
+        + (f"firing rate {rate:.4f}" if rate is not None else "no spikes")
+        + f", weights {weights}",
+        flush=True,
+    )
+    if args.layer_rates:
+        for layer, value in layers.items():
+            print(f"    {layer:<40} {value:.4f}")
+        row["layer_firing_rates"] = {layer: round(value, 6) for layer, value in layers.items()}
+    return row
+
+
+def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
+    """Names to validate."""
+    name = args.model or config.get("architecture")
+    if not name:
+        hint = f"{args.checkpoint} has no config.json beside it: " if args.checkpoint else ""
+        raise ValueError(f"{hint}give --model NAME, see spikezoo.list_models().")
+    if name == "all":
+        return spikezoo.list_pretrained() if args.pretrained else spikezoo.list_models()
+    if "*" in name or "?" in name:
+        found = spikezoo.list_models(name, pretrained=args.pretrained)
+        if not found:
+            raise ValueError(f"No model matches {name!r}. See spikezoo.list_models().")
+        return found
+    return [name]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Validate what was asked for; returns the number of models that failed."""
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    args = build_parser().parse_args(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size {args.batch_size}: expected at least 1.")
+    if args.results_file and Path(args.results_file).suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--results-file {args.results_file!r}: expected a name that ends in .csv or .json.")
+    config = read_config(args.checkpoint) if args.checkpoint else {}
+    names = select(args, config)
+    if args.checkpoint and len(names) > 1:
+        raise ValueError(f"--checkpoint fits one model and --model {args.model!r} names {len(names)}.")
+    rows: list[dict[str, Any]] = []
+    failed = 0
+    for name in names:
+        try:
+            rows.append(validate(name, args, config))
+        except (ValueError, FileNotFoundError) as error:
+            if len(names) == 1:
+                raise
+            failed += 1
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+            rows.append({"model": name, "error": str(error)})
+        if args.results_file:
+            write_rows(args.results_file, rows)
+    if args.results_file:
+        print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {args.results_file}")
+    elif len(rows) == 1:
+        print(json.dumps(rows[0], indent=2))
+    return failed
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(min(main(), 1))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
