@@ -412,7 +412,7 @@ class SpikingNeuron(nn.Module):
                     v = u - r * config.threshold
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
-        # Concatenating frames, unlike stacking them, keeps the channels-last layout of each.
+        # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
         if self.probe is not None:
             self.probe.append(out.float().mean(tuple(range(1, out.dim()))))
@@ -534,7 +534,10 @@ class WithRates(nn.Module):
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's output, and the firing rate of each layer (``names``) and time step ``[layers, T]``."""
+        """The model's output, and the firing rate of each layer (``names``) and time step ``[layers, T]``.
+
+        A layer that the model did not run has the rate nan.
+        """
         probes: list[list[Tensor]] = [[] for _ in self._neurons]
         for neuron, probe in zip(self._neurons, probes, strict=True):
             neuron.probe = probe
@@ -543,9 +546,12 @@ class WithRates(nn.Module):
         finally:
             for neuron in self._neurons:
                 neuron.probe = None
-        # A layer that did not run has no rate; one that ran twice has the mean of both.
-        rates = [torch.stack(probe).mean(0) for probe in probes if probe]
-        return output, torch.stack(rates) if rates else output.new_zeros(0, 1)
+        # A layer that ran twice has the mean of both; one that did not run has no rate.
+        rates = [torch.stack(probe).mean(0) if probe else None for probe in probes]
+        ran = [rate for rate in rates if rate is not None]
+        if not ran:
+            return output, output.new_zeros(len(rates), 1).float()
+        return output, torch.stack([torch.full_like(ran[0], torch.nan) if rate is None else rate for rate in rates])
 
 
 def firing_rates(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

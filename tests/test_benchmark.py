@@ -22,10 +22,7 @@ def benchmark():
     module = importlib.util.module_from_spec(spec)
     sys.modules["benchmark"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # micro-models gain nothing from more, and on a busy machine they wait for each other
     yield module
-    torch.set_num_threads(threads)
     del sys.modules["benchmark"]
 
 

@@ -16,15 +16,6 @@ from spikezoo.transforms import TRANSFORMS, apply, fold_bn, fold_mpbn, replay
 KINDS = {"lif": LIF, "if": IF, "plif": PLIF}
 
 
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors on busy cores: a second thread is many times slower
-    yield
-    torch.set_num_threads(threads)
-
-
 def _uniform(like, low, high, generator):
     return torch.rand(like.shape, generator=generator, dtype=like.dtype) * (high - low) + low
 

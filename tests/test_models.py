@@ -29,15 +29,6 @@ FIVE = [*MICRO, "mpbn_resnet20"]
 PLAIN_VGG = "test_spiking_vgg"  # the one whose linear layers tie it to its image size
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    # Micro-models spend more time waking threads than computing.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # The table of the design: trainable parameters at 10 classes (ImageNet nets: 1000) from the papers' layouts.
 COUNTS = {
     "spiking_conv4": 2_425_024,

@@ -29,16 +29,6 @@ from spikezoo.neurons import (
     spike,
 )
 
-
-@pytest.fixture(autouse=True)
-def _seeded_on_one_thread():
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # small tensors on busy cores: a second thread is many times slower
-    yield
-    torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------ potentials by hand
 
 
