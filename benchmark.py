@@ -12,19 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import singledispatch
-from importlib.metadata import version
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -34,6 +27,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 import spikezoo
+from spikezoo.evaluation import check_results_file, environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import LIF, SURROGATES, NeuronConfig
@@ -370,40 +364,6 @@ def measure(sides: Sequence[Side], repeats: int, warmup: int, device: str = "cpu
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-def environment(device: str = "cpu") -> Row:
-    """Machine, versions, commit and date."""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "amx": torch.cpu._is_amx_tile_supported(),
-        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
-        "torch": torch.__version__,
-        **{name: version(name) for name in ("timm", "spikingjelly")},
-        "spikezoo": spikezoo.__version__,
-        "commit": _commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
 def _notes(model: SpikingModel) -> list[str]:
     """Where the SpikingJelly baseline is not exactly the same network."""
     notes, config = [], model.neuron_config
@@ -425,7 +385,7 @@ def make_rows(settings: Settings, sides: Sequence[Side]) -> list[Row]:
         settings.model, T=settings.T, img_size=settings.img_size, num_classes=settings.num_classes, device="meta"
     )
     assert isinstance(model, SpikingModel)
-    facts, notes = environment(settings.device), " ".join(_notes(model))
+    facts, notes = environment(), " ".join(_notes(model))
     rows = []
     for side in sides:
         ratios = [slow / fast for slow, fast in zip(sides[-1].times, side.times, strict=True)]
@@ -449,6 +409,7 @@ def make_rows(settings: Settings, sides: Sequence[Side]) -> list[Row]:
                 "speedup_min": round(min(ratios), 4),
                 "speedup_max": round(max(ratios), 4),
                 "against": settings.against,
+                "device": settings.device,
                 "repeats": settings.repeats,
                 "warmup": settings.warmup,
                 **facts,
@@ -474,33 +435,16 @@ def markdown(rows: Sequence[Row]) -> str:
         cells = [row["side"], row["form"], f"{row['parameters']:,}", f"{row['images_per_s']:.1f}", step]
         lines.append("| " + " | ".join([*cells, f"{row['first_step_s']:.2f}", speedup]) + " |")
     yes = {True: "yes", False: "no"}
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "timm", "spikingjelly", "spikezoo"))
+    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "timm", "spikingjelly", "spikezoo-snn"))
     lines += [
         "",
         f"- {versions}, commit {first['commit']}, {first['date']}",
-        f"- device {first['device']}; {first['cpu']}, {first['threads']} threads, AMX {yes[first['amx']]}, AVX512-bf16 "
-        f"{yes[first['avx512_bf16']]}",
+        f"- device {first['device']}; {first['machine']}, {first['threads']} threads, AMX {yes[first['amx']]}, "
+        f"AVX512-bf16 {yes[first['avx512_bf16']]}",
     ]
     if first["notes"]:
         lines.append(f"- {first['notes']}")
     return "\n".join(lines)
-
-
-def write_rows(path: Path, rows: Sequence[Row], kind: str) -> None:
-    """Write csv or json to a temporary name and rename it, so that the file is never half written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            if kind == "json":
-                json.dump(list(rows), file, indent=2)
-                file.write("\n")
-            else:
-                writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def run(settings: Settings) -> list[Row]:
@@ -533,9 +477,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=7, metavar="N", help="timed steps a side (default: 7)")
     add("--warmup", type=int, default=2, metavar="N", help="untimed steps a side after the first (default: 2)")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV, replacing FILE")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON, replacing FILE")
+    add("--results-file", metavar="FILE", help="write the rows to a .csv or .json file, replacing it")
     return parser
 
 
@@ -543,19 +485,17 @@ def main(argv: Iterable[str] | None = None) -> list[Row]:
     """Run the command line and return the rows."""
     parser = make_parser()
     arguments = vars(parser.parse_args(None if argv is None else list(argv)))
-    files = {kind: arguments.pop(kind) for kind in ("csv", "json")}
-    for kind, path in files.items():
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            parser.error(f"--{kind} {path}: expected a file in a folder that exists.")
+    results = arguments.pop("results_file")
     try:
         settings = Settings(**arguments)
+        if results:
+            check_results_file(results)
         rows = run(settings)
     except ValueError as error:
         parser.error(str(error))
     print(markdown(rows))
-    for kind, path in files.items():
-        if path is not None:
-            write_rows(path, rows, kind)
+    if results:
+        write_rows(results, rows)
     return rows
 
 

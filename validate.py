@@ -18,7 +18,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from timm.utils import ParseKwargs, random_seed
 import spikezoo
 from spikezoo.checkpoint import file_hash, find_weights, load_weights, read_config
 from spikezoo.data import create_loader, dataset_info, natural_dataset
-from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.evaluation import check_results_file, environment, evaluate, write_rows
 from spikezoo.neurons import WithRates
 
 
@@ -221,8 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: expected at least 1.")
-    if args.results_file and Path(args.results_file).suffix.lower() not in (".csv", ".json"):
-        raise ValueError(f"--results-file {args.results_file!r}: expected a name that ends in .csv or .json.")
+    if args.results_file:
+        check_results_file(args.results_file)
     config = read_config(args.checkpoint) if args.checkpoint else {}
     names = select(args, config)
     if args.checkpoint and len(names) > 1:
@@ -232,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         try:
             rows.append(validate(name, args, config))
-        except (ValueError, FileNotFoundError) as error:
+        except Exception as error:  # whatever is wrong with one model, the others get their rows
             if len(names) == 1:
                 raise
             failed += 1

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from spikezoo.checkpoint import atomic
 from spikezoo.neurons import WithRates
 
-__all__ = ["environment", "evaluate", "write_rows"]
+__all__ = ["check_results_file", "environment", "evaluate", "write_rows"]
 
 
 @torch.no_grad()
@@ -130,7 +130,21 @@ def environment() -> dict[str, Any]:
         **versions,
         "machine": f"{processor}, {os.cpu_count()} cores, accelerator {accelerator}",
         "threads": torch.get_num_threads(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
     }
+
+
+def check_results_file(path: str | Path) -> str:
+    """The suffix of a results file, checked before anything is measured.
+
+    Raises:
+        ValueError: Neither .csv nor .json.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
+    return suffix
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -139,9 +153,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     Raises:
         ValueError: Another suffix.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".csv", ".json"):
-        raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
+    suffix = check_results_file(path)
     with atomic(path) as temporary, open(temporary, "w", newline="") as file:
         if suffix == ".json":
             json.dump(list(rows), file, indent=2)

@@ -115,7 +115,7 @@ def test_what_has_no_counterpart_raises(benchmark, arguments):
 def test_command_line(benchmark, tmp_path, capsys, mode, kind):
     path = tmp_path / f"rows.{kind}"
     flags = f"--model test_mpbn_resnet --mode {mode} --T 2 --batch-size 4 --amp --channels-last --repeats 1 --warmup 0"
-    rows = benchmark.main([*flags.split(), f"--{kind}", str(path)])
+    rows = benchmark.main([*flags.split(), "--results-file", str(path)])
     assert [row["side"] for row in rows] == ["spikezoo", "spikingjelly"]
     assert rows[0]["speedup"] > 0
     assert rows[1]["speedup"] == 1
@@ -130,8 +130,8 @@ def test_command_line(benchmark, tmp_path, capsys, mode, kind):
         {key: str(value) for key, value in row.items()} for row in rows
     ]
     columns = "model mode side form T batch_size img_size num_classes parameters images_per_s step_ms step_ms_min"
-    columns += " step_ms_max first_step_s speedup speedup_min speedup_max against repeats warmup device cpu threads"
-    columns += " amx avx512_bf16 torch timm spikingjelly spikezoo commit date notes"
+    columns += " step_ms_max first_step_s speedup speedup_min speedup_max against device repeats warmup date commit"
+    columns += " python torch torchvision timm spikingjelly spikezoo-snn machine threads amx avx512_bf16 notes"
     assert all(list(row) == columns.split() for row in rows)
 
 
@@ -183,8 +183,7 @@ def test_compiling_needs_a_compiler(benchmark, monkeypatch):
         ("--model mpbn_resnet21", "Did you mean 'mpbn_resnet"),
         ("--model test_mpbn_resnet --T 0", "T=0"),
         ("--model test_mpbn_resnet --img-size 4", "img_size"),
-        ("--model test_mpbn_resnet --csv /nowhere/rows.csv", "folder that exists"),
-        ("--model test_mpbn_resnet --csv a --json b", "not allowed with"),
+        ("--model test_mpbn_resnet --results-file rows.txt", ".csv or .json"),
     ],
 )
 def test_bad_command_lines(benchmark, capsys, flags, message):
