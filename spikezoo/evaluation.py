@@ -110,9 +110,8 @@ def environment() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    packages = ("torch", "torchvision", "timm", "spikingjelly", "spikezoo-snn")
-    versions = {}
-    for package in packages:
+    versions = {"torch": torch.__version__}  # with its build, which the package metadata leave out
+    for package in ("torchvision", "timm", "spikingjelly", "spikezoo-snn"):
         try:
             versions[package] = version(package)
         except ImportError:
