@@ -1,20 +1,20 @@
 """Tests of spikezoo.data: no network, no data on disk, truths by hand."""
 
-import contextlib
 import gzip
+import hashlib
 import os
+import pickle
 import random
-import shutil
 import struct
-import sys
+import tarfile
 import urllib.error
 import urllib.request
-from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import datasets
 
 from spikezoo import data
 from spikezoo.data import (
@@ -26,7 +26,8 @@ from spikezoo.data import (
     natural_dataset,
 )
 
-pytestmark = pytest.mark.filterwarnings("error")
+# timm leaves the files of images and the tar file that it has opened to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedReader:ResourceWarning")
 
 
 def _arrays(train=40, test=13, size=16, channels=3, classes=4):
@@ -95,8 +96,6 @@ HEAVY = {
         "auto_augment": "cifar10",
     },
     "rand": {"auto_augment": "rand-m9-mstd0.5", "reprob": 0.9, "remode": "const"},
-    "augmix": {"auto_augment": "augmix-m3-w2"},
-    "original": {"auto_augment": "original", "mixup": 1.0},
     "trivial": {"auto_augment": "trivial", "cutmix": 1.0},
 }
 
@@ -105,14 +104,8 @@ HEAVY = {
 
 
 def test_list_datasets():
-    names = list_datasets()
-    assert {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz:PATH"} <= set(names)
-    assert {"imagenet", "folder", "hfds/NAME", "wds/NAME", "torch/NAME", "tfds/NAME"} <= set(names)
-
-
-def test_info_is_frozen():
-    with pytest.raises(FrozenInstanceError):
-        dataset_info("digits").num_classes = 3
+    assert {"digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz:PATH"} <= set(list_datasets())
+    assert {"imagenet", "folder", "hfds/NAME", "torch/NAME"} <= set(list_datasets())
 
 
 @pytest.mark.parametrize(
@@ -161,6 +154,7 @@ def test_natural_dataset_unknown(shape):
         ("digit", "--dataset digits"),
         ("zzz", "e.g. --dataset digits"),
         ("hfds/", "unknown dataset"),
+        ("wds/some", "streams are not read"),
         ("some/file.npz", "--dataset npz:some/file.npz"),
     ],
 )
@@ -198,16 +192,10 @@ def test_digits_split():
     assert train.dtype == torch.uint8 and train_labels.dtype == torch.int64
     assert train_labels.unique().tolist() == test_labels.unique().tolist() == list(range(10))
     # Every image of the source is in exactly one split, at the place that the rule gives it.
-    i_train = i_test = 0
-    for i, (image, label) in enumerate(zip(raw.images, raw.target, strict=True)):
-        scaled = torch.from_numpy(np.round(image * 255 / 16).astype(np.uint8))
-        if i % 5 == 0:
-            assert torch.equal(test[i_test, 0], scaled) and test_labels[i_test] == label
-            i_test += 1
-        else:
-            assert torch.equal(train[i_train, 0], scaled) and train_labels[i_train] == label
-            i_train += 1
-    assert (i_train, i_test) == (1437, 360)
+    is_test = np.arange(1797) % 5 == 0
+    for images, labels, chosen in ((test, test_labels, is_test), (train, train_labels, ~is_test)):
+        assert np.array_equal(images[:, 0], np.round(raw.images[chosen] * 255 / 16))
+        assert np.array_equal(labels, raw.target[chosen])
     pixels = train.double() / 255
     info = dataset_info("digits")
     assert info.mean == (round(pixels.mean().item(), 4),)
@@ -260,12 +248,6 @@ def test_crop_against_loop(padding):
         padded = torch.zeros(3, 8 + 2 * padding, 10 + 2 * padding, dtype=torch.uint8)
         padded[:, padding:-padding, padding:-padding] = images[i]
         assert torch.equal(got[i], padded[:, top[i] : top[i] + 8, left[i] : left[i] + 10])
-
-
-def test_flip_by_hand():
-    images = torch.tensor([[1, 2], [3, 4]]).view(1, 1, 2, 2).repeat(2, 1, 1, 1)
-    got = data._flip(images, torch.tensor([True, False]))
-    assert got[0, 0].tolist() == [[2, 1], [4, 3]] and got[1, 0].tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -324,7 +306,7 @@ def test_resize_and_channels(npz):
     wanted = torch.nn.functional.interpolate(grey, (8, 8), mode="bilinear", antialias=True)
     mean, std = np.mean(info.mean), np.mean(info.std)
     assert loader.info.mean == (pytest.approx(mean),)
-    # PIL rounds the luma in another way, by one of 255 steps at most.
+    # PIL's luma is another by one of 255 steps at most.
     back = (got * std + mean) * 255
     assert (back - wanted).abs().max() < 1.6
 
@@ -520,8 +502,8 @@ def test_subset_of_uneven_classes():
         ({"cutmix": float("inf")}, "cutmix=inf"),
         ({"crop_padding": -1}, "--crop-padding 4"),
         ({"cutout": -2}, "cutout=-2"),
-        ({"auto_augment": "cifra"}, "--auto-augment cifar10"),
-        ({"auto_augment": "rand-z3"}, "timm refuses it"),
+        ({"auto_augment": "cifra"}, "--aa cifar10"),
+        ({"auto_augment": "rand-z3"}, "configuration of timm's"),
         ({"remode": "black"}, "const, rand, pixel"),
         ({"rank": 2, "world_size": 2}, "rank=2"),
         ({"world_size": 0}, "world_size=0"),
@@ -532,10 +514,10 @@ def test_subset_of_uneven_classes():
         ({"num_workers": -1}, "--workers 2"),
         ({"subset": 0}, "subset=0"),
         ({"subset": 41}, "--subset 40"),
-        ({"scale": (0.5, 0.1)}, "scale="),
-        ({"crop_pct": 0.0}, "crop_pct=0.0"),
+        ({"cut_out": 4}, "did you mean cutout"),
+        ({"learning_rate": 1}, "no option 'learning_rate'"),
         ({"interpolation": "cubic"}, "bicubic"),
-        ({"mean": (0.1, 0.2)}, "--mean"),
+        ({"mean": (0.1, 0.2)}, "mean="),
         ({"std": (0.0,)}, "std="),
     ],
 )
@@ -563,7 +545,7 @@ def test_bad_split_epoch_and_start(npz):
 @pytest.mark.parametrize("channels", [None, 1, 3])
 def test_npz(tmp_path, channels):
     arrays = _arrays(channels=channels)
-    arrays["test_labels"] = arrays["test_labels"].astype(np.uint8)[:, None]
+    arrays["test_labels"] = arrays["test_labels"].astype(np.uint8)
     arrays["test_labels"][3] = 6
     np.savez_compressed(tmp_path / "a.npz", **arrays)
     info = dataset_info("npz:a.npz", str(tmp_path))
@@ -576,7 +558,7 @@ def test_npz(tmp_path, channels):
     assert images.shape == (13, channels or 1, 16, 16) and labels.dtype == torch.int64
     wanted = arrays["test_images"].reshape(13, 16, 16, -1).transpose(0, 3, 1, 2)
     assert np.array_equal(images.numpy(), wanted)
-    assert labels.tolist() == arrays["test_labels"].ravel().tolist()
+    assert labels.tolist() == arrays["test_labels"].tolist()
 
 
 def test_npz_written_anew_is_read_anew(tmp_path):
@@ -605,17 +587,17 @@ def _drop(arrays):
     [
         (_drop, "lacks test_labels; it has train_images, train_labels, test_images, labels"),
         (lambda a: a.update(train_images=a["train_images"] / 255), "type float64"),
-        (lambda a: a.update(train_images=a["train_images"][0, 0]), "shape (16, 3)"),
+        (lambda a: a.update(train_images=a["train_images"][..., 0, 0]), "shape (40, 16)"),
         (lambda a: a.update(train_images=a["train_images"][:, :8]), "shape (40, 8, 16, 3)"),
-        (lambda a: a.update(test_images=a["test_images"][..., :1]), "test images (16, 16, 1)"),
-        (lambda a: a.update(train_labels=a["train_labels"][:-1]), "40 train_images but 39"),
+        (lambda a: a.update(test_images=a["test_images"][..., :1]), "test images [1, 16, 16]"),
+        (lambda a: a.update(train_labels=a["train_labels"][:-1]), "40 train_images and 39"),
         (lambda a: a.update(train_labels=a["train_labels"] * 1.0), "train_labels has the type"),
-        (lambda a: a.update(test_labels=np.zeros((13, 2), int)), "test_labels has the shape"),
+        (lambda a: a.update(test_labels=np.zeros((13, 2), int)), "the shape (13, 2)"),
         (lambda a: a.update(test_labels=a["test_labels"] - 1), "negative labels"),
-        (lambda a: a.update(test_labels=a["test_labels"].astype(object)), "type object"),
+        (lambda a: a.update(test_labels=a["test_labels"].astype(object)), "allow_pickle=False"),
         (
             lambda a: a.update(test_labels=a["test_labels"][:0], test_images=a["test_images"][:0]),
-            "the test split is empty",
+            "0 test_images",
         ),
     ],
 )
@@ -627,21 +609,20 @@ def test_bad_npz(tmp_path, change, said):
     for call in (lambda: dataset_info(name), lambda: create_loader(name, "test")):
         with pytest.raises(ValueError) as error:
             call()
-        assert said in str(error.value) and "numpy.savez" in str(error.value)
+        assert said in str(error.value) and str(error.value).startswith(name)
 
 
 def test_damaged_npz(tmp_path):
     path = tmp_path / "cut.npz"
     np.savez(path, **_arrays())
     content = path.read_bytes()
-    for broken in (content[: len(content) // 2], b"", b"no zip at all"):
-        path.write_bytes(broken)
-        with pytest.raises(ValueError, match="not a whole"):
-            dataset_info(f"npz:{path}")
     middle = content.find(b"train_images.npy") + 3000
-    path.write_bytes(content[:middle] + b"XXXXXXXX" + content[middle + 8 :])
-    with pytest.raises(ValueError, match="the file is damaged"):
-        load_arrays(f"npz:{path}", "train")
+    changed = content[:middle] + b"XXXXXXXX" + content[middle + 8 :]
+    for broken in (content[: len(content) // 2], b"", b"no zip at all", changed):
+        path.write_bytes(broken)
+        for call in (lambda: dataset_info(f"npz:{path}"), lambda: load_arrays(f"npz:{path}", "train")):
+            with pytest.raises(ValueError, match=r"numpy\.savez"):
+                call()
 
 
 @pytest.mark.parametrize("name", ["npz:", "npz:no/such/file.npz"])
@@ -657,106 +638,89 @@ def _idx(array):
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
 
 
-def _write_mnist(root, kind="MNIST", packed=True):
+def _write_mnist(root, kind="MNIST", packed=False):
+    """Seven images in the layout of MNIST; also returns torchvision's list of files with their MD5 sums."""
     raw = root / kind / "raw"
     raw.mkdir(parents=True)
-    rng = np.random.default_rng(2)
-    images = rng.integers(0, 256, (7, 28, 28), dtype=np.uint8)
-    labels = np.arange(7, dtype=np.uint8)
+    images = np.random.default_rng(2).integers(0, 256, (7, 28, 28), dtype=np.uint8)
+    resources = []
     for part in ("train", "t10k"):
-        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
-            path = raw / f"{part}-{what}-ubyte"
+        for what, array in (("images-idx3", images), ("labels-idx1", np.arange(7, dtype=np.uint8))):
+            content = gzip.compress(_idx(array))
+            path = raw / f"{part}-{what}-ubyte.gz"
             if packed:
-                path.with_suffix(".gz").write_bytes(gzip.compress(_idx(array)))
+                path.write_bytes(content)
             else:
-                path.write_bytes(_idx(array))
-    return images, labels
+                path.with_suffix("").write_bytes(_idx(array))
+            resources.append((path.name, hashlib.md5(content).hexdigest()))
+    return images, resources
 
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(("name", "kind"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
 def test_mnist_files(tmp_path, no_network, monkeypatch, name, kind, packed):
-    images, labels = _write_mnist(tmp_path, kind, packed)
+    images, resources = _write_mnist(tmp_path, kind, packed)
+    monkeypatch.setattr(getattr(datasets, kind), "resources", resources)
     monkeypatch.setenv("SPIKEZOO_DATA", str(tmp_path))
-    before = sorted(os.listdir(tmp_path / kind / "raw"))
     for split in ("train", "test"):
-        got, got_labels = load_arrays(name, split)
+        got, got_labels = load_arrays(name, split, download=not packed)
         assert np.array_equal(got[:, 0].numpy(), images)
-        assert got_labels.tolist() == labels.tolist() and got_labels.dtype == torch.int64
-    assert sorted(os.listdir(tmp_path / kind / "raw")) == before
+        assert got_labels.tolist() == list(range(7)) and got_labels.dtype == torch.int64
+    assert os.listdir(tmp_path) == [kind]
 
 
 def test_mnist_damaged(tmp_path, no_network):
-    images, _ = _write_mnist(tmp_path)
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    _write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
     whole = path.read_bytes()
-    for broken in (
-        whole[:-100],
-        b"hello",
-        gzip.compress(b"\0\0\x08\x03\0"),
-        gzip.compress(b"abcd"),
-    ):
+    for broken in (whole[:-100], b"hello", b"", b"\0\0\x08\x03\0"):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz.*Remove that file"):
+        with pytest.raises(ValueError, match=r"MNIST.raw.*move the folder away"):
             load_arrays("mnist", "train", str(tmp_path))
-    # A broken extracted file does no harm where the packed one is whole.
-    path.write_bytes(whole)
-    path.with_suffix("").write_bytes(b"\0\0")
-    assert len(load_arrays("mnist", "train", str(tmp_path))[0]) == len(images)
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 @pytest.mark.parametrize("download", [True, False])
-def test_nothing_there(tmp_path, no_network, capfd, name, download):
+def test_nothing_there(tmp_path, no_network, name, download):
     root = tmp_path / "not" / "there"
     with pytest.raises(FileNotFoundError) as error:
         create_loader(name, "train", data_dir=str(root), download=download)
     message = str(error.value)
     assert str(root) in message and "looked for" in message
     assert "--data-dir FOLDER" in message and "--dataset digits" in message
-    assert ("download failed" if download else "switched off") in message
-    assert os.listdir(tmp_path) == []
-    assert capfd.readouterr() == ("", "")
+    assert ("no network in tests" if download else "switched off") in message
+    assert not root.exists() or os.listdir(root) == []
 
 
-def test_half_a_download_stays_not_behind(tmp_path, monkeypatch):
-    import torchvision.datasets.utils as utils
-
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_half_a_download_stays_not_behind(tmp_path, monkeypatch, name):
     def half(url, filename, *args):
         with open(filename, "wb") as file:
             file.write(b"half")
-        print("noise")
-        print("noise", file=sys.stderr)
         raise ConnectionResetError("cut off")
 
-    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, max_hops: url)
-    monkeypatch.setattr(utils, "_urlretrieve", half)
-    for name in ("mnist", "cifar10"):
-        with pytest.raises(FileNotFoundError, match="cut off"):
-            load_arrays(name, "train", str(tmp_path))
-        assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(datasets.utils, "_get_redirect_url", lambda url, max_hops: url)
+    monkeypatch.setattr(datasets.utils, "_urlretrieve", half)
+    with pytest.raises(FileNotFoundError, match="cut off"):
+        load_arrays(name, "train", str(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_download_lands_in_place(tmp_path, monkeypatch):
-    import torchvision.datasets as datasets
+    def download(self):
+        if not self._check_exists():
+            assert self.root != str(tmp_path)
+            _write_mnist(data.Path(self.root))
 
-    class Fake:
-        def __init__(self, root, download):
-            assert download and root != str(tmp_path)
-            _write_mnist(data.Path(root))
-
-    monkeypatch.setattr(datasets, "MNIST", Fake)
-    images, _ = load_arrays("mnist", "train", str(tmp_path))
-    assert len(images) == 7
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    assert len(load_arrays("mnist", "train", str(tmp_path))[0]) == 7
     assert os.listdir(tmp_path) == ["MNIST"]
-    monkeypatch.delattr(datasets, "MNIST")
+    monkeypatch.delattr(datasets.MNIST, "download")
     assert len(load_arrays("mnist", "test", str(tmp_path))[0]) == 7
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_that_is_not_official(tmp_path, no_network, name):
-    import torchvision.datasets as datasets
-
     cls = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     place = tmp_path / cls.base_folder
     place.mkdir()
@@ -764,15 +728,10 @@ def test_cifar_that_is_not_official(tmp_path, no_network, name):
         (place / file).write_bytes(b"no pickle")
     with pytest.raises(ValueError) as error:
         load_arrays(name, "train", str(tmp_path))
-    assert "MD5" in str(error.value) and "npz:PATH" in str(error.value)
+    assert "not the official" in str(error.value) and "npz:PATH" in str(error.value)
 
 
 def test_cifar_from_official_layout(tmp_path, monkeypatch):
-    import hashlib
-    import pickle
-
-    import torchvision.datasets as datasets
-
     place = tmp_path / "cifar-10-batches-py"
     place.mkdir()
     rng = np.random.default_rng(3)
@@ -802,7 +761,7 @@ TIMM = {
     "plain": {},
     "all": {"cutout": 5, "reprob": 0.5, "remode": "pixel", "mixup": 0.8, "cutmix": 1.0},
     "rand": {"auto_augment": "rand-m9-mstd0.5", "cutout": 3},
-    "cifar10": {"auto_augment": "cifar10", "in_chans": 1, "interpolation": "random"},
+    "cifar10": {"auto_augment": "cifar10", "in_chans": 1, "interpolation": "nearest"},
 }
 
 
@@ -886,121 +845,59 @@ def test_split_folders(folder, tmp_path):
     assert _folder(folder, "test").num_samples == 6
 
 
-def test_tar(folder):
-    import tarfile
-
+def test_tar(folder, tmp_path):
     path = f"{folder}/data.tar"
     with tarfile.open(path, "w") as archive:
         archive.add(f"{folder}/val", arcname=".")
-    loader = create_loader(path, "test", img_size=16, num_workers=0)
+    assert dataset_info("folder", path).num_classes == 2
+    loader = _folder(path, "test")
     assert loader.num_samples == 6 and loader.info.num_classes == 2
-    assert dataset_info(path).num_classes == 2
     assert torch.cat([y for _, y in loader]).tolist() == [0, 0, 0, 1, 1, 1]
-    loader.dataset.reader.reader.tar_state.tf.close()  # timm keeps the tar file open
-    assert create_loader(path, "test", num_workers=0, subset=2).num_samples == 2
-    os.rename(path, f"{folder}/train.tar")
-    shutil.rmtree(f"{folder}/train")
-    assert _folder(folder, "train").num_samples == 6
-    shutil.rmtree(f"{folder}/val/apple")
-    assert torch.cat([y for _, y in _folder(folder, "val")]).tolist() == [1, 1, 1]
+    assert _folder(path, subset=2).num_samples == 2
+    with pytest.raises(ValueError, match="--dataset folder --data-dir"):
+        create_loader(path, "test")
+    os.rename(path, tmp_path / "train.tar")
+    assert _folder(str(tmp_path)).num_samples == 6
     with tarfile.open(path, "w"):
         pass
     with pytest.raises(ValueError, match="no images"):
-        create_loader(path, "train")
+        _folder(path)
     with open(path, "wb") as file:
         file.write(b"no tar")
-    with pytest.raises(ValueError, match="cannot read"):
-        create_loader(path, "train")
+    with pytest.raises(ValueError, match="no images"):
+        _folder(path)
 
 
 def test_missing_folders(folder, tmp_path):
+    (tmp_path / "flat" / "train").mkdir(parents=True)  # no folder for a class
     for name in ("imagenet", "folder"):
-        with pytest.raises(FileNotFoundError, match=f"--dataset {name} --data-dir FOLDER"):
-            create_loader(name, "train", data_dir=str(tmp_path / "nowhere"))
+        for place in (str(tmp_path / "nowhere"), str(tmp_path / "flat")):
+            for call in (
+                lambda name=name, place=place: dataset_info(name, place),
+                lambda name=name, place=place: create_loader(name, "train", data_dir=place),
+            ):
+                with pytest.raises(FileNotFoundError) as error:
+                    call()
+                assert f"--dataset {name} --data-dir FOLDER" in str(error.value)
+                assert "train/CLASS/*.JPEG and val/CLASS/*.JPEG" in str(error.value)
+    assert dataset_info("imagenet", folder).num_classes == 1000
     with pytest.raises(ValueError, match="train or test"):
         _folder(folder, "trian")
-    empty = tmp_path / "empty" / "train" / "cat"
-    empty.mkdir(parents=True)
+    (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images"):
         _folder(str(tmp_path / "empty"))
 
 
-def test_timm_prefixes(tmp_path, no_network):
+def test_torchvision_by_timm(tmp_path, no_network):
     with pytest.raises(ValueError, match="timm cannot open"):
         create_loader("torch/nosuch", "train", data_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="--data-dir FOLDER"):
         create_loader("torch/mnist", "train", data_dir=str(tmp_path), download=False)
-    _write_mnist(tmp_path, packed=False)
+    _write_mnist(tmp_path)
     loader = create_loader("torch/mnist", "train", data_dir=str(tmp_path), num_workers=0, img_size=16)
     ((images, labels),) = loader
     assert images.shape == (7, 3, 16, 16) and labels.tolist() == list(range(7))
     assert loader.info.num_classes == 10
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        create_loader("wds/some", "train", data_dir=str(tmp_path), num_workers=0)
-    assert dataset_info("wds/some").num_classes == 0
-
-
-@pytest.mark.parametrize("missing", ["hfds", "wds"])
-def test_missing_package(tmp_path, monkeypatch, missing):
-    package = {"hfds": "datasets", "wds": "webdataset"}[missing]
-    reader = f"timm.data.readers.reader_{missing}"
-    monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, reader, raising=False)
-    with pytest.raises(ImportError, match=f"pip install {package}"):
-        create_loader(f"{missing}/some", "train", data_dir=str(tmp_path))
-
-
-class _Reader:
-    """A stream as timm's readers are one: it draws from python's global generator."""
-
-    def __init__(self, count=10):
-        self.count = count
-        self.epochs = []
-
-    def __iter__(self):
-        for i in range(self.count):
-            pixels = np.full((20, 20, 3), random.randrange(256), dtype=np.uint8)
-            yield Image.fromarray(pixels), i % 3
-
-    def __len__(self):
-        return self.count
-
-    def set_epoch(self, epoch):
-        self.epochs.append(epoch)
-
-
-def _stream(train=True, **kwargs):
-    from timm.data.dataset import IterableImageDataset
-
-    def fake(*args):
-        return IterableImageDataset("", reader=_Reader())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_open_timm", fake)
-        return create_loader("wds/x", "train", train=train, batch_size=4, img_size=16, num_workers=0, **kwargs)
-
-
-def test_stream():
-    kwargs = {"mixup": 0.5, "num_classes": 3, "reprob": 0.5}
-    loader = _stream(**kwargs)
-    assert len(loader) == 2 and loader.num_samples == 10 and loader.info.num_classes == 3
-    loader.set_epoch(4)
-    before = _states()
-    whole = []
-    for batch in loader:
-        _assert_states(before)
-        whole.append(batch)
-    assert loader.dataset.reader.epochs == [4]
-    assert len(whole) == 2 and whole[0][1].shape == (4, 3)
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    assert _same(whole[1:], loader.iterate(1))
-    loader.set_epoch(5)
-    assert not _same(whole, loader)
-    assert [len(y) for _, y in _stream(train=False)] == [4, 4, 2]
-    with pytest.raises(ValueError, match="--num-classes N"):
-        _stream(mixup=0.5)
-    with pytest.raises(ValueError, match="stream"):
-        _stream(subset=3)
 
 
 def test_bad_channels_for_timm(folder):
