@@ -20,13 +20,14 @@ import math
 import os
 import random
 import shlex
+import shutil
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -60,6 +61,28 @@ from spikezoo.neurons import WithRates, nearest
 
 # Logits and the firing rates of every layer and time step, of a batch of images.
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+# timm's, without plateau, whose state it does not save: a resumed run would differ.
+SCHEDULES = ("cosine", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant", "none")
+# Flags that may differ between the parts of one run: where it runs and what it writes, not what it computes.
+NOT_RECIPE = {
+    "help",
+    "config",
+    "resume",
+    "no_resume_opt",
+    "initial_checkpoint",
+    "pretrained",
+    "data_dir",
+    "dataset_download",
+    "validation_batch_size",
+    "workers",
+    "device",
+    "output",
+    "experiment",
+    "recovery_interval",
+    "checkpoint_hist",
+    "log_interval",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,7 +165,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--decay-epochs", type=float, default=30)
     group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
     group.add_argument("--decay-rate", type=float, default=0.1)
-    group.add_argument("--patience-epochs", type=int, default=10)
     group.add_argument("--grad-accum-steps", type=int, default=1)
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
@@ -183,7 +205,9 @@ def build_parser() -> argparse.ArgumentParser:
 def convert(action: argparse.Action, key: str, value: Any) -> Any:
     """Give a config value the type that the same flag would have; YAML reads 3e-4 as a string."""
     if value is None:
-        return None
+        if action.default is None:
+            return None
+        raise ValueError(f"Config key {key!r}: it has no value. Leave it out for the default, {action.default!r}.")
     if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise ValueError(f"Config key {key!r}: {value!r}, expected true or false.")
@@ -236,23 +260,29 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
     args.opt_args = args.opt_kwargs
+    args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     args.experiment = args.experiment or (Path(args.config).stem if args.config else args.model)
-    for name, low in (
-        ("epochs", 1),
-        ("batch_size", 1),
-        ("grad_accum_steps", 1),
-        ("log_interval", 1),
-        ("checkpoint_hist", 1),
-        ("recovery_interval", 0),
-        ("workers", 0),
+    for low, names in (
+        (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
+        (0, "rate_penalty rate_target mixup cutmix clip_grad"),
+        (1, "epochs batch_size validation_batch_size grad_accum_steps log_interval checkpoint_hist"),
     ):
-        if getattr(args, name) < low:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {low}.")
-    for name in ("smoothing", "tet_lambda", "drop"):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not low <= value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of at least {low}.")
+    for name in ("smoothing", "tet_lambda", "drop", "momentum"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number in [0, 1).")
-    if args.lr <= 0 or args.rate_penalty < 0:
-        raise ValueError(f"--lr {args.lr} --rate-penalty {args.rate_penalty}: expected lr > 0 and a penalty >= 0.")
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr {args.lr}: expected a number above 0.")
+    if args.grad_checkpointing and args.torchcompile:
+        raise ValueError(
+            "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "
+            "norms a second time. Leave one of them out."
+        )
+    if args.sched not in SCHEDULES:
+        raise ValueError(f"--sched {args.sched!r} does not exist. {nearest(args.sched, SCHEDULES)}")
     return args
 
 
@@ -304,6 +334,19 @@ class Saver(CheckpointSaver):
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)  # timm unlinks dst first, which leaves a moment without any checkpoint
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        with atomic(dst) as temporary:
+            try:
+                os.link(src, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(src, temporary)
+
+    def drop_remains(self) -> None:
+        """Remove what a killed process was in the middle of writing."""
+        for pattern in (".*.tmp", f"*tmp{self.extension}"):
+            for path in Path(self.checkpoint_dir).glob(pattern):
+                path.unlink()
 
     def drop_recovery(self) -> None:
         """Remove the mid-epoch files of an epoch that ended well."""
@@ -396,7 +439,8 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
     axes[1].plot(epochs, column("eval_top1"), "o-", color="C2", markersize=3)
     axes[1].set(title="Test accuracy (top-1, %)", xlabel="epoch")
     axes[2].plot(epochs, column("eval_firing_rate"), "o-", color="C3", markersize=3)
-    axes[2].set(title="Mean firing rate (spikes per neuron and step)", xlabel="epoch", ylim=(0, None))
+    axes[2].set(title="Mean firing rate", xlabel="epoch", ylabel="spikes per neuron and time step")
+    axes[2].set_ylim(bottom=0)
     for axis in axes:
         axis.grid(alpha=0.3)
     paths = [folder / "curves.png"]
@@ -502,9 +546,10 @@ class Run:
 
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         self.updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
-        self.scheduler, self.epochs = create_scheduler_v2(
+        self.scheduler, epochs = create_scheduler_v2(
             self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
         )
+        self.epochs = math.ceil(epochs)  # a warmup before the schedule may last half an epoch
         half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
         self.autocast: Callable[[], Any] = (
             functools.partial(torch.autocast, self.device.type, half) if args.amp else nullcontext
@@ -514,7 +559,8 @@ class Run:
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
         self.epoch, self.batch, self.updates = 0, 0, 0
-        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0}
+        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0}
+        self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self._prepare_output()
 
     # ------------------------------------------------------------------------------------------------- state
@@ -530,6 +576,7 @@ class Run:
             source = Path(args.resume)
         if source is not None:
             state = load_state(source)
+            self._check(state, source)
             if args.resume != "auto" and source.parent.resolve() != folder.resolve():
                 folder = Path(get_outdir(args.output, args.experiment, inc=True)) if self.main else folder
         elif self.main and args.resume != "auto":
@@ -549,22 +596,22 @@ class Run:
                 decreasing=args.eval_metric == "loss",
                 max_history=args.checkpoint_hist,
             )
+            self.saver.drop_remains()
         if state is not None:
             self._restore(state, source)
         if self.main:
             trim_summary(folder / "summary.csv", self.epoch)
             with atomic(folder / "args.yaml") as temporary:
-                known = {a.dest for a in build_parser()._actions} - {"help", "config", "resume"}
+                known = {a.dest for a in build_parser()._actions} - {"help", "config", "resume", "no_resume_opt"}
                 kept = {key: value for key, value in vars(args).items() if key in known and value is not None}
                 temporary.write_text(yaml.safe_dump(kept, sort_keys=True))
-            command = shlex.join(["python", "train.py", *sys.argv[1:]])
-            write_json(folder / "metadata.json", {"command": command, "seed": args.seed, **environment()})
+            write_json(folder / "metadata.json", {"command": args.command, "seed": args.seed, **environment()})
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that the run needs to go on exactly as if it had not stopped."""
         return {
             "architecture": self.args.model,
-            "model_args": self.arguments,
+            "model_args": {**self.arguments, "T": self.model.T},
             "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split},
             "epoch": self.epoch,
             "batch": self.batch,
@@ -575,31 +622,38 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
-            "rng": rng_state(self.device),
+            "rng": self.rng,
             "recipe": self._fingerprint(),
         }
 
     def _fingerprint(self) -> dict[str, Any]:
         # What must not change between the parts of one run for it to be the same run.
-        names = ("batch_size", "dataset", "epochs", "grad_accum_steps", "lr", "model", "opt", "sched", "seed", "subset")
-        return {name: getattr(self.args, name) for name in names} | {"world_size": self.args.world_size}
+        names = {action.dest for action in build_parser()._actions} - NOT_RECIPE
+        return {name: getattr(self.args, name) for name in sorted(names)} | {"world_size": self.args.world_size}
 
-    def _restore(self, state: dict[str, Any], source: Path | None) -> None:
-        if state["architecture"] != self.args.model or state["model_args"] != self.arguments:
+    def _check(self, state: dict[str, Any], source: Path | None) -> None:
+        """Raise where this run cannot go on from a state, before anything is written."""
+        wanted = {**self.arguments, "T": self.model.T}
+        if state["architecture"] != self.args.model or state["model_args"] != wanted:
             raise ValueError(
                 f"{source} was written by model {state['architecture']!r} with {state['model_args']}, and this run "
-                f"asks for {self.args.model!r} with {self.arguments}. Use the same config, or --initial-checkpoint."
+                f"asks for {self.args.model!r} with {wanted}. Use the same config, or --initial-checkpoint."
             )
-        self.model.load_state_dict(state["model"])
         if self.args.no_resume_opt:
             return
-        changed = {k: (v, state["recipe"][k]) for k, v in self._fingerprint().items() if state["recipe"].get(k) != v}
+        recipe = state["recipe"]
+        changed = {k: (v, recipe[k]) for k, v in self._fingerprint().items() if k in recipe and recipe[k] != v}
         if changed:
             told = ", ".join(f"{name} is {now!r} and was {then!r}" for name, (now, then) in changed.items())
             raise ValueError(f"Cannot continue {source} exactly: {told}. Use the same flags, or --no-resume-opt.")
+
+    def _restore(self, state: dict[str, Any], source: Path | None) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.args.no_resume_opt:
+            if self.ema:
+                self.ema.set(self.model)
+            return
         if self.ema:
-            if state["ema"] is None:
-                raise ValueError(f"{source} holds no averaged weights: leave --model-ema out, or use --no-resume-opt.")
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler and state["scheduler"] is not None:
@@ -608,8 +662,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.updates = state["epoch"], state["batch"], state["updates"]
         self.sums = dict(state["sums"])
-        if self.args.rank == 0:
-            set_rng_state(state["rng"], self.device)
+        set_rng_state(state["rng"][self.args.rank], self.device)
         if self.saver:
             self.saver.load_state_dict(state["saver"])
         if self.main:
@@ -637,31 +690,50 @@ class Run:
         compiled = run if args.torchcompile and not args.tet and not args.distributed else None
         results: dict[str, Any] = {}
         while self.epoch < self.epochs:
-            started = time.perf_counter()
             self._train_epoch(net, run)
-            seconds = time.perf_counter() - started
+            self._check_finite()
             if args.distributed:
                 distribute_bn(model, args.world_size, True)
+                if self.ema:  # that of rank 0, which is the one in the checkpoints
+                    distribute_bn(self.ema.module, args.world_size, False)
             sums, lr = self.sums, self.optimizer.param_groups[0]["lr"]
             train = {
                 "loss": sums["loss"] / sums["batches"],
                 "firing_rate": sums["rate"] / sums["batches"] if model.neuron_config.spiking else None,
-                "images_per_second": sums["images"] / seconds,
-                "seconds": seconds,
+                "images_per_second": sums["images"] / sums["seconds"],
+                "seconds": sums["seconds"],
             }
             self.epoch, self.batch = self.epoch + 1, 0
             self.sums = dict.fromkeys(self.sums, 0)
-            results = self._evaluate(model, compiled)
-            if self.ema:
-                results["ema"] = self._evaluate(self.ema.module, None)
+            results = self._evaluate(compiled)
+            self._collect_rng()
             self._finish_epoch(train, results, lr)
-        return results or self._evaluate(model, compiled)
+        return results or self._evaluate(compiled)
 
-    def _evaluate(self, model: nn.Module, compiled: Step | None) -> dict[str, Any]:
-        progress = self.main and sys.stderr.isatty()
-        return evaluate(
-            model, self.val_loader, device=self.device, autocast=self.autocast, compiled=compiled, progress=progress
+    def _evaluate(self, compiled: Step | None) -> dict[str, Any]:
+        measure = functools.partial(
+            evaluate,
+            loader=self.val_loader,
+            device=self.device,
+            autocast=self.autocast,
+            progress=self.main and sys.stderr.isatty(),
         )
+        results = measure(self.model, compiled=compiled)
+        if self.ema:
+            results["ema"] = measure(self.ema.module)
+        return results
+
+    def _check_finite(self) -> None:
+        # A neuron turns nan into silence, so a network with broken weights may still have a finite loss.
+        for name, tensor in self.model.state_dict().items():
+            if not torch.isfinite(tensor).all():
+                self._stop(f"{name} is not finite", self.batch, name.rpartition(".")[0])
+
+    def _collect_rng(self) -> None:
+        own = rng_state(self.device)
+        self.rng = [own] * self.args.world_size
+        if self.args.distributed:
+            dist.all_gather_object(self.rng, own)
 
     def _train_epoch(self, net: nn.Module, run: Step) -> None:
         args, model = self.args, self.model
@@ -678,6 +750,7 @@ class Run:
             leave=False,
         )
         shown, since = time.perf_counter(), 0
+        last = shown
         last_group = total - (total % accumulate or accumulate)  # a shorter last group is averaged over its own length
         for images, target in self.train_loader.iterate(self.batch):
             images, target = images.to(self.device), target.to(self.device)
@@ -690,7 +763,8 @@ class Run:
                 loss = self.objective(output, target, rates)
                 value = loss.item()
                 if not math.isfinite(value):
-                    self._stop_not_finite(images, value)
+                    layer = not_finite(model, images, self.autocast)
+                    self._stop(f"the loss is {value}", self.batch + 1, layer)
                 rate = rates.mean().item() if spiking else None
                 self.sums["loss"] += value
                 self.sums["rate"] += rate or 0.0
@@ -723,6 +797,8 @@ class Run:
                     self.scheduler.step_update(self.updates)
             bar.update()
             now = time.perf_counter()
+            self.sums["seconds"] += now - last
+            last = now
             if self.main and (self.batch % args.log_interval == 0 or self.batch == total):
                 line = f"loss {self.sums['loss'] / self.sums['batches']:.4f}, {since / (now - shown):.0f} images/s"
                 if rate is not None:
@@ -731,23 +807,20 @@ class Run:
                 if bar.disable:
                     print(f"epoch {self.epoch + 1}/{self.epochs} batch {self.batch}/{total}: {line}", flush=True)
                 shown, since = now, 0
-            if (
-                self.saver
-                and args.recovery_interval
-                and update
-                and self.batch < total
-                and self.batch % args.recovery_interval == 0
-            ):
-                self.saver.save_recovery(self.epoch, self.batch)
+            interval = args.recovery_interval
+            if interval and update and self.batch < total and self.batch % interval == 0:
+                self._check_finite()
+                self._collect_rng()
+                if self.saver:
+                    self.saver.save_recovery(self.epoch, self.batch)
         bar.close()
 
-    def _stop_not_finite(self, images: Tensor, value: float) -> None:
-        layer = not_finite(self.model, images, self.autocast)
-        good = [p for p in (newest_state(self.folder),) if p]
+    def _stop(self, what: str, batch: int, layer: str) -> NoReturn:
+        good = newest_state(self.folder)
         raise SystemExit(
-            f"Stopped: the loss is {value} at epoch {self.epoch + 1}, batch {self.batch + 1} (update {self.updates}). "
+            f"Stopped: {what} at epoch {self.epoch + 1}, batch {batch} (update {self.updates}). "
             f"First layer whose output is not finite: {layer}. "
-            f"Last good checkpoint: {good[0] if good else 'none was written yet'}. "
+            f"Last good checkpoint: {good or 'none was written yet'}. "
             "A smaller --lr, --clip-grad 1.0 or a longer --warmup-epochs often helps."
         )
 
@@ -762,10 +835,7 @@ class Run:
         eval_row = OrderedDict((key, results[key]) for key in keys)
         if "ema" in results:
             eval_row.update((f"ema_{key}", results["ema"][key]) for key in keys[:4])
-        summary = self.folder / "summary.csv"
-        update_summary(
-            self.epoch - 1, train, eval_row, filename=summary, lr=lr, write_header=not summary.exists(), log_wandb=False
-        )
+        update_summary(self.epoch - 1, train, eval_row, filename=self.folder / "summary.csv", lr=lr)
         self.saver.save_checkpoint(self.epoch - 1, best[args.eval_metric])  # type: ignore[union-attr]
         self.saver.drop_recovery()  # type: ignore[union-attr]
         rate = results["firing_rate"]
@@ -815,8 +885,9 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse, train, write."""
     logging.getLogger("timm").setLevel(logging.WARNING)
-    run = Run(parse_args(argv))
+    args = parse_args(argv)
     try:
+        run = Run(args)
         run.finish(run.train())
     finally:
         if dist.is_initialized():

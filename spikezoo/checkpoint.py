@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,11 +58,15 @@ def file_hash(path: str | Path) -> str:
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Replace the tensors of a nested structure by references, so that the rest is JSON."""
     if isinstance(value, Tensor):
+        while path in tensors:  # the keys 1 and "1", or "a.b" and a's "b", have the same path
+            path += "'"
         # Shared or non-contiguous tensors are not storable; a state has few of them and copies are fine.
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(value, Mapping):
         # JSON keys are strings; optimiser states have integer keys, so items are kept as pairs.
+        if bad := [key for key in value if not isinstance(key, str | int | float | None)]:
+            raise TypeError(f"Cannot store {path}: its key {bad[0]!r} is no string or number.")
         return {"dict": [[key, _pack(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         kind = "tuple" if isinstance(value, tuple) else "list"
@@ -117,14 +120,30 @@ def load_state(path: str | Path) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------- weights
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _hint(path: Path, otherwise: str) -> str:
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        return "It is a Git LFS pointer, not the weights: fetch the real file with 'git lfs pull'."
+    if head[:1] == b"<":
+        return "It is a web page, not weights: the download went wrong."
+    return f"{otherwise}: fetch or write it again."
+
+
+def _check_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}. Give a .safetensors file or a folder that holds one.")
+    return path
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_file(path)
     if path.suffix in (".pth", ".pt", ".tar", ".bin", ".ckpt"):
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read as a pickle of weights alone: {error}") from error
+        except Exception as error:  # damaged pickles raise anything
+            hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
+            raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
         for key in ("state_dict", "model"):
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
@@ -135,13 +154,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        head = path.read_bytes()[:64].lstrip()
-        if head.startswith(b"version https://git-lfs"):
-            hint = "It is a Git LFS pointer, not the weights: fetch the real file with 'git lfs pull'."
-        elif head[:1] == b"<":
-            hint = "It is a web page, not weights: the download went wrong."
-        else:
-            hint = "It is truncated or not a safetensors file: fetch or write it again."
+        hint = _hint(path, "It is truncated or not a safetensors file")
         raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
 
 
@@ -149,7 +162,7 @@ def find_weights(path: str | Path) -> Path:
     """Resolve a checkpoint file, or the weights in a folder: ``model.safetensors``, else ``last.safetensors``."""
     path = Path(path)
     if not path.is_dir():
-        return path
+        return _check_file(path)
     for name in (WEIGHTS_NAME, "model_best.safetensors", "last.safetensors"):
         if (path / name).is_file():
             return path / name
@@ -166,7 +179,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         The config, {} where there is none.
     """
     path = find_weights(path)
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ".safetensors":
         _, metadata = _read(path)
         if "spikezoo.state" in metadata:
             state = load_state(path)
@@ -195,11 +208,16 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
     path = find_weights(path)
     tensors, metadata = _read(path)
     if "spikezoo.state" not in metadata:
+        if ema:
+            raise ValueError(
+                f"{path} holds one set of weights, not a training state: give last.safetensors, or leave --use-ema out."
+            )
         return tensors
-    state = load_state(path)
-    weights = state["ema" if ema else "model"]
+    weights = load_state(path).get("ema" if ema else "model")
     if weights is None:
-        raise ValueError(f"{path} holds no averaged weights: the run did not use --model-ema.")
+        raise ValueError(
+            f"{path} holds no {'averaged weights: the run did not use --model-ema' if ema else 'weights'}."
+        )
     return dict(weights)
 
 

@@ -78,10 +78,11 @@ def evaluate(
     finally:
         model.train(training)
     finished = time.perf_counter()
+    speed = timed / (finished - mark) if timed else sums[3].item() / (finished - started)
     if dist.is_available() and dist.is_initialized():
-        packed = torch.cat([sums, rate_sums]).to(device)
-        dist.all_reduce(packed)
-        sums, rate_sums = packed[:4].cpu(), packed[4:].cpu()
+        packed = torch.cat([sums, rate_sums, torch.tensor([speed], dtype=torch.float64)]).to(device)
+        dist.all_reduce(packed)  # the speeds of all ranks add up, too
+        sums, rate_sums, speed = packed[:4].cpu(), packed[4:-1].cpu(), packed[-1].item()
     samples = int(sums[3])
     if samples == 0:
         raise ValueError("The split to evaluate on is empty.")
@@ -91,26 +92,27 @@ def evaluate(
         "top5": 100 * sums[1].item() / samples,
         "loss": sums[2].item() / samples,
         "samples": samples,
-        "images_per_second": timed / (finished - mark) if timed else samples / (finished - started),
+        "images_per_second": speed,
         "firing_rate": sum(layers.values()) / len(layers) if layers else None,
         "layer_firing_rates": layers,
     }
 
 
+def _commit() -> str:
+    """Commit of the checkout that this file belongs to, '-dirty' where tracked files differ; else unknown."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    try:
+        # An installed copy may lie inside somebody else's repository, whose commit would be a lie.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        described = [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def environment() -> dict[str, Any]:
     """What a result depends on besides its arguments: commit, versions, machine, date."""
-    folder = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {"torch": torch.__version__}  # with its build, which the package metadata leave out
+    versions: dict[str, str] = {"torch": torch.__version__}  # with its build, which the package metadata leave out
     for package in ("torchvision", "timm", "spikingjelly", "spikezoo-snn"):
         try:
             versions[package] = version(package)
@@ -124,7 +126,7 @@ def environment() -> dict[str, Any]:
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit,
+        "commit": _commit(),
         "python": platform.python_version(),
         **versions,
         "machine": f"{processor}, {os.cpu_count()} cores, accelerator {accelerator}",

@@ -1,0 +1,865 @@
+"""train.py: interrupted runs end bit-identically, updates equal a plain loop, configs, stops, files, two processes."""
+
+import csv
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import spikezoo
+from spikezoo.checkpoint import load_state
+from spikezoo.data import create_loader
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load("train")
+
+
+@pytest.fixture
+def fast(train, monkeypatch):
+    """train.py without pictures, which take longer than the training of a micro-model."""
+    monkeypatch.setattr(train, "plot", lambda *_: [])
+    return train
+
+
+def flags(output, *more):
+    """A run of 4 batches an epoch; later flags win."""
+    base = "--model test_mpbn_vgg --T 2 --dataset digits --subset 64 -b 16 --epochs 2 --lr 0.05 --experiment run"
+    return [*base.split(), "--output", str(output), *map(str, more)]
+
+
+def tensors(path):
+    return load_file(path)
+
+
+def tree(path):
+    """What a training state holds besides tensors."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["tree"])
+
+
+def assert_same_weights(a, b):
+    a, b = (load_file(x) if isinstance(x, Path) else x for x in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def assert_same_end(a, b):
+    """Two output folders hold the same weights and the same training state, bit by bit."""
+    assert_same_weights(a / "model.safetensors", b / "model.safetensors")
+    assert_same_weights(a / "last.safetensors", b / "last.safetensors")
+    assert tree(a / "last.safetensors") == tree(b / "last.safetensors")
+    first, second = summary(a), summary(b)
+    timing = {"train_seconds", "train_images_per_second", "eval_images_per_second"}
+    assert [{k: v for k, v in row.items() if k not in timing} for row in first] == [
+        {k: v for k, v in row.items() if k not in timing} for row in second
+    ]
+
+
+def summary(folder):
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def remains(folder):
+    return [path.name for path in folder.rglob("*") if "tmp" in path.name or path.name.startswith((".", "recovery"))]
+
+
+class Stop(BaseException):
+    """Ends a run from inside, as nothing in train.py catches it."""
+
+
+def interrupted(train, argv, call, monkeypatch):
+    """Run until the loss has been asked for ``call`` times."""
+    original, calls = train.Objective.__call__, []
+
+    def stop(self, *args):
+        calls.append(None)
+        if len(calls) == call:
+            raise Stop
+        return original(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(train.Objective, "__call__", stop)
+        train.main(argv)
+
+
+# ----------------------------------------------------------------------------------------------------- resume
+
+EVERYTHING = (  # 7 batches an epoch
+    "--grad-accum-steps 2 --recovery-interval 2 --model-ema --model-ema-decay 0.9 --drop 0.2 --reprob 0.5 --mixup 0.4 "
+    "--cutmix 0.5 --smoothing 0.1 --clip-grad 1.0 --warmup-epochs 1 --subset 112 --rate-penalty 0.1"
+)
+RECIPES = {
+    "momentum": "--opt momentum --lr 0.05",
+    "adamw by epoch": "--opt adamw --lr 1e-3 --opt-betas 0.8 0.99 --no-sched-on-updates --sched step --decay-epochs 1",
+    "tet": "--opt sgd --tet --tet-lambda 0.1 --layer-decay 0.8 --opt-kwargs dampening=0.0 --model-kwargs decay=0.5",
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("call", [4, 13, 8])  # one batch after a recovery, in both epochs; just after an epoch's end
+def test_resume_is_bit_identical(fast, tmp_path, monkeypatch, capsys, recipe, call):
+    more = [*EVERYTHING.split(), *RECIPES[recipe].split()]
+    fast.main(flags(tmp_path / "whole", *more))
+    argv = flags(tmp_path / "parts", *more, "--resume", "auto")  # 'auto' also starts a run
+    interrupted(fast, argv, call, monkeypatch)
+    folder = tmp_path / "parts" / "run"
+    recovery = {4: ["recovery-0-2"], 13: ["recovery-1-2", "recovery-1-4"], 8: []}[call]
+    assert sorted(path.stem for path in folder.glob("recovery-*")) == recovery
+    torch.manual_seed(99)  # the state must not come from this process
+    capsys.readouterr()
+    fast.main(argv)
+    at = {4: "epoch 1, batch 2", 13: "epoch 2, batch 4", 8: "epoch 2, batch 0"}[call]
+    assert f"{at}." in capsys.readouterr().out
+    assert_same_end(tmp_path / "whole" / "run", folder)
+    assert not remains(folder)
+
+
+def test_resume_after_sigkill(fast, tmp_path):
+    more = [*EVERYTHING.split(), "--opt", "momentum"]
+    argv = flags(tmp_path / "parts", *more, "--resume", "auto")
+    # The process kills itself one batch after its second recovery file of the second epoch, while it writes a state.
+    code = f"""
+        import importlib.util, os, signal
+        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
+        train = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(train)
+        original = train.save_state
+        def save(path, state):
+            if state["epoch"] == 1 and state["batch"] == 6:
+                open(os.path.join(os.path.dirname(path), f".last.safetensors.{{os.getpid()}}.tmp"), "w").write("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(path, state)
+        train.save_state = save
+        train.main({argv!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder = tmp_path / "parts" / "run"
+    assert remains(folder)
+    fast.main(argv)
+    fast.main(flags(tmp_path / "whole", *more))
+    assert_same_end(tmp_path / "whole" / "run", folder)
+    assert not remains(folder)
+
+
+def test_resume_of_a_finished_run_changes_nothing(fast, tmp_path, capsys):
+    argv = flags(tmp_path, "--model-ema", "--model-ema-decay", "0.5")
+    fast.main(argv)
+    folder = tmp_path / "run"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    accuracy = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("Test accuracy"))
+    fast.main([*argv, "--resume", "auto"])
+    assert accuracy in capsys.readouterr().out  # that of the averaged weights, which the run delivers
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"metadata.json", "model.safetensors"}:  # the time; the order of a file's header
+        assert before[name] == after[name], name
+
+
+def test_resume_takes_the_state_that_is_furthest_and_refuses_a_broken_one(fast, tmp_path, monkeypatch):
+    argv = flags(tmp_path, "--recovery-interval", "1", "--resume", "auto")
+    interrupted(fast, argv, 8, monkeypatch)
+    folder = tmp_path / "run"
+    assert sorted(path.stem for path in folder.glob("recovery-*")) == ["recovery-1-2", "recovery-1-3"]
+    assert fast.newest_state(folder) == folder / "recovery-1-3.safetensors"
+    (folder / "recovery-1-3.safetensors").unlink()
+    (folder / "recovery-1-2.safetensors").unlink()
+    assert fast.newest_state(folder) == folder / "last.safetensors"
+    last = folder / "last.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"Cannot read .*last\.safetensors .*truncated"):
+        fast.main(argv)
+
+
+def test_resume_where_the_summary_is_ahead_of_the_checkpoint(fast, tmp_path, monkeypatch):
+    # Killed between the first row and the first checkpoint: the row goes, the header stays.
+    argv = flags(tmp_path, "--recovery-interval", "2", "--resume", "auto")
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(fast.Saver, "save_checkpoint", lambda *_: (_ for _ in ()).throw(Stop()))
+        fast.main(argv)
+    assert len(summary(tmp_path / "run")) == 1
+    fast.main(argv)
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["0", "1"]
+
+
+def test_resume_with_other_flags_raises_and_writes_nothing(fast, tmp_path):
+    fast.main(flags(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    last = tmp_path / "run" / "last.safetensors"
+    for more, words in (
+        (["--lr", "0.1"], "lr is 0.1 and was 0.05"),
+        (["--weight-decay", "0"], r"weight_decay is 0.0 and was 0.0005"),
+        (["--mixup", "0.2"], r"mixup is 0.2 and was 0.0"),
+        (["--epochs", "3"], "epochs is 3 and was 2"),
+        (["--model-ema"], "model_ema is True and was False"),
+        (["--T", "3"], r"test_mpbn_vgg.*'T': 2.*asks for.*'T': 3"),
+        (["--model", "test_spiking_vgg"], "was written by model 'test_mpbn_vgg'"),
+    ):
+        for resume in (["auto"], [str(last), "--experiment", "other"]):
+            with pytest.raises(ValueError, match=words):
+                fast.main(flags(tmp_path, *more, "--resume", *resume))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with pytest.raises(FileNotFoundError, match="No checkpoint at"):
+        fast.main(flags(tmp_path, "--resume", tmp_path / "nowhere.safetensors"))
+    # Where the data is, how much is said and how often is saved are no part of the recipe.
+    fast.main(flags(tmp_path, "--resume", "auto", "--log-interval", "1", "--workers", "0", "--recovery-interval", "1"))
+
+
+def test_no_resume_opt_takes_only_the_weights(fast, tmp_path, monkeypatch):
+    fast.main(flags(tmp_path))
+    last = tmp_path / "run" / "last.safetensors"
+    runs = []
+    monkeypatch.setattr(fast.Run, "train", lambda self: runs.append(self) or self._evaluate(None))
+    fast.main(flags(tmp_path, "--lr", "0.1", "--model-ema", "--resume", last, "--no-resume-opt"))
+    (run,) = runs
+    weights = load_state(last)["model"]
+    assert_same_weights(run.model.state_dict(), weights)
+    assert_same_weights(run.ema.module.state_dict(), weights)  # not the random ones of the start
+    assert (run.epoch, run.updates, run.optimizer.state_dict()["state"]) == (0, 0, {})
+
+
+# ------------------------------------------------------------------------------- updates equal those of a plain loop
+
+
+def without_norms(monkeypatch):
+    """Models whose samples do not see each other, so that gradients of parts add up to those of the whole."""
+    create = spikezoo.create_model
+
+    def create_model(*args, **kwargs):
+        model = create(*args, **kwargs)
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+                    setattr(module, name, torch.nn.Identity())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)  # so that neurons fire without norms
+        return model
+
+    monkeypatch.setattr(spikezoo, "create_model", create_model)
+    return create_model
+
+
+PLAIN = [
+    "--model",
+    "test_spiking_vgg",
+    "--crop-padding",
+    0,
+    "--opt",
+    "momentum",
+    "--weight-decay",
+    0,
+    "--sched",
+    "none",
+]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "clip", "groups"),
+    [(2, None, [32] * 5), (4, None, [64, 64, 32]), (3, 0.05, [48, 48, 48, 16])],
+)
+def test_accumulation_clipping_and_ema_equal_a_plain_loop(fast, tmp_path, monkeypatch, accumulate, clip, groups):
+    create_model = without_norms(monkeypatch)
+    ema = ["--model-ema", "--model-ema-decay", "0.75"]
+    clipped = ["--clip-grad", clip] if clip else []
+    more = [*PLAIN, *ema, *clipped, "--subset", 160, "--epochs", 1, "--grad-accum-steps", accumulate]
+    fast.main(flags(tmp_path, *more))
+
+    fast.random_seed(42, 0)
+    model = create_model("test_spiking_vgg", num_classes=10, in_chans=1, img_size=8, T=2)
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    loader = create_loader("digits", "train", train=True, batch_size=16, seed=42, subset=160, crop_padding=0)
+    images, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    velocity = {name: torch.zeros_like(value) for name, value in start.items()}
+    average, norms = None, []
+    for x, y in zip(images.split(groups), labels.split(groups), strict=True):
+        logits = model(x)
+        loss = -logits.log_softmax(1)[torch.arange(len(y)), y].mean()
+        gradients = dict(zip(start, torch.autograd.grad(loss, list(model.parameters())), strict=True))
+        norms.append(math.sqrt(sum(g.double().square().sum().item() for g in gradients.values())))
+        factor = min(1, clip / norms[-1]) if clip else 1
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                velocity[name] = 0.9 * velocity[name] + factor * gradients[name]
+                parameter -= 0.05 * velocity[name]
+        now = {name: value.detach().clone() for name, value in model.named_parameters()}
+        average = now if average is None else {n: 0.75 * average[n] + 0.25 * now[n] for n in now}
+    assert not clip or max(norms) > clip  # otherwise nothing was clipped
+
+    found = load_state(tmp_path / "run" / "last.safetensors")
+    assert found["updates"] == len(groups)
+    for name, wanted in model.named_parameters():
+        assert not torch.allclose(start[name], wanted, atol=1e-4)
+        torch.testing.assert_close(found["model"][name], wanted.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["ema"][name], average[name], atol=1e-5, rtol=1e-4)
+    # The run delivers the averaged weights.
+    assert_same_weights(tmp_path / "run" / "model.safetensors", found["ema"])
+
+
+def test_two_halves_equal_one_batch(fast, tmp_path, monkeypatch):
+    without_norms(monkeypatch)
+    for name, batch, accumulate in (("whole", 32, 1), ("halves", 16, 2)):
+        more = [*PLAIN, "--epochs", 1, "-b", batch, "--grad-accum-steps", accumulate]
+        fast.main(flags(tmp_path, *more, "--experiment", name))
+    whole, halves = (tensors(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    for name in whole:
+        torch.testing.assert_close(halves[name], whole[name], atol=1e-6, rtol=1e-4)
+
+
+def test_cosine_on_updates_by_hand(fast, tmp_path):
+    fast.main(flags(tmp_path, "--epochs", "4", "--lr", "0.08", "--min-lr", "0.01", "--warmup-epochs", "1"))
+    # After 4, 8, 12 and 16 of 16 updates; the warmup is the schedule's first quarter, linear from 1e-5.
+    wanted = [0.01 + 0.07 * (1 + math.cos(math.pi * t / 16)) / 2 for t in (4, 8, 12, 16)]
+    assert [float(row["lr"]) for row in summary(tmp_path / "run")] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("sched", ["cosine", "step", "multistep", "poly", "tanh", "wsd", "rsqrt", "constant", "none"])
+def test_every_schedule_runs_and_resumes(fast, tmp_path, monkeypatch, sched):
+    more = ["--sched", sched, "--subset", 32, "--decay-epochs", 1, "--warmup-epochs", 0.5, "--warmup-prefix"]
+    argv = flags(tmp_path, *more, "--resume", "auto")
+    interrupted(fast, argv, 3, monkeypatch)
+    fast.main(argv)
+    rows = summary(tmp_path / "run")
+    assert [int(row["epoch"]) for row in rows] == list(range(len(rows))) and len(rows) in (2, 3)
+
+
+# ------------------------------------------------------------------------------------------------------- loss
+
+
+def objective(train, soft=False, **given):
+    args = train.parse_args([])
+    for name, value in given.items():
+        setattr(args, name, value)
+    return train.Objective(args, soft)
+
+
+LOGITS = torch.tensor([[[1.0, 2, 0], [0, -1, 3]], [[0, 0, 1], [2, 2, -2]]])  # [T, B, K]
+TARGET = torch.tensor([1, 0])
+NO_RATES = torch.zeros(1, 2)
+
+
+def entropy(logits, weights):
+    total = math.log(sum(math.exp(v) for v in logits))
+    return sum(w * (total - v) for w, v in zip(weights, logits, strict=True))
+
+
+ONE_HOT = [[0, 1, 0], [1, 0, 0]]
+
+
+def test_cross_entropy_smoothing_and_soft_targets_by_hand(train):
+    logits = LOGITS[0]
+    wanted = (entropy([1, 2, 0], [0, 1, 0]) + entropy([0, -1, 3], [1, 0, 0])) / 2
+    assert objective(train)(logits, TARGET, NO_RATES).item() == pytest.approx(wanted)
+    smooth = [[0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]  # 0.3 spread over 3 classes
+    wanted = (entropy([1, 2, 0], smooth[0]) + entropy([0, -1, 3], smooth[1])) / 2
+    assert objective(train, smoothing=0.3)(logits, TARGET, NO_RATES).item() == pytest.approx(wanted)
+    assert objective(train, soft=True)(logits, torch.tensor(smooth), NO_RATES).item() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_tet_by_hand(train, soft):
+    target = torch.tensor(ONE_HOT, dtype=torch.float) if soft else TARGET
+    steps = [sum(entropy(LOGITS[t, b].tolist(), ONE_HOT[b]) for b in range(2)) / 2 for t in range(2)]
+    wanted = sum(steps) / 2
+    found = objective(train, soft, tet=True)(LOGITS, target, NO_RATES)
+    assert found.item() == pytest.approx(wanted)
+    assert wanted != pytest.approx(F.cross_entropy(LOGITS.mean(0), TARGET).item())  # not the loss of the mean
+    pull = sum((v - 1) ** 2 for v in LOGITS.flatten().tolist()) / 12
+    found = objective(train, soft, tet=True, tet_lambda=0.25)(LOGITS, target, NO_RATES)
+    assert found.item() == pytest.approx(0.75 * wanted + 0.25 * pull)
+
+
+def test_rate_penalty_by_hand(train):
+    rates = torch.tensor([[0.2, 0.4], [0.1, 0.0], [0.5, 0.7]], requires_grad=True)
+    plain = objective(train)(LOGITS[0], TARGET, rates).item()
+    found = objective(train, rate_penalty=2.0, rate_target=0.15)(LOGITS[0], TARGET, rates)
+    # Layer means 0.3, 0.05, 0.6; above the target by 0.15, nothing, 0.45.
+    assert found.item() - plain == pytest.approx(2 * (0.15 + 0.45) / 3)
+    found.backward()
+    torch.testing.assert_close(rates.grad, torch.tensor([[1 / 3, 1 / 3], [0, 0], [1 / 3, 1 / 3]]))
+
+
+def test_half_precision_logits_have_a_full_precision_loss(train):
+    wanted = objective(train)(LOGITS[0].bfloat16().float(), TARGET, NO_RATES)
+    found = objective(train)(LOGITS[0].bfloat16(), TARGET, NO_RATES)
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
+def test_the_rate_penalty_lowers_the_firing_rate(fast, tmp_path):
+    found = {}
+    for name, penalty in (("without", 0), ("with", 5)):
+        fast.main(flags(tmp_path, "--experiment", name, "--epochs", 4, "--rate-penalty", penalty))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        found[name] = config["spikezoo"]["results"]["firing_rate"]
+    assert found["with"] < 0.7 * found["without"]
+    with pytest.raises(ValueError, match="neuron='relu', which does not fire"):
+        fast.main(flags(tmp_path, "--neuron", "relu", "--mpbn", "none", "--T", 1, "--rate-penalty", 1))
+
+
+# ----------------------------------------------------------------------------------------------------- config
+
+
+def config(tmp_path, text):
+    path = tmp_path / "my recipe.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def test_config_values_have_the_types_of_the_flags(train, tmp_path):
+    text = """
+        lr: 3e-4
+        weight-decay: 5e-2
+        min_lr: 0
+        epochs: 3.0
+        batch_size: "8"
+        amp: true
+        sched_on_updates: false
+        opt_betas: [0.8, 99e-2]
+        decay_milestones: [3, 5]
+        model_kwargs: {decay: 0.5, surrogate: triangle}
+        clip_grad: 1
+        neuron: if
+        data_dir:
+    """
+    args = train.parse_args(config(tmp_path, textwrap.dedent(text)))
+    found = {
+        name: getattr(args, name) for name in ("lr", "weight_decay", "min_lr", "epochs", "batch_size", "clip_grad")
+    }
+    wanted = {"lr": 3e-4, "weight_decay": 0.05, "min_lr": 0.0, "epochs": 3, "batch_size": 8, "clip_grad": 1.0}
+    assert found == wanted and [type(v) for v in found.values()] == [type(v) for v in wanted.values()]
+    assert args.amp is True and args.sched_on_updates is False
+    assert args.opt_betas == [0.8, 0.99] and args.decay_milestones == [3, 5]
+    assert args.model_kwargs == {"decay": 0.5, "surrogate": "triangle"}
+    assert args.neuron == "if" and args.data_dir is None
+    assert args.experiment == "my recipe"
+
+
+def test_the_command_line_wins_over_the_config(train, tmp_path):
+    text = "lr: 3e-4\namp: true\nepochs: 7\nsched_on_updates: false\nmodel_kwargs: {decay: 0.5}\nexperiment: x"
+    more = ["--lr", "0.2", "--sched-on-updates", "--model-kwargs", "tau=2.0", "name=a=b", "--experiment", "y"]
+    args = train.parse_args([*config(tmp_path, text), *more])
+    assert (args.lr, args.epochs, args.amp, args.sched_on_updates) == (0.2, 7, True, True)
+    assert args.model_kwargs == {"tau": 2.0, "name": "a=b"} and args.experiment == "y"
+    # Also where the flag repeats the default.
+    assert train.parse_args([*config(tmp_path, "lr: 3e-4"), "--lr", "0.1"]).lr == 0.1
+
+
+def test_an_empty_config_is_the_defaults(train, tmp_path):
+    args, default = train.parse_args(config(tmp_path, "# nothing")), train.parse_args([])
+    different = {name for name, value in vars(default).items() if getattr(args, name) != value}
+    assert different == {"config", "experiment", "command"} and default.experiment == default.model
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", r"Unknown key 'epoch' in .*my recipe\.yaml.*epochs"),
+        ("learning_rate: 3", r"Unknown key 'learning_rate'"),
+        ("batchsize: 3", r"batch_size"),
+        ("1: 2", "Unknown key 1"),
+        ("config: x.yaml", "Unknown key 'config'"),
+        ("epochs: 1.5", "'epochs': 1.5, expected int"),
+        ("epochs: ten", "'epochs': 'ten', expected int"),
+        ("epochs: true", "'epochs': True, expected int"),
+        ("epochs: [1]", r"'epochs': \[1\], expected one value"),
+        ("epochs:", "'epochs': it has no value"),
+        ("lr: fast", "'lr': 'fast', expected float"),
+        ("lr: {a: 1}", "expected one value"),
+        ("lr: no", "'lr': False, expected float"),
+        ("opt: false", "'opt': False, expected str"),
+        ("amp: 1", "'amp': 1, expected true or false"),
+        ("sched_on_updates: 'yes'", "'sched_on_updates': 'yes', expected true or false"),
+        ("opt_betas: 0.9", "'opt_betas': 0.9, expected a list"),
+        ("opt_betas: [a, b]", "expected float"),
+        ("model_kwargs: [1]", r"expected a mapping, for instance \{decay: 0.5\}"),
+        ("amp_dtype: bfloat", "'amp_dtype': 'bfloat' does not exist.*bfloat16"),
+        ("- a\n- b", "holds a list: expected 'key: value' lines"),
+        ("lr: [", "is not valid YAML"),
+        ("lr: -1", "--lr -1.0: expected a number above 0"),
+    ],
+)
+def test_bad_config(train, tmp_path, text, words):
+    with pytest.raises(ValueError, match=words):
+        train.parse_args(config(tmp_path, text))
+
+
+def test_missing_config(train, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No config at .*nowhere\.yaml"):
+        train.parse_args(["--config", str(tmp_path / "nowhere.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *((f"--{name}", "-1") for name in ("weight-decay", "clip-grad", "warmup-epochs", "mixup", "subset", "workers")),
+        *((f"--{name}", "0") for name in ("epochs", "batch-size", "validation-batch-size", "grad-accum-steps", "lr")),
+        *((f"--{name}", "nan") for name in ("lr", "weight-decay", "clip-grad", "smoothing", "rate-penalty")),
+        *((f"--{name}", "1") for name in ("smoothing", "drop", "tet-lambda", "momentum")),
+        ("--lr", "inf"),
+        ("--rate-penalty", "-0.1"),
+    ],
+)
+def test_impossible_numbers(train, flag, value):
+    with pytest.raises(ValueError, match=rf"^{flag} {value}.*expected a number"):
+        train.parse_args([flag, value])
+
+
+def test_compiled_recomputation_is_refused(train):
+    with pytest.raises(ValueError, match="--grad-checkpointing --torchcompile"):
+        train.parse_args(["--grad-checkpointing", "--torchcompile"])
+
+
+def test_unknown_schedule_names_the_nearest(train):
+    with pytest.raises(ValueError, match=r"'cosin' does not exist.*cosine"):
+        train.parse_args(["--sched", "cosin"])
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        (["--model", "test_mpbn_vgh"], ValueError, "test_mpbn_vgg"),
+        (["--dataset", "digitz"], ValueError, "digits"),
+        (["--dataset", "npz:nowhere.npz"], FileNotFoundError, "nowhere.npz"),
+        (["--dataset", "cifar10", "--no-dataset-download"], FileNotFoundError, "--data-dir.*--dataset digits"),
+        (["--opt", "sgdd"], ValueError, "sgdd"),
+        (["--model-kwargs", "decai=0.5"], ValueError, "decai.*decay"),
+        (["--device", "cuda"], ValueError, "no CUDA device.*--device cpu"),
+        (["--initial-checkpoint", "nowhere"], FileNotFoundError, "nowhere"),
+        (["--pretrained"], ValueError, "pretrained"),
+    ],
+)
+def test_bad_runs_leave_nothing(fast, tmp_path, monkeypatch, more, error, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SPIKEZOO_DATA", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=words):
+        fast.main(flags("out", *more))
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- not finite
+
+
+def stopped(train, argv):
+    with pytest.raises(SystemExit) as caught:
+        train.main(argv)
+    return str(caught.value)
+
+
+def test_a_learning_rate_that_explodes(fast, tmp_path):
+    told = stopped(fast, flags(tmp_path, "--lr", "1e30", "--sched", "none"))
+    assert "at epoch 1, batch" in told and "(update " in told
+    assert "none was written yet" in told and "--lr" in told
+    layer = told.split("First layer whose output is not finite: ")[1].split(". Last")[0]
+    model = spikezoo.create_model("test_mpbn_vgg")
+    assert layer in dict(model.named_modules())
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def with_inf(tmp_path, name):
+    model = spikezoo.create_model("test_mpbn_vgg", in_chans=1, img_size=8)
+    model.state_dict()[name].view(-1)[0] = math.inf
+    save_file(model.state_dict(), tmp_path / "inf.safetensors")
+    return ["--initial-checkpoint", tmp_path / "inf.safetensors"]
+
+
+def test_weights_that_are_not_finite(fast, tmp_path):
+    told = stopped(fast, flags(tmp_path, *with_inf(tmp_path, "head.fc.weight")))
+    assert "the loss is nan at epoch 1, batch 1 (update 0)" in told or "the loss is inf at" in told
+    assert "not finite: head.fc. Last good checkpoint: none" in told
+
+
+@pytest.mark.parametrize(("more", "batch"), [(["--recovery-interval", "2"], 2), ([], 4)])
+def test_nan_that_a_neuron_turns_into_silence(fast, tmp_path, more, batch):
+    # A neuron does not fire at nan, so the loss stays finite; the dead network must still not be saved.
+    told = stopped(fast, flags(tmp_path, *with_inf(tmp_path, "stem.0.conv.weight"), *more))
+    assert f"stem.0.conv.weight is not finite at epoch 1, batch {batch} (update {batch})" in told
+    assert "First layer whose output is not finite: stem.0.conv." in told
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+def test_a_stop_keeps_the_last_good_files(fast, tmp_path, monkeypatch):
+    finish, kept = fast.Run._finish_epoch, {}
+    folder = tmp_path / "run"
+
+    def poison(self, *args):
+        finish(self, *args)
+        kept.update((path.name, path.read_bytes()) for path in folder.iterdir())
+        with torch.no_grad():
+            self.model.head.fc.weight[0, 0] = math.nan
+
+    monkeypatch.setattr(fast.Run, "_finish_epoch", poison)
+    told = stopped(fast, flags(tmp_path, "--epochs", "3"))
+    assert "the loss is nan at epoch 2, batch 1 (update 4)" in told and "not finite: head.fc." in told
+    assert f"Last good checkpoint: {folder / 'last.safetensors'}" in told
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+    assert torch.isfinite(load_state(folder / "last.safetensors")["model"]["head.fc.weight"]).all()
+
+
+def test_images_that_are_not_finite(train):
+    model = spikezoo.create_model("test_mpbn_vgg", img_size=8)
+    images = torch.full((1, 3, 8, 8), math.nan)
+    assert train.not_finite(model, images, train.nullcontext) == "the input images"
+    assert "the loss itself" in train.not_finite(model, torch.zeros(1, 3, 8, 8), train.nullcontext)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+# ----------------------------------------------------------------------------------------------- output folder
+
+
+def test_output_folder(train, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    argv = flags(tmp_path, "--model-ema", "--opt-betas", "0.9", "0.99", "--opt", "adamw", "--model-kwargs", "decay=0.5")
+    train.main([*argv, "--checkpoint-hist", "1", "--log-interval", "2"])
+    folder = tmp_path / "run"
+    best = int(load_state(folder / "model_best.safetensors")["epoch"]) - 1
+    files = ["args.yaml", "metadata.json", "summary.csv", "curves.png", "firing_rates.png", "config.json"]
+    states = ["last.safetensors", "model_best.safetensors", "model.safetensors", f"checkpoint-{best}.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files + states)
+    for name in ("curves.png", "firing_rates.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+    rows = summary(folder)
+    columns = """epoch train_loss train_firing_rate train_images_per_second train_seconds eval_top1 eval_top5 eval_loss
+        eval_firing_rate eval_images_per_second eval_ema_top1 eval_ema_top5 eval_ema_loss eval_ema_firing_rate lr"""
+    assert list(rows[0]) == columns.split() and [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+    top1 = [float(row["eval_ema_top1"]) for row in rows]
+    assert top1[best] == max(top1)
+
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["seed"] == 42 and metadata["command"].startswith("python train.py --model test_mpbn_vgg")
+    assert {"commit", "python", "torch", "timm", "spikezoo-snn", "machine", "date"} <= metadata.keys()
+    results = json.loads((folder / "config.json").read_text())
+    assert results["architecture"] == "test_mpbn_vgg" and results["spikezoo"]["results"]["samples"] == 360
+    assert results["model_args"] == {"T": 2, "num_classes": 10, "in_chans": 1, "img_size": 8, "decay": 0.5}
+
+    out = capsys.readouterr().out
+    for words in ("parameters", "images/s", "firing rate", "batch 2/4", "Validate it", str(folder)):
+        assert words in out
+
+    # What was measured in training is what validate.py finds in the folder.
+    validate = load("validate")
+    validate.main(["--checkpoint", str(folder)])
+    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    assert row["loss"] == pytest.approx(results["spikezoo"]["results"]["loss"], abs=1e-5)
+    assert row["top1"] == pytest.approx(results["spikezoo"]["results"]["top1"], abs=1e-3)
+
+
+def test_args_yaml_repeats_the_run_in_a_new_folder(fast, tmp_path):
+    more = ["--opt", "adamw", "--opt-betas", "0.8", "0.99", "--lr", "3e-3", "--model-kwargs", "decay=0.5"]
+    fast.main(flags(tmp_path, *more, "--no-sched-on-updates", "--mixup", "0.2", "--drop", "0.1"))
+    fast.main(["--config", str(tmp_path / "run" / "args.yaml")])
+    fast.main(["--config", str(tmp_path / "run" / "args.yaml"), "--seed", "1"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-1", "run-2"]
+    assert_same_end(tmp_path / "run", tmp_path / "run-1")
+    first, second = (yaml.safe_load((tmp_path / name / "args.yaml").read_text()) for name in ("run", "run-1"))
+    assert first == second
+    first, third = (tensors(tmp_path / name / "model.safetensors") for name in ("run", "run-2"))
+    assert not torch.equal(first["head.fc.weight"], third["head.fc.weight"])  # the seed matters
+
+
+def test_the_best_checkpoints_are_kept(fast, tmp_path):
+    fast.main(flags(tmp_path, "--epochs", "4", "--checkpoint-hist", "2", "--eval-metric", "loss", "--subset", "32"))
+    folder = tmp_path / "run"
+    losses = [float(row["eval_loss"]) for row in summary(folder)]
+    order = sorted(range(4), key=losses.__getitem__)
+    kept = {int(path.stem.split("-")[1]) for path in folder.glob("checkpoint-*")}
+    assert kept == set(order[:2])
+    assert load_state(folder / "model_best.safetensors")["epoch"] == order[0] + 1
+    assert not remains(folder)
+
+
+def test_without_hard_links(fast, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    fast.main(flags(tmp_path, "--epochs", "1"))
+    folder = tmp_path / "run"
+    assert (folder / "model_best.safetensors").read_bytes() == (folder / "last.safetensors").read_bytes()
+    assert not remains(folder)
+
+
+def test_without_matplotlib(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.main(flags(tmp_path, "--epochs", "1"))
+    assert "pip install 'spikezoo-snn[plot]'" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("*.png"))
+
+
+def test_a_twin_without_spikes(train, tmp_path):
+    pytest.importorskip("matplotlib")
+    train.main(flags(tmp_path, "--model", "test_spiking_vgg", "--neuron", "relu", "--T", "1"))
+    assert summary(tmp_path / "run")[0]["train_firing_rate"] == ""
+    assert (tmp_path / "run" / "curves.png").is_file() and not (tmp_path / "run" / "firing_rates.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------- ways of running
+
+
+def test_grad_checkpointing_changes_nothing(fast, tmp_path):
+    for name, more in (("plain", []), ("checkpointed", ["--grad-checkpointing"])):
+        fast.main(flags(tmp_path, "--experiment", name, *more))
+    plain, found = (tensors(tmp_path / name / "model.safetensors") for name in ("plain", "checkpointed"))
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_channels_last_stays_close(fast, tmp_path):
+    for name, more in (("plain", []), ("last", ["--channels-last"])):
+        fast.main(flags(tmp_path, "--experiment", name, "--subset", 16, "--epochs", 1, *more))
+    plain, found = (tensors(tmp_path / name / "model.safetensors") for name in ("plain", "last"))
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("more", [[], ["--amp-dtype", "float16", "--grad-accum-steps", "2", "--clip-grad", "1"]])
+def test_amp_learns_and_resumes(fast, tmp_path, monkeypatch, more):
+    argv = flags(tmp_path, "--amp", "--channels-last", *more, "--recovery-interval", 2, "--resume", "auto")
+    interrupted(fast, argv, 7, monkeypatch)
+    fast.main(argv)
+    fast.main(flags(tmp_path / "whole", "--amp", "--channels-last", *more, "--recovery-interval", 2))
+    assert_same_end(tmp_path / "whole" / "run", tmp_path / "run")
+    state = load_state(tmp_path / "run" / "last.safetensors")
+    assert all(v.dtype != torch.bfloat16 for v in state["model"].values())  # weights stay in full precision
+    assert (state["scaler"] is not None) == bool(more)
+
+
+@pytest.mark.parametrize("more", [[], ["--tet"]])
+def test_torchcompile(fast, tmp_path, monkeypatch, more):
+    compile_, compiled = torch.compile, []
+
+    def eager(net):
+        compiled.append(net)
+        return compile_(net, backend="aot_eager")  # inductor's compiler takes longer than all other tests
+
+    monkeypatch.setattr(torch, "compile", eager)
+    few = ["--T", 1, "--subset", 32, "--epochs", 1]
+    fast.main(flags(tmp_path, *few, *more, "--experiment", "plain"))
+    fast.main(flags(tmp_path, *few, *more, "--experiment", "compiled", "--torchcompile"))
+    assert len(compiled) == 1
+    plain, found = (tensors(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_initial_checkpoint(fast, tmp_path, monkeypatch):
+    fast.main(flags(tmp_path, "--epochs", 1))
+    runs = []
+    monkeypatch.setattr(fast.Run, "train", lambda self: runs.append(self) or self._evaluate(None))
+    fast.main(flags(tmp_path, "--initial-checkpoint", tmp_path / "run", "--seed", 3))
+    assert_same_weights(runs[0].model.state_dict(), tensors(tmp_path / "run" / "model.safetensors"))
+
+
+DISTRIBUTED = """
+    import importlib.util, os, sys
+    import torch
+
+    spec = importlib.util.spec_from_file_location("train", {script!r})
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    torch.set_num_threads(1)
+    train.plot = lambda *_: []
+    runs, argv = [], {argv!r}
+
+    class Run(train.Run):
+        def __init__(self, args):
+            super().__init__(args)
+            runs.append(self)
+
+    class Stop(BaseException):
+        pass
+
+    # One process group for all runs of this process.
+    train.Run, destroy, train.dist.destroy_process_group = Run, train.dist.destroy_process_group, lambda: None
+    train.main([*argv, "--output", "whole"])
+    torch.distributed.init_process_group = lambda **_: None
+
+    objective, calls = train.Objective.__call__, []
+
+    def stop(self, *args):
+        calls.append(None)
+        if len(calls) == 8:  # in the second epoch, after the recovery file of its batch 2
+            raise Stop
+        return objective(self, *args)
+
+    train.Objective.__call__ = stop
+    try:
+        train.main([*argv, "--output", "parts"])
+        raise SystemExit("not stopped")
+    except Stop:
+        train.Objective.__call__ = objective
+    torch.manual_seed(99)
+    train.main([*argv, "--output", "parts", "--resume", "auto"])
+    rank = int(os.environ["RANK"])
+    for name, run in (("whole", runs[0]), ("parts", runs[-1])):
+        state = {{"model": run.model.state_dict(), "ema": run.ema.module.state_dict()}}
+        train.save_state(f"{{name}}-{{rank}}.safetensors", state)
+    destroy()
+"""
+
+
+def test_two_processes(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 65), ("test", 7)):  # both odd: shares differ
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % 6
+    np.savez(tmp_path / "small.npz", **arrays)
+    # 4 batches a rank and epoch; with dropout, so that the random state of each rank counts.
+    argv = (
+        "--model test_mpbn_vgg --T 2 --dataset npz:small.npz -b 8 --epochs 2 --lr 0.05 --experiment run --device cpu "
+        "--drop 0.3 --model-ema --model-ema-decay 0.7 --grad-accum-steps 2 --recovery-interval 2"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED).format(script=str(ROOT / "train.py"), argv=argv.split()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["run"]  # one folder for both
+    assert done.stdout.count("Test accuracy") == 2  # only one of them talks, once a run that ended
+    for name in ("whole", "parts"):
+        ranks = [load_state(tmp_path / f"{name}-{rank}.safetensors") for rank in range(2)]
+        assert_same_weights(ranks[0]["model"], ranks[1]["model"])
+        assert_same_weights(ranks[0]["ema"], ranks[1]["ema"])
+        assert_same_weights(tmp_path / name / "run" / "model.safetensors", ranks[0]["ema"])
+    assert_same_end(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+    results = json.loads((tmp_path / "whole" / "run" / "config.json").read_text())["spikezoo"]["results"]
+    assert results["samples"] == 7  # 4 and 3, none twice
+    load("validate").main(
+        ["--checkpoint", str(tmp_path / "whole" / "run"), "--dataset", f"npz:{tmp_path / 'small.npz'}"]
+    )
+    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    for key in ("top1", "top5", "loss", "firing_rate"):
+        assert row[key] == pytest.approx(results[key], abs=1e-4), key
