@@ -167,9 +167,12 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _check_arguments(architecture: str, arguments: Mapping[str, Any]) -> None:
-    signature = inspect.signature(_classes[architecture]).parameters
+    # A family hands on what it does not take itself, so its base's arguments are its own too.
+    constructors = [vars(cls)["__init__"] for cls in _classes[architecture].__mro__ if "__init__" in vars(cls)]
+    parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
     layout = set(_rows[architecture].arguments) - {"mpbn"}
-    known = {n for n, p in signature.items() if p.kind is not p.VAR_KEYWORD} | _NEURON_ARGUMENTS | _FACTORY_ARGUMENTS
+    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    known = (known - {"self"}) | _NEURON_ARGUMENTS | _FACTORY_ARGUMENTS
     for name in arguments:
         if name not in known:
             valid = known - layout - {"neuron_defaults"}

@@ -49,7 +49,7 @@ class SpikingModel(nn.Module):
         global_pool: Pooling of the head: avg, max or '' for none.
         drop_rate: Dropout before the classifier.
         neuron_defaults: Constants of the family.
-        neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`.
+        **neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`: decay, threshold, ...
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class SpikingModel(nn.Module):
         mpbn: str | bool | None = None,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        neuron_defaults: dict[str, Any],
-        neuron_arguments: dict[str, Any],
+        neuron_defaults: dict[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **neuron_arguments: Any,
     ) -> None:
         super().__init__()
         self.num_classes = _positive_int("num_classes", num_classes, 0)
@@ -75,7 +75,7 @@ class SpikingModel(nn.Module):
         if len(sizes) != 2:
             raise ValueError(f"img_size={img_size!r}: expected one number or (height, width), for instance 32.")
         self.img_size = tuple(_positive_int("img_size", size) for size in sizes)
-        self.neuron_config = NeuronConfig.resolve(neuron_defaults, neuron, neuron_arguments)
+        self.neuron_config = NeuronConfig.resolve(neuron_defaults or {}, neuron, neuron_arguments)
         if T is not None:
             _positive_int("T", T, hint=" T is the number of time steps; T=4 is common, T=1 the fastest.")
             if T > 1 and not self.neuron_config.spiking:

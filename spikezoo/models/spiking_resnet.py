@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, Stem, conv_out
@@ -33,8 +32,7 @@ class SpikingResNet(SpikingModel):
         stem_width: Channels of the stem.
         pooled_shortcut: Average pooling in the shortcuts instead of a stride.
         hidden: Width of a spiking linear layer before the classifier, 0 for none.
-        neuron_defaults: Constants of the neuron.
-        **kwargs: See :class:`SpikingModel`; anything else goes to the neuron.
+        **kwargs: Arguments of :class:`SpikingModel`.
     """
 
     def __init__(
@@ -46,34 +44,9 @@ class SpikingResNet(SpikingModel):
         stem_width: int = 64,
         pooled_shortcut: bool = False,
         hidden: int = 0,
-        *,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        img_size: int | Sequence[int] = 32,
-        T: int | None = None,
-        neuron: str | None = None,
-        mpbn: str | bool | None = None,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        neuron_defaults: dict[str, Any] | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **neuron_arguments: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes,
-            in_chans=in_chans,
-            img_size=img_size,
-            T=T,
-            neuron=neuron,
-            mpbn=mpbn,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            neuron_defaults=neuron_defaults or {},
-            neuron_arguments=neuron_arguments,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(**kwargs)
         dd, neurons = self._dd, self._neuron
         reduction = {"conv3": 1, "conv3x3": 2, "conv7": 4}[stem]
         total = reduction
@@ -82,7 +55,9 @@ class SpikingResNet(SpikingModel):
         self.min_img_size = total
         self._check_size(self.img_size)
         kernel, stride = (7, 2) if stem == "conv7" else (3, 1)
-        first = ConvNormNeuron(in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, neuron=neurons, dd=dd)
+        first = ConvNormNeuron(
+            self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, neuron=neurons, dd=dd
+        )
         layers: list[nn.Module] = [first]
         size = first.out_size
         if stem == "conv3x3":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, Stem
@@ -28,8 +27,7 @@ class SpikingVGG(SpikingModel):
         hidden: Widths of the spiking linear layers before the classifier; none means global pooling.
         ticket: The ticket papers' layout (no biases, non-affine norms, max-pool before norm and neuron) or the
             MPBN authors' (biases, affine norms, average pooling after the neuron).
-        neuron_defaults: Constants of the neuron.
-        **kwargs: See :class:`SpikingModel`; anything else goes to the neuron.
+        **kwargs: Arguments of :class:`SpikingModel`.
     """
 
     def __init__(
@@ -37,40 +35,15 @@ class SpikingVGG(SpikingModel):
         widths: Sequence[Sequence[int]],
         hidden: Sequence[int] = (),
         ticket: bool = True,
-        *,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        img_size: int | Sequence[int] = 32,
-        T: int | None = None,
-        neuron: str | None = None,
-        mpbn: str | bool | None = None,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
-        neuron_defaults: dict[str, Any] | None = None,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        **neuron_arguments: Any,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            num_classes=num_classes,
-            in_chans=in_chans,
-            img_size=img_size,
-            T=T,
-            neuron=neuron,
-            mpbn=mpbn,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            neuron_defaults=neuron_defaults or {},
-            neuron_arguments=neuron_arguments,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(**kwargs)
         dd, neurons = self._dd, self._neuron
         self.min_img_size = 2 ** len(widths)
         self.fixed_img_size = bool(hidden)
         self._check_size(self.img_size)
         size: Sequence[int] = self.img_size
-        channels = in_chans
+        channels = self.in_chans
         for index, stage_widths in enumerate(widths):
             blocks: list[nn.Module] = []
             for position, width in enumerate(stage_widths):
