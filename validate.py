@@ -15,18 +15,20 @@ import argparse
 import functools
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from timm.utils import ParseKwargs, random_seed
+from timm.utils import ParseKwargs
 
 import spikezoo
-from spikezoo.checkpoint import file_hash, find_weights, load_weights, read_config
-from spikezoo.data import create_loader, dataset_info, natural_dataset
-from spikezoo.evaluation import check_results_file, environment, evaluate, write_rows
+from spikezoo.checkpoint import file_hash, read_config
+from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
+from spikezoo.data import create_loader
+from spikezoo.evaluation import check_results_file, environment, evaluate, open_model, write_rows
 from spikezoo.neurons import WithRates
 
 
@@ -69,57 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", help="(default: cuda where there is one)")
     group.add_argument("--seed", type=int, default=42, help="of random weights")
     group.add_argument("--layer-rates", action="store_true", help="print and record the firing rate of every layer")
+    group.add_argument("--count", action="store_true", help="MACs, synaptic operations and energy, on real images")
+    group.add_argument("--count-images", type=int, default=32, help="how many images to count (default: %(default)s)")
+    group.add_argument("--mac-pj", type=float, default=MAC_PJ, help="picojoule a MAC (default: %(default)s)")
+    group.add_argument("--sop-pj", type=float, default=SOP_PJ, help="picojoule a synaptic operation")
     group.add_argument("--results-file", metavar="FILE", help=".csv or .json")
     return parser
-
-
-def build(name: str, args: argparse.Namespace, config: dict[str, Any]) -> tuple[torch.nn.Module, str, str]:
-    """Make one model with its weights.
-
-    Args:
-        name: Architecture, with or without tag.
-        args: Parsed arguments.
-        config: What the checkpoint's folder says of it, or {}.
-
-    Returns:
-        The model, the name of its dataset, and where its weights come from.
-    """
-    given = {key: getattr(args, key) for key in ("T", "mpbn", "neuron", "num_classes", "in_chans", "img_size")}
-    given = {key: value for key, value in given.items() if value is not None} | args.model_kwargs
-    stored = config.get("model_args", {})
-    if "T" in given and stored.get("T", given["T"]) != given["T"]:
-        print(f"{name}: the checkpoint was made with T={stored['T']} and is evaluated with T={given['T']}.")
-    info = spikezoo.model_info(name)
-    architecture = info.name
-    pretrained = not args.checkpoint and (args.pretrained or bool(info.pretrained))
-    arguments = {**stored, **given}
-    dataset = args.dataset or config.get("spikezoo", {}).get("dataset")
-    if dataset is None:
-        size = arguments.get("img_size", info.input_size[1])
-        chans, classes = arguments.get("in_chans", info.input_size[0]), arguments.get("num_classes", info.num_classes)
-        dataset = natural_dataset(size if isinstance(size, int) else size[0], chans, classes)
-    if not args.checkpoint and not pretrained:
-        # Random weights fit any data: take classes, channels and size from there.
-        facts = dataset_info(dataset, args.data_dir)
-        for key, value in (
-            ("num_classes", facts.num_classes),
-            ("in_chans", facts.in_chans),
-            ("img_size", facts.img_size),
-        ):
-            if value:
-                arguments.setdefault(key, value)
-    random_seed(args.seed)
-    model = spikezoo.create_model(name, pretrained, **arguments)
-    if args.checkpoint:
-        load_weights(model, args.checkpoint, args.use_ema)
-        return model, dataset, str(find_weights(args.checkpoint))
-    if pretrained:
-        return model, dataset, name if "." in name else info.pretrained[0]
-    print(
-        f"{architecture}: no pretrained weights and no --checkpoint, so its weights are random (seed {args.seed}): "
-        "expect the accuracy of guessing."
-    )
-    return model, dataset, "random"
 
 
 def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +84,26 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
-    model, dataset, weights = build(name, args, config)
+    given = {key: getattr(args, key) for key in ("T", "mpbn", "neuron", "num_classes", "in_chans", "img_size")}
+    given = {key: value for key, value in given.items() if value is not None} | args.model_kwargs
+    stored = config.get("model_args", {})
+    if "T" in given and stored.get("T", given["T"]) != given["T"]:
+        print(f"{name}: the checkpoint was made with T={stored['T']} and is evaluated with T={given['T']}.")
+    model, dataset, weights = open_model(
+        name,
+        given,
+        checkpoint=args.checkpoint,
+        ema=args.use_ema,
+        pretrained=args.pretrained,
+        dataset=args.dataset,
+        data_dir=args.data_dir,
+        seed=args.seed,
+    )
+    if weights == "random":
+        print(
+            f"{name}: no pretrained weights and no --checkpoint, so its weights are random (seed {args.seed}): "
+            "expect the accuracy of guessing."
+        )
     loader = create_loader(
         dataset,
         args.split,
@@ -191,6 +167,18 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         + f", weights {weights}",
         flush=True,
     )
+    if args.count:
+        # Outside autocast and uncompiled: counts belong to the model, not to how it runs.
+        counted = count_loader(model, loader, args.count_images, mac_pj=args.mac_pj, sop_pj=args.sop_pj)
+        mean = counted.mean
+        row |= mean.row() | {f"{key}_std": None if math.isnan(value) else value for key, value in counted.std.items()}
+        print(
+            f"    {mean.macs:,.0f} MACs; SOPs {mean.sops_paper:,.0f} (paper), {mean.sops_exact:,.0f} (exact); energy "
+            f"{mean.energy_paper_mj:.4g} mJ (paper), {mean.energy_exact_mj:.4g} mJ (exact), "
+            f"{mean.percent_of_ann_paper:.1f} % and {mean.percent_of_ann_exact:.1f} % of the ANN twin's "
+            f"{mean.energy_ann_mj:.4g} mJ; {counted.images} images; "
+            f"not counted: {', '.join(mean.uncounted) or 'nothing'}"
+        )
     if args.layer_rates:
         for layer, value in layers.items():
             print(f"    {layer:<40} {value:.4f}")

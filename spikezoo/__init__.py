@@ -2,6 +2,9 @@
 
 from spikezoo import models as models
 from spikezoo._version import __version__ as __version__
+from spikezoo.counters import Count as Count
+from spikezoo.counters import count as count
+from spikezoo.counters import count_loader as count_loader
 from spikezoo.neurons import firing_rates as firing_rates
 from spikezoo.registry import create_model as create_model
 from spikezoo.registry import is_model as is_model

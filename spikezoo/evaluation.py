@@ -1,4 +1,4 @@
-"""Evaluation: accuracy, loss, speed and firing rates of a model on data, and the facts that every result carries."""
+"""Evaluation: open a model with its weights and data, measure it, and the facts that every result carries."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, find_weights, load_weights, read_config
+from spikezoo.data import dataset_info, natural_dataset
 from spikezoo.neurons import WithRates
+from spikezoo.registry import create_model, model_info
 
-__all__ = ["check_results_file", "environment", "evaluate", "write_rows"]
+__all__ = ["check_results_file", "environment", "evaluate", "open_model", "write_rows"]
 
 
 @torch.no_grad()
@@ -96,6 +99,60 @@ def evaluate(
         "firing_rate": sum(layers.values()) / len(layers) if layers else None,
         "layer_firing_rates": layers,
     }
+
+
+def open_model(
+    name: str,
+    arguments: Mapping[str, Any],
+    *,
+    checkpoint: str | Path | None = None,
+    ema: bool = False,
+    pretrained: bool = False,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    seed: int = 42,
+) -> tuple[nn.Module, str, str]:
+    """Make a model with the best weights at hand, and find the dataset that it is for.
+
+    The weights are the checkpoint's, else pretrained ones where the model has some, else random.
+
+    Args:
+        name: Architecture, with or without tag.
+        arguments: Arguments of ``create_model``; they win over the checkpoint's.
+        checkpoint: A file or folder of weights.
+        ema: Take the averaged weights of a training state.
+        pretrained: Insist on pretrained weights.
+        dataset: Name of the dataset. None takes the checkpoint's, else what fits the model's input; 'none' is none.
+        data_dir: Folder of the dataset.
+        seed: Seed of random weights.
+
+    Returns:
+        The model, the name of its dataset, and where its weights come from: a path, a tag or 'random'.
+
+    Raises:
+        ValueError: An unknown name or argument, or weights that do not fit.
+        FileNotFoundError: No such checkpoint or dataset.
+    """
+    config = read_config(checkpoint) if checkpoint else {}
+    info = model_info(name)
+    given = {**config.get("model_args", {}), **arguments}
+    dataset = dataset or config.get("spikezoo", {}).get("dataset")
+    if dataset is None:
+        size = given.get("img_size", info.input_size[1])
+        chans, classes = given.get("in_chans", info.input_size[0]), given.get("num_classes", info.num_classes)
+        dataset = natural_dataset(size if isinstance(size, int) else size[0], chans, classes)
+    pretrained = not checkpoint and (pretrained or bool(info.pretrained))
+    if not checkpoint and not pretrained and dataset != "none":
+        facts = dataset_info(dataset, data_dir)  # random weights fit any data
+        for key in ("num_classes", "in_chans", "img_size"):
+            if getattr(facts, key):
+                given.setdefault(key, getattr(facts, key))
+    random_seed(seed)
+    model = create_model(name, pretrained, **given)
+    if checkpoint:
+        load_weights(model, checkpoint, ema)
+        return model, dataset, str(find_weights(checkpoint))
+    return model, dataset, (name if "." in name else info.pretrained[0]) if pretrained else "random"
 
 
 def _commit() -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import spikezoo
-from spikezoo import data
+from spikezoo import data, evaluation
 from spikezoo.checkpoint import save_state
 from spikezoo.evaluation import environment
 from spikezoo.neurons import WithRates
@@ -237,6 +237,21 @@ def test_pretrained_where_there_are_no_weights(validate, npz):
         validate.main(["--model", NAME, "--pretrained", "--dataset", npz])
 
 
+def test_counts_join_the_row(validate, tmp_path, folder, capsys):
+    file = tmp_path / "r.json"
+    validate.main(["--checkpoint", str(folder), "--count", "--count-images", "5", "--results-file", str(file)])
+    row = json.loads(file.read_text())[0]
+    model = make()
+    images, _ = data.load_arrays(row["dataset"], "test")
+    info = data.dataset_info(row["dataset"])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (info.mean, info.std))
+    by_hand = spikezoo.count(model, (images[:5] / 255 - mean) / std)
+    for key in ("macs", "sops_paper", "sops_exact", "energy_paper_mj", "energy_exact_mj"):
+        assert row[key] == pytest.approx(getattr(by_hand, key), rel=1e-6) and row[key] > 0, key
+    assert row["count_images"] == 5 and row["uncounted"] == {} and row["mac_pj"] == 4.6
+    assert "not counted: nothing" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------- results files
 
 
@@ -255,14 +270,14 @@ def test_wildcard_with_csv(validate, tmp_path, npz, capsys):
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_errors_of_one_model_do_not_stop_the_others(validate, tmp_path, npz, monkeypatch, capsys, suffix):
-    create = spikezoo.create_model
+    create = evaluation.create_model
 
     def broken(name, *args, **kwargs):
         if name == "test_mpbn_vgg":
             raise RuntimeError("out of memory")
         return create(name, *args, **kwargs)
 
-    monkeypatch.setattr(spikezoo, "create_model", broken)
+    monkeypatch.setattr(evaluation, "create_model", broken)
     file = tmp_path / f"r.{suffix}"
     assert validate.main(["--model", "test_*_vgg", "--dataset", npz, "--T", "1", "--results-file", str(file)]) == 1
     found = json.loads(file.read_text()) if suffix == "json" else rows(file)

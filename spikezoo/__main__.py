@@ -1,0 +1,124 @@
+"""Command line of the library: ``python -m spikezoo count NAME`` prints what a model costs, layer by layer.
+
+Example:
+    python -m spikezoo count mpbn_resnet20
+    python -m spikezoo count test_spiking_vgg --dataset none --images 4 --json
+    python -m spikezoo count --checkpoint output/quickstart --plot bars.png
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from spikezoo.checkpoint import read_config
+from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
+from spikezoo.data import create_loader
+from spikezoo.evaluation import open_model
+
+
+def _add_count(commands: Any) -> None:
+    parser = commands.add_parser("count", help="MACs, synaptic operations, energy and firing rates of a model")
+    parser.add_argument("name", nargs="?", help="model, see spikezoo.list_models() (default: the checkpoint's)")
+    parser.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    parser.add_argument("--T", type=int, help="time steps")
+    parser.add_argument("--neuron", help="lif, if, plif, relu (the ANN twin) or sign")
+    parser.add_argument("--mpbn", help="channel, element or none")
+    parser.add_argument(
+        "--dataset", help="(default: the checkpoint's, else what fits the model's input; none is random noise)"
+    )
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--images", type=int, default=32, help="average over so many images (default: %(default)s)")
+    parser.add_argument(
+        "-b", "--batch-size", type=int, default=1, help="images counted at once; the spread is between such batches"
+    )
+    parser.add_argument("--mac-pj", type=float, default=MAC_PJ, help="picojoule a MAC (default: %(default)s)")
+    parser.add_argument("--sop-pj", type=float, default=SOP_PJ, help="picojoule a SOP (default: %(default)s)")
+    parser.add_argument("--pj-per-byte", type=float, help="also the energy of memory traffic")
+    parser.add_argument("--norm-ops", type=int, default=0, help="operations per element of a norm (default: none)")
+    parser.add_argument("--neuron-ops", action="store_true", help="also a MAC per neuron and step")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=42, help="of random weights and noise")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--plot", metavar="FILE", help="draw where the operations are")
+    parser.set_defaults(run=_count)
+
+
+def _count(args: argparse.Namespace) -> int:
+    if args.images < 1 or args.batch_size < 1:
+        raise ValueError(f"images={args.images}, batch-size={args.batch_size}: expected integers >= 1.")
+    name = args.name or (read_config(args.checkpoint).get("architecture") if args.checkpoint else None)
+    if not name:
+        raise ValueError("Which model? Give its name, as in: python -m spikezoo count mpbn_resnet20")
+    given = {key: getattr(args, key) for key in ("T", "neuron", "mpbn") if getattr(args, key) is not None}
+    model, dataset, weights = open_model(
+        name, given, checkpoint=args.checkpoint, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed
+    )
+    model.to(args.device)
+    loader: Iterable[Any]
+    if dataset == "none":
+        loader = [torch.randn(args.images, model.in_chans, *model.img_size)]
+    else:
+        loader = create_loader(
+            dataset,
+            args.split,
+            data_dir=args.data_dir,
+            download=args.dataset_download,
+            batch_size=min(args.images, 64),
+            img_size=model.img_size[0],
+            in_chans=model.in_chans,
+            num_workers=0,
+        )
+    summary = count_loader(
+        model,
+        loader,
+        args.images,
+        piece=args.batch_size,
+        mac_pj=args.mac_pj,
+        sop_pj=args.sop_pj,
+        pj_per_byte=args.pj_per_byte,
+        norm_ops=args.norm_ops,
+        neuron_ops=args.neuron_ops,
+    )
+    source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"
+    if args.plot:
+        plot(summary.mean, args.plot, f"{name}: operations per image ({source}, weights {weights})")
+    if args.json:
+        std = {key: None if math.isnan(value) else value for key, value in summary.std.items()}  # JSON has no nan
+        facts = {"model": name, "data": source, "weights": weights, "piece": summary.piece, "std": std}
+        print(json.dumps({**facts, "count": summary.mean.to_dict()}, indent=2))
+        return 0
+    said = f"random weights (seed {args.seed})" if weights == "random" else f"weights {weights}"
+    print(f"{name}, {said}, {summary.images} images of {source}\n")
+    print(summary.mean.table())
+    between = "images" if summary.piece == 1 else f"batches of {summary.piece} images"
+    spread = ", ".join(f"{key} {value:.4g}" for key, value in summary.std.items())
+    print(f"\nStandard deviation between {between}: {spread}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns 0, or 2 where the arguments make no sense."""
+    parser = argparse.ArgumentParser(prog="python -m spikezoo", description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_count(commands)
+    args = parser.parse_args(argv)
+    try:
+        result: int = args.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
