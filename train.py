@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import (
     CheckpointSaver,
@@ -85,6 +85,10 @@ NOT_RECIPE = {
 }
 
 
+# --amp, and --no-amp where a config has it: the command line wins.
+Switch = argparse.BooleanOptionalAction
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags, named as in timm's train.py where timm has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "imagenet or another name that timm reads (default: %(default)s)",
     )
     group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
-    group.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--dataset-download", action=Switch, default=True)
     group.add_argument("--train-split", default="train")
     group.add_argument("--val-split", default="test")
     group.add_argument("--subset", type=int, metavar="N", help="train on N images only, classes balanced")
@@ -131,12 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="further arguments of create_model: decay=0.5 surrogate=triangle ...",
     )
-    group.add_argument("--pretrained", action="store_true")
+    group.add_argument("--pretrained", action=Switch, default=False)
     group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
-    group.add_argument("--grad-checkpointing", action="store_true")
-    group.add_argument("--channels-last", action="store_true")
-    group.add_argument("--torchcompile", action="store_true", help="compile the whole model")
+    group.add_argument("--grad-checkpointing", action=Switch, default=False)
+    group.add_argument("--channels-last", action=Switch, default=False)
+    group.add_argument("--torchcompile", action=Switch, default=False, help="compile the whole model")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--opt", default="sgd")
@@ -153,31 +157,35 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--sched", default="cosine", help="cosine, step, multistep, poly, tanh, wsd, constant, ...")
     group.add_argument(
         "--sched-on-updates",
-        action=argparse.BooleanOptionalAction,
+        action=Switch,
         default=True,
         help="schedule every update, not every epoch",
     )
     group.add_argument("--warmup-epochs", type=float, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
-    group.add_argument("--warmup-prefix", action="store_true")
+    group.add_argument("--warmup-prefix", action=Switch, default=False)
     group.add_argument("--cooldown-epochs", type=int, default=0)
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--decay-epochs", type=float, default=30)
     group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
     group.add_argument("--decay-rate", type=float, default=0.1)
     group.add_argument("--grad-accum-steps", type=int, default=1)
-    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp", action=Switch, default=False, help="mixed precision")
     group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
 
     group = parser.add_argument_group("loss")
     group.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
-    group.add_argument("--tet", action="store_true", help="temporal efficient training: the loss of every time step")
+    group.add_argument(
+        "--tet", action=Switch, default=False, help="temporal efficient training: the loss of every time step"
+    )
     group.add_argument("--tet-lambda", type=float, default=0.0, help="weight of TET's pull of the outputs to 1")
     group.add_argument("--rate-penalty", type=float, default=0.0, help="weight of the firing-rate penalty")
     group.add_argument("--rate-target", type=float, default=0.0, help="layer firing rates below this cost nothing")
-    group.add_argument("--model-ema", action="store_true", help="keep an average of the weights and evaluate it too")
+    group.add_argument(
+        "--model-ema", action=Switch, default=False, help="keep an average of the weights and evaluate it too"
+    )
     group.add_argument("--model-ema-decay", type=float, default=0.999)
-    group.add_argument("--model-ema-warmup", action="store_true")
+    group.add_argument("--model-ema-warmup", action=Switch, default=False)
 
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=42)
@@ -202,20 +210,30 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def number(value: Any) -> Any:
+    """Read what YAML takes for text and Python for a number, such as 3e-4; lists too."""
+    if isinstance(value, list):
+        return [number(item) for item in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def convert(action: argparse.Action, key: str, value: Any) -> Any:
     """Give a config value the type that the same flag would have; YAML reads 3e-4 as a string."""
     if value is None:
         if action.default is None:
             return None
         raise ValueError(f"Config key {key!r}: it has no value. Leave it out for the default, {action.default!r}.")
-    if isinstance(action, argparse._StoreTrueAction | argparse.BooleanOptionalAction):
+    if isinstance(action, argparse._StoreTrueAction | Switch):
         if not isinstance(value, bool):
             raise ValueError(f"Config key {key!r}: {value!r}, expected true or false.")
         return value
     if isinstance(action, ParseKwargs):
         if not isinstance(value, Mapping):
             raise ValueError(f"Config key {key!r}: {value!r}, expected a mapping, for instance {{decay: 0.5}}.")
-        return dict(value)
+        return {name: number(item) for name, item in value.items()}
     many = action.nargs in ("+", "*")
     if isinstance(value, Mapping) or isinstance(value, list) != many:
         raise ValueError(f"Config key {key!r}: {value!r}, expected {'a list' if many else 'one value'}.")
@@ -245,9 +263,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if not path.is_file():
             raise FileNotFoundError(f"No config at {path}. The configs that come with spikezoo are in configs/.")
         try:
-            config = yaml.safe_load(path.read_text()) or {}
+            config = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not valid YAML: {error}") from error
+        config = {} if config is None else config  # an empty file
         if not isinstance(config, dict):
             raise ValueError(f"{path} holds a {type(config).__name__}: expected 'key: value' lines.")
         actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
@@ -281,6 +300,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "
             "norms a second time. Leave one of them out."
         )
+    if args.opt.lower().removeprefix("lookahead_") not in list_optimizers():
+        raise ValueError(f"--opt {args.opt!r} does not exist. {nearest(args.opt, list_optimizers())}")
     if args.sched not in SCHEDULES:
         raise ValueError(f"--sched {args.sched!r} does not exist. {nearest(args.sched, SCHEDULES)}")
     return args
@@ -424,8 +445,8 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
 
     from matplotlib import pyplot as plt
 
-    with open(folder / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
+    rows = list(csv.DictReader(summary.read_text().splitlines())) if summary.is_file() else []
     epochs = [int(row["epoch"]) + 1 for row in rows]
 
     def column(name: str) -> list[float]:
@@ -494,6 +515,11 @@ class Run:
             raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
         self.device = init_distributed_device(args)
         self.main = args.rank == 0
+        if args.data_dir and Path(args.data_dir).is_file():
+            raise ValueError(
+                f"--data-dir {args.data_dir} is one file, which would be training and test set at once: give a folder "
+                "that holds train/ and val/, or train.tar and val.tar."
+            )
         random_seed(args.seed, 0)  # the same initial weights on every rank
 
         self.arguments = model_arguments(args)

@@ -111,7 +111,7 @@ def open_model(
     dataset: str | None = None,
     data_dir: str | None = None,
     seed: int = 42,
-) -> tuple[nn.Module, str, str]:
+) -> tuple[Any, str, str]:
     """Make a model with the best weights at hand, and find the dataset that it is for.
 
     The weights are the checkpoint's, else pretrained ones where the model has some, else random.

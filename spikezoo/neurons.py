@@ -191,6 +191,13 @@ class NeuronConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not optional and not (number and math.isfinite(value)):
                 raise ValueError(f"{name}={value!r}: expected a finite number.")
+        if not isinstance(self.detach_reset, bool):  # the text "false" counts as true
+            raise ValueError(f"detach_reset={self.detach_reset!r}: expected True or False.")
+        if self.reset == "soft" and self.v_reset != 0:
+            raise ValueError(
+                f"v_reset={self.v_reset} with reset='soft': a soft reset subtracts the threshold and has no "
+                "potential to reset to. Leave v_reset out, or use reset='hard'."
+            )
         if not 0 <= self.decay <= 1:
             raise ValueError(f"decay={self.decay}: expected a number in [0, 1]; 1 keeps the whole membrane potential.")
         if self.tau is not None and self.tau < 1:

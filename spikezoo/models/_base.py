@@ -7,8 +7,8 @@
       -> mean over T                                           [B, F, h, w]     forward_features
       -> pool, linear     no firing                            [B, num_classes] forward_head
 
-The head is linear, so the mean over time may come first: the result equals the mean over time of the logits of
-every step (``forward_steps``), at 1/T of the work.
+The head is linear (pooling by 'avg'), so the mean over time may come first: the result equals the mean over time of
+the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the mean over time comes first, too.
 """
 
 from __future__ import annotations
@@ -22,15 +22,27 @@ from torch import Tensor, nn
 
 from spikezoo.encoding import direct
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory
+from spikezoo.neurons import NeuronConfig, NeuronFactory, nearest
 
 __all__ = ["SpikingModel"]
+
+POOLS = ("avg", "max", "")
 
 
 def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name}={value!r}: expected an integer >= {minimum}.{hint}")
     return value
+
+
+def _check_pool(global_pool: str, num_classes: int) -> None:
+    if global_pool not in POOLS:
+        raise ValueError(f"global_pool={global_pool!r} does not exist. {nearest(global_pool, POOLS)}")
+    if not global_pool and num_classes:
+        raise ValueError(
+            f"global_pool='' with num_classes={num_classes}: the classifier needs pooled features. Use num_classes=0 "
+            "for unpooled ones, or global_pool='avg'."
+        )
 
 
 class SpikingModel(nn.Module):
@@ -71,8 +83,8 @@ class SpikingModel(nn.Module):
         super().__init__()
         self.num_classes = _positive_int("num_classes", num_classes, 0)
         self.in_chans = _positive_int("in_chans", in_chans)
-        sizes = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(sizes) != 2:
+        sizes = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+        if isinstance(img_size, str) or len(sizes) != 2:
             raise ValueError(f"img_size={img_size!r}: expected one number or (height, width), for instance 32.")
         self.img_size = tuple(_positive_int("img_size", size) for size in sizes)
         self.neuron_config = NeuronConfig.resolve(neuron_defaults or {}, neuron, neuron_arguments)
@@ -85,6 +97,9 @@ class SpikingModel(nn.Module):
                 )
         self.T = T if T is not None else (4 if self.neuron_config.spiking else 1)
         self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
+        if isinstance(drop_rate, bool) or not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate={drop_rate!r}: expected a number in [0, 1).")
+        _check_pool(global_pool, num_classes)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -148,6 +163,11 @@ class SpikingModel(nn.Module):
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "
                 "A single image needs x.unsqueeze(0)."
             )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"Input of type {x.dtype}: expected floating-point images, normalised as in training; uint8 pixels "
+                "become them by x.float() / 255, minus the mean, over the standard deviation."
+            )
         channels, size = x.shape[-3], tuple(x.shape[-2:])
         if channels != self.in_chans:
             raise ValueError(
@@ -204,7 +224,7 @@ class SpikingModel(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_steps(self, x: Tensor) -> Tensor:
-        """Logits of every time step, ``[T, B, num_classes]``; their mean over T is ``forward(x)``."""
+        """Logits of every time step, ``[T, B, num_classes]``; with average pooling their mean is ``forward(x)``."""
         return over_time(self.head, self.forward_sequence(x))
 
     def forward_intermediates(
@@ -269,7 +289,9 @@ class SpikingModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
-        self.num_classes = _positive_int("num_classes", num_classes, 0)
+        _positive_int("num_classes", num_classes, 0)
+        _check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        self.num_classes = num_classes
         like = next(self.parameters())  # a headless net has no layer that timm could copy these from
         self.head.reset(num_classes, global_pool, device=like.device, dtype=like.dtype)
         self._drop_head_bias()
