@@ -116,8 +116,9 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         channels_last=args.channels_last,
         num_workers=args.workers,
     )
-    classes = loader.info.num_classes
-    if classes and classes != model.num_classes:
+    classes, own = loader.info.num_classes, config.get("spikezoo", {}).get("dataset")
+    # A net may have been trained with more classes than its own data has.
+    if classes > model.num_classes or (0 < classes < model.num_classes and dataset != own):
         raise ValueError(
             f"{name} has {model.num_classes} classes and {dataset} has {classes}: give the --dataset it was made for."
         )
@@ -192,14 +193,13 @@ def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
     if not name:
         hint = f"{args.checkpoint} has no config.json beside it: " if args.checkpoint else ""
         raise ValueError(f"{hint}give --model NAME, see spikezoo.list_models().")
-    if name == "all":
-        return spikezoo.list_pretrained() if args.pretrained else spikezoo.list_models()
-    if "*" in name or "?" in name:
-        found = spikezoo.list_models(name, pretrained=args.pretrained)
-        if not found:
-            raise ValueError(f"No model matches {name!r}. See spikezoo.list_models().")
-        return found
-    return [name]
+    if name != "all" and "*" not in name and "?" not in name:
+        return [name]
+    found = spikezoo.list_models("" if name == "all" else name, pretrained=args.pretrained)
+    if not found:
+        which, where = (" with pretrained weights", "list_pretrained") if args.pretrained else ("", "list_models")
+        raise ValueError(f"No model{which} matches {name!r}. See spikezoo.{where}().")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from spikezoo.neurons import NeuronConfig, UnknownArgumentError, nearest
@@ -97,6 +97,9 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
+        kwargs.setdefault("img_size", cfg.input_size[-2:])
         return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **{**row.arguments, **kwargs})
 
     create.__name__ = create.__qualname__ = name

@@ -165,6 +165,7 @@ def test_shapes_and_cfg_of_every_row(name):
     assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
     assert (model.num_classes, model.in_chans) == (cfg["num_classes"], cfg["input_size"][0])
+    assert model.img_size == cfg["input_size"][1:]  # what the scripts feed it
     x = torch.empty(2, *cfg["input_size"], device="meta")
     features = model.forward_features(x)
     assert features.shape == (2, model.num_features, *cfg["pool_size"])
@@ -182,6 +183,12 @@ def test_shapes_and_cfg_of_every_row(name):
     wrapped = spikezoo.create_model(name, features_only=True, device="meta")
     assert wrapped.feature_info.channels() == [level.shape[1] for level in levels]
     assert [level.shape for level in wrapped(x)] == [level.shape for level in levels]
+
+
+def test_element_norms_of_the_imagenet_nets_fit_their_images():
+    model = spikezoo.create_model("mpbn_resnet18", mpbn="element", device="meta")
+    assert model.stem[0].neuron.norm.weight.shape == (64, 112, 112)
+    assert timm.create_model("mpbn_resnet18", img_size=64, device="meta").img_size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -718,6 +725,15 @@ def test_reset_classifier_rejects_nonsense():
     model = spikezoo.create_model("test_mpbn_vgg")
     with pytest.raises(ValueError, match="num_classes=-1: expected an integer >= 0"):
         model.reset_classifier(-1)
+    with pytest.raises(ValueError, match="global_pool='' with num_classes=5"):
+        model.reset_classifier(5, "")
+    assert model.num_classes == 10 and model(image_for(model)).shape == (2, 10)
+
+
+def test_pixels_as_integers():
+    model = spikezoo.create_model("test_mpbn_vgg")
+    with pytest.raises(ValueError, match=r"Input of type torch.uint8: .*x.float\(\) / 255"):
+        model(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
 if __name__ == "__main__":

@@ -439,6 +439,8 @@ def test_relu_and_sign_twins():
         ({"threshold": math.nan}, r"threshold=nan: expected a finite number"),
         ({"v_reset": None}, r"v_reset=None: expected a finite number"),
         ({"surrogate_alpha": -1.0}, r"surrogate_alpha=-1\.0: expected a positive number"),
+        ({"detach_reset": "false"}, r"detach_reset='false': expected True or False"),
+        ({"reset": "soft", "v_reset": 0.3}, r"v_reset=0\.3 with reset='soft'.*Leave v_reset out"),
     ],
 )
 def test_bad_values_of_a_configuration(arguments, message):
@@ -481,6 +483,11 @@ def test_merging_a_familys_constants_with_what_was_given():
         ({"T": 4, "neuron": "relu", "mpbn": "none"}, r"T=4 with neuron='relu'.*Use T=1"),
         ({"surrogate": "sigmoyd"}, r"surrogate='sigmoyd' does not exist\. Did you mean 'sigmoid'"),
         ({"decay": 0.5, "tau": 2.0}, r"both given"),
+        ({"img_size": 32.0}, r"img_size=32\.0: expected an integer >= 1"),
+        ({"img_size": "32"}, r"img_size='32': expected one number or \(height, width\)"),
+        ({"drop_rate": 1.5}, r"drop_rate=1\.5: expected a number in \[0, 1\)"),
+        ({"global_pool": "mean"}, r"global_pool='mean' does not exist: expected 'avg', 'max' or ''"),
+        ({"global_pool": ""}, r"global_pool='' with num_classes=10: .* Use num_classes=0"),
     ],
 )
 def test_bad_arguments_of_a_model(arguments, message):

@@ -180,6 +180,8 @@ def test_resume_of_a_finished_run_changes_nothing(fast, tmp_path, capsys):
     assert before.keys() == after.keys()
     for name in before.keys() - {"metadata.json", "model.safetensors"}:  # the time; the order of a file's header
         assert before[name] == after[name], name
+    fast.main([*argv, "--resume", str(folder / "last.safetensors"), "--experiment", "elsewhere"])
+    assert accuracy in capsys.readouterr().out and (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
 def test_resume_takes_the_state_that_is_furthest_and_refuses_a_broken_one(fast, tmp_path, monkeypatch):
@@ -442,7 +444,8 @@ def test_config_values_have_the_types_of_the_flags(train, tmp_path):
         sched_on_updates: false
         opt_betas: [0.8, 99e-2]
         decay_milestones: [3, 5]
-        model_kwargs: {decay: 0.5, surrogate: triangle}
+        model_kwargs: {decay: 5e-1, surrogate: triangle}
+        opt_kwargs: {betas: [8e-1, 0.99]}
         clip_grad: 1
         neuron: if
         data_dir:
@@ -456,6 +459,7 @@ def test_config_values_have_the_types_of_the_flags(train, tmp_path):
     assert args.amp is True and args.sched_on_updates is False
     assert args.opt_betas == [0.8, 0.99] and args.decay_milestones == [3, 5]
     assert args.model_kwargs == {"decay": 0.5, "surrogate": "triangle"}
+    assert args.opt_kwargs == {"betas": [0.8, 0.99]}
     assert args.neuron == "if" and args.data_dir is None
     assert args.experiment == "my recipe"
 
@@ -466,6 +470,12 @@ def test_the_command_line_wins_over_the_config(train, tmp_path):
     args = train.parse_args([*config(tmp_path, text), *more])
     assert (args.lr, args.epochs, args.amp, args.sched_on_updates) == (0.2, 7, True, True)
     assert args.model_kwargs == {"tau": 2.0, "name": "a=b"} and args.experiment == "y"
+    # Switches can be turned off, too.
+    switches = "amp channels_last torchcompile grad_checkpointing tet model_ema pretrained"
+    for name in switches.split():
+        flag = f"--no-{name.replace('_', '-')}"
+        assert getattr(train.parse_args(config(tmp_path, f"{name}: true")), name) is True
+        assert getattr(train.parse_args([*config(tmp_path, f"{name}: true"), flag]), name) is False
     # Also where the flag repeats the default.
     assert train.parse_args([*config(tmp_path, "lr: 3e-4"), "--lr", "0.1"]).lr == 0.1
 
@@ -547,7 +557,8 @@ def test_unknown_schedule_names_the_nearest(train):
         (["--dataset", "digitz"], ValueError, "digits"),
         (["--dataset", "npz:nowhere.npz"], FileNotFoundError, "nowhere.npz"),
         (["--dataset", "cifar10", "--no-dataset-download"], FileNotFoundError, "--data-dir.*--dataset digits"),
-        (["--opt", "sgdd"], ValueError, "sgdd"),
+        (["--opt", "sgdd"], ValueError, "'sgdd' does not exist.*'sgd'"),
+        (["--dataset", "folder", "--data-dir", __file__], ValueError, "one file.*train.tar and val.tar"),
         (["--model-kwargs", "decai=0.5"], ValueError, "decai.*decay"),
         (["--device", "cuda"], ValueError, "no CUDA device.*--device cpu"),
         (["--initial-checkpoint", "nowhere"], FileNotFoundError, "nowhere"),

@@ -324,6 +324,23 @@ def test_classes_that_differ(validate, folder):
         validate.main(["--checkpoint", str(folder), "--dataset", "digits"])
 
 
+def test_more_classes_than_the_data_has(validate, tmp_path, npz):
+    model = make(num_classes=12)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    arguments = {"T": 2, "num_classes": 12, "img_size": 8}
+    config = {"architecture": NAME, "model_args": arguments, "spikezoo": {"dataset": npz}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert validate.main(["--checkpoint", str(tmp_path)]) == 0
+    with pytest.raises(ValueError, match="12 classes and digits has 10"):
+        validate.main(["--checkpoint", str(tmp_path), "--dataset", "digits"])
+
+
+def test_no_pretrained_weights_at_all(validate):
+    for name in ("all", "test_*"):
+        with pytest.raises(ValueError, match=r"No model with pretrained weights matches .*list_pretrained"):
+            validate.main(["--model", name, "--pretrained"])
+
+
 def test_foreign_checkpoint(validate, tmp_path, folder):
     with pytest.raises(ValueError, match=r"nothing was loaded: \d+ missing, \d+ unexpected"):
         validate.main(["--checkpoint", str(folder), "--model", "test_mpbn_resnet"])

@@ -22,11 +22,9 @@ from torch import Tensor, nn
 
 from spikezoo.encoding import direct
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory, nearest
+from spikezoo.neurons import NeuronConfig, NeuronFactory
 
 __all__ = ["SpikingModel"]
-
-POOLS = ("avg", "max", "")
 
 
 def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
@@ -36,8 +34,8 @@ def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> in
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:
-    if global_pool not in POOLS:
-        raise ValueError(f"global_pool={global_pool!r} does not exist. {nearest(global_pool, POOLS)}")
+    if global_pool not in ("avg", "max", ""):
+        raise ValueError(f"global_pool={global_pool!r} does not exist: expected 'avg', 'max' or '' for none.")
     if not global_pool and num_classes:
         raise ValueError(
             f"global_pool='' with num_classes={num_classes}: the classifier needs pooled features. Use num_classes=0 "
