@@ -136,7 +136,7 @@ def open_model(
     config = read_config(checkpoint) if checkpoint else {}
     info = model_info(name)
     given = {**config.get("model_args", {}), **arguments}
-    dataset = dataset or config.get("spikezoo", {}).get("dataset")
+    dataset = dataset or (config.get("spikezoo", {}).get("dataset") if checkpoint else info.dataset)
     if dataset is None:
         size = given.get("img_size", info.input_size[1])
         chans, classes = given.get("in_chans", info.input_size[0]), given.get("num_classes", info.num_classes)
@@ -148,11 +148,11 @@ def open_model(
             if getattr(facts, key):
                 given.setdefault(key, getattr(facts, key))
     random_seed(seed)
-    model = create_model(name, pretrained, **given)
+    model: Any = create_model(name, pretrained, **given)
     if checkpoint:
         load_weights(model, checkpoint, ema)
         return model, dataset, str(find_weights(checkpoint))
-    return model, dataset, (name if "." in name else info.pretrained[0]) if pretrained else "random"
+    return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
 
 
 def _commit() -> str:

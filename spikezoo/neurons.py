@@ -233,6 +233,11 @@ class NeuronConfig:
                 "Give decay (u = decay*v + x) or tau (u = v + (x - v)/tau)."
             )
         kind = kind or defaults.get("kind", "lif")
+        if kind in ANALOG and given:
+            raise ValueError(
+                f"neuron={kind!r} has no membrane potential, so {', '.join(sorted(given))} would do nothing: leave it "
+                "out, or use neuron='lif'."
+            )
         if kind == "if" and ("decay" in given or "tau" in given):
             raise ValueError("neuron='if' has no decay: leave decay and tau out, or use neuron='lif'.")
         if kind == "plif" and "decay" in given:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from spikezoo.neurons import NeuronConfig, UnknownArgumentError, nearest
+from spikezoo.neurons import ANALOG, NeuronConfig, UnknownArgumentError, nearest
 
 __all__ = [
     "ModelInfo",
@@ -54,7 +53,8 @@ class ModelRow:
         in_chans: Default input channels.
         pool_size: Size of the final feature map at the default input size.
         fixed_input_size: Whether linear layers tie the net to its image size.
-        weights: Pretrained tags: tag -> further fields of timm's ``PretrainedCfg``.
+        weights: Pretrained tags, the default first: tag -> further fields of timm's ``PretrainedCfg``, and ``dataset``,
+            the name of the data that the weights are for.
     """
 
     arguments: Mapping[str, Any]
@@ -71,7 +71,22 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What :func:`model_info` tells about a name."""
+    """What :func:`model_info` tells about a name; of its tag, or the default one, where it has weights.
+
+    Attributes:
+        name: Architecture.
+        family: File that defines it.
+        parameters: Trainable parameters.
+        T: Time steps.
+        neuron: Kind of neuron.
+        mpbn: Membrane normalisation, or None.
+        num_classes: Classes.
+        input_size: Channels, height and width.
+        pretrained: Names with tag of all its weights, the default first.
+        dataset: What the weights were trained on, or None.
+        paper: Where the layout comes from.
+        note: What to know about the name.
+    """
 
     name: str
     family: str
@@ -82,6 +97,7 @@ class ModelInfo:
     num_classes: int
     input_size: tuple[int, int, int]
     pretrained: list[str]
+    dataset: str | None
     paper: str
     note: str
 
@@ -96,6 +112,8 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
     levels = 1 + len(row.arguments["widths"]) if "widths" in row.arguments else 3
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if kwargs.get("neuron") in ANALOG and "mpbn" not in kwargs:
+            kwargs["mpbn"] = "none"  # a twin has no membrane potential; only mpbn asked for by name is a mistake
         feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
@@ -143,7 +161,8 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             "paper_name": row.paper,
         }
         for tag in row.weights or {"": {}}:
-            cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **row.weights.get(tag, {})}
+            own = {key: value for key, value in row.weights.get(tag, {}).items() if key != "dataset"}
+            cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **own}
     default_cfgs = generate_default_cfgs(cfgs)
     here = sys.modules[module]
     here.default_cfgs = default_cfgs  # type: ignore[attr-defined]  # register_model reads it there
@@ -281,21 +300,23 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         ValueError: Unknown name.
     """
-    architecture, _ = _split(name)
+    architecture, tag = _split(name)
     row = _rows[architecture]
-    model = create_model(architecture, device="meta")
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tag = tag or next(iter(row.weights), "")
+    full = f"{architecture}.{tag}" if tag else architecture
+    model = create_model(full, device="meta")
+    cfg: Any = timm.get_pretrained_cfg(full)
     return ModelInfo(
         name=architecture,
         family=_classes[architecture].__module__.rpartition(".")[2],
-        parameters=parameters,
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         T=model.T,  # type: ignore[arg-type]
         neuron=model.neuron_config.kind,  # type: ignore[union-attr, arg-type]
         mpbn=model.mpbn,  # type: ignore[arg-type]
-        num_classes=row.num_classes,
-        input_size=(row.in_chans, row.img_size, row.img_size),
-        pretrained=sorted(f"{architecture}.{tag}" for tag in row.weights),
+        num_classes=cfg.num_classes,
+        input_size=cfg.input_size,
+        pretrained=[f"{architecture}.{tag}" for tag in row.weights],
+        dataset=row.weights[tag].get("dataset") if tag else None,
         paper=row.paper,
         note=row.note,
     )

@@ -256,6 +256,15 @@ def test_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("mpbn", [None, "element"])
+def test_a_twin_of_an_mpbn_row_needs_no_second_argument():
+    for kind in ("relu", "sign"):
+        twin = spikezoo.create_model("test_mpbn_vgg", neuron=kind)
+        assert twin.mpbn is None and twin.T == 1
+        assert twin(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    with pytest.raises(ValueError, match="neuron='relu' has no membrane potential, so decay, threshold"):
+        spikezoo.create_model("test_mpbn_vgg", neuron="relu", decay=0.5, threshold=1.0)
+
+
 @pytest.mark.parametrize("name", MICRO)
 def test_checkpointing_changes_neither_gradients_nor_statistics(name, mpbn):
     plain = make(name, T=2, mpbn=mpbn)

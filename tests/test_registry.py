@@ -4,15 +4,17 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 import spikezoo
-from spikezoo import registry
+from spikezoo import evaluation, registry
 from spikezoo.models.spiking_vgg import SpikingVGG
 from spikezoo.neurons import UnknownArgumentError
 from spikezoo.registry import _rows, register_rows
@@ -271,3 +273,37 @@ def test_hubconf_imports_nothing_early():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_tag_brings_its_classes_its_dataset_and_its_weights(tmp_path, monkeypatch):
+    module = types.ModuleType("spiking_tagged")
+    monkeypatch.setitem(sys.modules, "spiking_tagged", module)
+    layout = {"widths": ((4,), (6,)), "hidden": (8,)}
+    files = {"z10": 10, "a5": 5}
+    for tag, classes in files.items():
+        save_file(SpikingVGG(**layout, num_classes=classes, img_size=8).state_dict(), tmp_path / f"{tag}.safetensors")
+    weights = {
+        tag: {"file": str(tmp_path / f"{tag}.safetensors"), "num_classes": classes, "dataset": f"npz:{tag}.npz"}
+        for tag, classes in files.items()
+    }
+    row = registry.ModelRow(layout, 0, "none", "Only here.", img_size=8, fixed_input_size=True, weights=weights)
+    monkeypatch.setattr(registry, "_rows", dict(registry._rows))
+    registry.register_rows("spiking_tagged", SpikingVGG, {"spiking_tagged": row})
+    try:
+        assert registry.model_info("spiking_tagged").dataset == "npz:z10.npz"  # the first tag is the default
+        info = registry.model_info("spiking_tagged.a5")
+        assert (info.num_classes, info.dataset) == (5, "npz:a5.npz")
+        assert info.pretrained == ["spiking_tagged.z10", "spiking_tagged.a5"]
+        for name, tag in (("spiking_tagged", "z10"), ("spiking_tagged.a5", "a5")):
+            model, dataset, origin = evaluation.open_model(name, {})
+            assert (dataset, origin) == (f"npz:{tag}.npz", f"spiking_tagged.{tag}")
+            assert model.num_classes == files[tag]
+            stored = load_file(tmp_path / f"{tag}.safetensors")
+            assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
+        with pytest.raises(ValueError, match="Unknown tag"):
+            registry.model_info("spiking_tagged.b7")
+    finally:
+        from timm.models import _registry
+
+        _registry._model_entrypoints.pop("spiking_tagged")
+        _registry._clear_model_entries("spiking_tagged")
