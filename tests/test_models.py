@@ -255,7 +255,6 @@ def test_every_parameter_learns(name):
     assert [n for n, p in model.named_parameters() if not p.grad.isfinite().all() or not p.grad.any()] == []
 
 
-@pytest.mark.parametrize("mpbn", [None, "element"])
 def test_a_twin_of_an_mpbn_row_needs_no_second_argument():
     for kind in ("relu", "sign"):
         twin = spikezoo.create_model("test_mpbn_vgg", neuron=kind)
@@ -265,6 +264,7 @@ def test_a_twin_of_an_mpbn_row_needs_no_second_argument():
         spikezoo.create_model("test_mpbn_vgg", neuron="relu", decay=0.5, threshold=1.0)
 
 
+@pytest.mark.parametrize("mpbn", [None, "element"])
 @pytest.mark.parametrize("name", MICRO)
 def test_checkpointing_changes_neither_gradients_nor_statistics(name, mpbn):
     plain = make(name, T=2, mpbn=mpbn)
