@@ -63,7 +63,10 @@ def _count(args: argparse.Namespace) -> int:
     model, dataset, weights = open_model(
         name, given, checkpoint=args.checkpoint, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed
     )
-    model.to(args.device)
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA in it
+        raise ValueError(f"--device {args.device}: {error} Use --device cpu.") from error
     loader: Iterable[Any]
     if dataset == "none":
         loader = [torch.randn(args.images, model.in_chans, *model.img_size)]

@@ -496,7 +496,8 @@ def _whole(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     "clone _to_copy relu abs neg roll flip repeat repeat_interleave masked_select _unsafe_view pixel_shuffle "
     "pixel_unshuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d amax amin max min maximum minimum cat "
     "stack select_scatter slice_scatter channel_shuffle native_channel_shuffle im2col unfold_copy detach_copy "
-    "view_copy",
+    "view_copy reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+    "replication_pad3d tril triu",
 )
 def _kept(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Signal:
     return mode.common(list(_tensors(args)))
@@ -703,7 +704,8 @@ def _product(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     mode.compare(func, args, kwargs, out, macs)
     live_a, live_b = mode.live(a), mode.live(b)
     if not (live_a or live_b):
-        return mode.idle(func, a, b)
+        signal = mode.idle(func, a, b)
+        return _ANALOG if mode.live(args[0]) else signal  # what it was added to
     batch, m, _ = one_a.shape
     n = one_b.shape[2]
     frames = batch if batch > 1 else (m if live_a else n)
@@ -868,6 +870,9 @@ class _Tally:
             have = self.fired.get(name)
             if have is None:
                 self.fired[name] = fired
+            elif have.total.shape != fired.total.shape or have.steps.shape != fired.steps.shape:
+                what = _second_shape(name)
+                self.uncounted[what] = self.uncounted.get(what, 0) + 1
             else:
                 self.fired[name] = _Fired(
                     have.steps + fired.steps,
@@ -1213,7 +1218,12 @@ def _fire(mode: _Mode, name: str, out: Tensor, single_step: bool) -> None:
             have.steps + steps, have.total + total, have.frames + out.shape[0] * images, have.images + images
         )
     else:
-        mode.note(f"firing rate of {name} on a second shape")
+        mode.note(_second_shape(name))
+
+
+def _second_shape(name: str) -> str:
+    """What is said of neurons whose second pass has other positions or time steps: the rates are of the first."""
+    return f"firing rate of {name} on a second shape"
 
 
 def _check_energy(**values: float | None) -> None:
@@ -1252,7 +1262,10 @@ def _observe(model: nn.Module, batch: Tensor, inputs: str, mode: _Mode) -> _Tall
             "needs x.unsqueeze(0)."
         )
     if not batch.is_floating_point():
-        raise ValueError(f"batch of {batch.dtype}: expected floating-point images; give batch.float().")
+        raise ValueError(
+            f"batch of {batch.dtype}: expected floating-point images, normalised as the model takes them; give "
+            "batch.float(). Whole numbers such as 0..255 would pass for spikes: then inputs='analog' too."
+        )
     if batch.is_meta or any(p.is_meta for p in model.parameters()):
         raise ValueError("Model or batch is on the meta device, where there are no values: use device='cpu'.")
     mode.tally = _Tally(images=batch.shape[0])
@@ -1386,7 +1399,8 @@ def count(
     """Count MACs, synaptic operations, energy and firing rates of a model, per image.
 
     The model runs once, in evaluation mode and without gradients, whatever modes are on around it; a compiled one as
-    it was before. Nothing of it changes.
+    it was before. Weights, buffers of norms, training flags and hooks stay as they are; neurons that keep their
+    membrane potential from call to call, as SpikingJelly's do, are to be reset before and after.
 
     Args:
         model: Any module that takes one batch.
@@ -1469,7 +1483,11 @@ def count_loader(
         _finish, mac_pj=mac_pj, sop_pj=sop_pj, pj_per_byte=pj_per_byte, norm_ops=norm_ops, neuron_ops=neuron_ops
     )
     for item in loader:
-        batch = item[0] if isinstance(item, list | tuple) else item
+        batch = item[0] if isinstance(item, list | tuple) and item else item
+        if not isinstance(batch, Tensor) or batch.dim() == 0:
+            raise ValueError(
+                f"The loader gave a {type(item).__name__}: expected a tensor of images, or a pair of images and labels."
+            )
         batch = batch[: images - total.images]
         for part in batch.split(piece):
             part = part if first is None else part.to(first.device)

@@ -691,6 +691,37 @@ def test_uncounted_lists_what_has_no_rule():
     assert list(count(net, torch.randn(1, 8)).uncounted) == ["aten.mm.default on weights only"]
 
 
+def test_padding_by_repetition_and_masks_keep_spikes():
+    for mode in ("reflect", "replicate", "circular"):
+        conv = nn.Conv2d(1, 2, 3, padding=1, padding_mode=mode)
+        x = torch.zeros(1, 1, 4, 4)
+        x[0, 0, 1, 1] = 1
+        net = nn.Sequential(run(lambda x: x > 0.5), run(lambda x: x.float() * 0.3), conv)
+        c = count(net, x)
+        padded = F.pad(x, (1, 1, 1, 1), mode=mode)
+        assert total(c) == F.conv2d(padded, torch.ones(2, 1, 3, 3)).sum() and not c.uncounted
+        assert c.by_module["2"].input.startswith("scaled spikes")
+    mask = run(lambda x: (x > 0).float().tril())
+    c = count(nn.Sequential(mask, nn.Linear(4, 3)), torch.ones(2, 4, 4))
+    assert c.sops_exact == 10 * 3 and not c.uncounted
+
+
+def test_what_is_added_to_a_product_of_weights_is_not_lost():
+    net = nn.Sequential(run(lambda x: torch.addmm(x, torch.eye(2), torch.rand(2, 4))), nn.Linear(4, 3))
+    c = count(net, torch.randn(2, 4))
+    assert c.macs == 12 and list(c.uncounted) == ["aten.addmm.default on weights only"]
+
+
+def test_a_loader_of_other_things():
+    net = spikezoo.create_model("test_spiking_vgg", in_chans=2)
+    frames = [torch.poisson(torch.full((1, steps, 2, 32, 32), 0.1)) for steps in (3, 5)]
+    summary = count_loader(net, frames, images=2)
+    assert summary.images == 2 and "firing rate of stem.0.neuron on a second shape" in summary.mean.uncounted
+    for item in ({"image": frames[0]}, 3, [], torch.tensor(1.0)):
+        with pytest.raises(ValueError, match="expected a tensor of images"):
+            count_loader(net, [item])
+
+
 def test_a_rule_cannot_hide_another():
     with pytest.raises(ValueError, match=r"aten\.mm has a rule already"):
         counters._register("product", "mm")(lambda *args: None)
@@ -810,6 +841,7 @@ def test_command_line(tmp_path, capsys):
         (["test_spiking_vgx"], "test_spiking_vgg"),
         (["test_spiking_vgg", "--dataset", "none", "--mac-pj", "-1"], "mac_pj"),
         (["test_spiking_vgg", "--dataset", "none", "--images", "0"], "images=0"),
+        (["test_spiking_vgg", "--dataset", "none", "--device", "abacus"], "Use --device cpu"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):
