@@ -170,7 +170,8 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
     )
     if args.count:
         # Outside autocast and uncompiled: counts belong to the model, not to how it runs.
-        counted = count_loader(model, loader, args.count_images, mac_pj=args.mac_pj, sop_pj=args.sop_pj)
+        prices = {"mac_pj": args.mac_pj, "sop_pj": args.sop_pj}
+        counted = count_loader(model, loader, args.count_images, inputs="analog", **prices)  # pixels are no spikes
         mean = counted.mean
         row |= mean.row() | {f"{key}_std": None if math.isnan(value) else value for key, value in counted.std.items()}
         print(
@@ -208,6 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: expected at least 1.")
+    if args.count_images < 1:
+        raise ValueError(f"--count-images {args.count_images}: expected at least 1.")
+    for flag, price in (("--mac-pj", args.mac_pj), ("--sop-pj", args.sop_pj)):
+        if not 0 <= price < math.inf:
+            raise ValueError(f"{flag} {price}: expected an energy in picojoule, a number >= 0.")
     if args.results_file:
         check_results_file(args.results_file)
     config = read_config(args.checkpoint) if args.checkpoint else {}

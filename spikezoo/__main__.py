@@ -91,6 +91,7 @@ def _count(args: argparse.Namespace) -> int:
         pj_per_byte=args.pj_per_byte,
         norm_ops=args.norm_ops,
         neuron_ops=args.neuron_ops,
+        inputs="analog",  # pixels are no spikes, even where they happen to be whole numbers
     )
     source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"
     if args.plot:

@@ -5,8 +5,9 @@ in a table: a rule, free by convention, or neither, and then the result says so.
 
 *exact*: one event through one non-zero weight is one synaptic operation (SOP). Borders, stride, dilation, groups and
 pruned weights are exact; an integer value k is k events; signed spikes count by magnitude. Pooling, and averaging, of
-spikes is an operation per spike and window. Analog input is MACs: the dense number less the weights that are zero, or
-the same number of additions, counted as SOPs, where the weights are -c, 0, +c.
+spikes is an operation per spike and window; a layer behind an average of n spikes is charged for each of the n, so
+that its exact column may exceed the paper's, which sees the averaged rate. Analog input is MACs: the dense number
+less the weights that are zero, or the same number of additions, counted as SOPs, where the weights are -c, 0, +c.
 
 *paper*: firing rate of the layer's input x T x dense MACs, analog input (the stem) as MACs once, no credit for zero
 weights, pooling free. Of an attention product, the rate is that of the operand that is binary.
@@ -1290,7 +1291,7 @@ def _observe(model: nn.Module, batch: Tensor, inputs: str, mode: _Mode) -> _Tall
         stack.enter_context(mode)
         try:
             output = model(batch)
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, AssertionError) as error:  # timm's layers assert the size
             raise ValueError(
                 f"The model does not take a batch of shape {tuple(batch.shape)} and {batch.dtype}: {error}. "
                 "Give a batch that model(batch) runs on."

@@ -358,6 +358,8 @@ def test_foreign_checkpoint(validate, tmp_path, folder):
         (["--model", NAME, "--results-file", "r.txt"], r"ends in \.csv or \.json"),
         (["--model", "test_*", "--checkpoint", "."], "fits one model"),
         (["--model", NAME, "--dataset", "digitz"], "digits"),
+        (["--model", NAME, "--dataset", "digits", "--count", "--count-images", "0"], "--count-images 0"),
+        (["--model", NAME, "--dataset", "digits", "--count", "--mac-pj", "-1"], "--mac-pj -1.0: expected an energy"),
         (["--model", NAME, "--dataset", "digits", "--T", "0"], "T=0"),
         (["--model", NAME, "--dataset", "digits", "--device", "cuda"], "no CUDA device"),
         (["--model", NAME, "--dataset", "digits", "--num-classes", "3"], "has 3 classes"),
