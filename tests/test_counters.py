@@ -858,3 +858,40 @@ def test_command_line_errors(arguments, message, capsys):
 
     assert main(["count", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+class _Spikformer(nn.Module):
+    """The CIFAR layout of Spikformer, convolutions, linear layers and products only."""
+
+    def __init__(self, d, depth, ratio=4, heads=8):
+        super().__init__()
+        widths = (3, d // 8, d // 4, d // 2, d, d)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in itertools.pairwise(widths))
+        sizes = [(d, d)] * 4 + [(d, ratio * d), (ratio * d, d)]
+        self.blocks = nn.ModuleList(nn.ModuleList(nn.Linear(*size) for size in sizes) for _ in range(depth))
+        self.heads = heads
+
+    def forward(self, x):
+        for index, conv in enumerate(self.convs):
+            x = (conv(x) > 0).float()
+            if index in (2, 3):
+                x = nn.functional.max_pool2d(x, 3, 2, 1)
+        x = x.flatten(2).transpose(1, 2)  # [B, N, D]
+        for query, key, value, proj, up, down in self.blocks:
+            q, k, v = (
+                (linear(x) > 0).float().unflatten(2, (self.heads, -1)).transpose(1, 2) for linear in (query, key, value)
+            )
+            y = (q @ k.transpose(2, 3) @ v).transpose(1, 2).flatten(2)
+            x = x + (proj((y > 2).float()) > 0).float()
+            x = x + (down((up(x) > 0).float()) > 0).float()
+        return x.mean(1)
+
+
+@pytest.mark.parametrize(("d", "depth"), [(256, 2), (256, 4), (384, 4)])
+def test_macs_of_spikformers(d, depth):
+    n, ratio = 64, 4
+    c = count(_Spikformer(d, depth), torch.randn(1, 3, 32, 32))
+    convs = 3168 * d**2 + 3456 * d
+    assert c.macs == convs + depth * (n * (4 + 2 * ratio) * d**2 + 2 * n**2 * d)
+    assert c.uncounted == {}
+    assert c.sops_exact > 0 and c.macs_paper == 3456 * d  # only the first convolution sees analog values
