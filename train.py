@@ -404,7 +404,7 @@ def newest_state(folder: Path) -> Path | None:
     found: list[tuple[int, int, Path]] = []
     for path in folder.glob("*.safetensors"):
         if path.name == "last.safetensors" or path.name.startswith("recovery-"):
-            state = load_state(path)
+            state = load_state(path, "epoch", "batch")
             found.append((state["epoch"], state["batch"], path))
     return max(found)[2] if found else None
 

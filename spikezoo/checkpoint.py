@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,14 +76,14 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"Cannot store {path}, a {type(value).__name__}: only tensors, numbers, strings, lists and dicts.")
 
 
-def _unpack(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(node: dict[str, Any], tensor: Callable[[str], Tensor]) -> Any:
     ((kind, content),) = node.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensor(content)
     if kind == "dict":
-        return {key: _unpack(item, tensors) for key, item in content}
+        return {key: _unpack(item, tensor) for key, item in content}
     if kind in ("list", "tuple"):
-        items = [_unpack(item, tensors) for item in content]
+        items = [_unpack(item, tensor) for item in content]
         return tuple(items) if kind == "tuple" else items
     return content
 
@@ -101,20 +101,34 @@ def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
         save_file(tensors, temporary, {"format": "pt", "spikezoo.state": STATE_VERSION, "tree": json.dumps(tree)})
 
 
-def load_state(path: str | Path) -> dict[str, Any]:
+def load_state(path: str | Path, *keys: str) -> dict[str, Any]:
     """Read what :func:`save_state` wrote.
+
+    Args:
+        path: File to read.
+        *keys: Only these entries, so that a question about a state does not read its tensors; none means all.
 
     Raises:
         FileNotFoundError: No such file.
         ValueError: Truncated, or not a training state.
     """
-    tensors, metadata = _read(Path(path))
-    if metadata.get("spikezoo.state") != STATE_VERSION:
-        raise ValueError(
-            f"{path} is not a training state of this version ({STATE_VERSION}; found "
-            f"{metadata.get('spikezoo.state', 'none')}). Start from its weights with --initial-checkpoint instead."
-        )
-    return dict(_unpack(json.loads(metadata["tree"]), tensors))
+    with _open(Path(path)) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("spikezoo.state") != STATE_VERSION:
+            raise ValueError(
+                f"{path} is not a training state of this version ({STATE_VERSION}; found "
+                f"{metadata.get('spikezoo.state', 'none')}). Start from its weights with --initial-checkpoint instead."
+            )
+        entries = json.loads(metadata["tree"])["dict"]
+        return {key: _unpack(item, file.get_tensor) for key, item in entries if not keys or key in keys}
+
+
+def _is_state(path: Path) -> bool:
+    """Whether a file is a training state, of any version."""
+    if path.suffix != ".safetensors":
+        return False
+    with _open(path) as file:
+        return "spikezoo.state" in (file.metadata() or {})
 
 
 # -------------------------------------------------------------------------------------------------- weights
@@ -136,7 +150,19 @@ def _check_file(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, which reads its header and checks its length, but no tensor yet."""
+    _check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        hint = _hint(path, "It is truncated or not a safetensors file")
+        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     if path.suffix in (".pth", ".pt", ".tar", ".bin", ".ckpt"):
         try:
@@ -149,13 +175,9 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 content = content[key]
         if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
             raise ValueError(f"{path} holds no state dict: expected names and tensors.")
-        return {str(k).removeprefix("module."): v for k, v in content.items()}, {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        hint = _hint(path, "It is truncated or not a safetensors file")
-        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
+        return {str(k).removeprefix("module."): v for k, v in content.items()}
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def find_weights(path: str | Path) -> Path:
@@ -179,11 +201,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         The config, {} where there is none.
     """
     path = find_weights(path)
-    if path.suffix == ".safetensors":
-        _, metadata = _read(path)
-        if "spikezoo.state" in metadata:
-            state = load_state(path)
-            return {key: state[key] for key in ("architecture", "model_args", "spikezoo") if key in state}
+    if _is_state(path):
+        return load_state(path, "architecture", "model_args", "spikezoo")
     beside = path.parent / "config.json"
     if not beside.is_file():
         return {}
@@ -206,14 +225,14 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
         ema: Take the averaged weights of a training state.
     """
     path = find_weights(path)
-    tensors, metadata = _read(path)
-    if "spikezoo.state" not in metadata:
+    if not _is_state(path):
         if ema:
             raise ValueError(
                 f"{path} holds one set of weights, not a training state: give last.safetensors, or leave --use-ema out."
             )
-        return tensors
-    weights = load_state(path).get("ema" if ema else "model")
+        return _read(path)
+    key = "ema" if ema else "model"
+    weights = load_state(path, key).get(key)
     if weights is None:
         raise ValueError(
             f"{path} holds no {'averaged weights: the run did not use --model-ema' if ema else 'weights'}."
