@@ -54,9 +54,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import spikezoo
-from spikezoo.checkpoint import atomic, load_state, load_weights, save_state
+from spikezoo.checkpoint import atomic, load_state, save_state
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate
+from spikezoo.hub import describe
 from spikezoo.neurons import WithRates, nearest
 
 # Logits and the firing rates of every layer and time step, of a batch of images.
@@ -82,6 +83,7 @@ NOT_RECIPE = {
     "recovery_interval",
     "checkpoint_hist",
     "log_interval",
+    "push_to_hub",
 }
 
 
@@ -207,6 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--checkpoint-hist", type=int, default=1, help="how many of the best checkpoints to keep")
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
     group.add_argument("--log-interval", type=int, default=50)
+    group.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="publish the trained weights and their card on the Hugging Face Hub"
+    )
     return parser
 
 
@@ -280,7 +285,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.opt_args = args.opt_kwargs
     args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    args.experiment = args.experiment or (Path(args.config).stem if args.config else args.model)
+    named = Path(args.config).stem if args.config else args.model.replace("/", "_").replace(":", "_")
+    args.experiment = args.experiment or named
     for low, names in (
         (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
         (0, "rate_penalty rate_target mixup cutmix clip_grad"),
@@ -523,9 +529,13 @@ class Run:
         random_seed(args.seed, 0)  # the same initial weights on every rank
 
         self.arguments = model_arguments(args)
-        model = spikezoo.create_model(args.model, args.pretrained, **self.arguments)
         if args.initial_checkpoint:
-            load_weights(model, args.initial_checkpoint)
+            model = spikezoo.create_model(args.model, checkpoint_path=args.initial_checkpoint, **self.arguments)
+        else:
+            model = spikezoo.create_model(args.model, args.pretrained, **self.arguments)
+        # What was made, with what a checkpoint brought along: it must be made the same way by whoever loads it.
+        facts = describe(model)
+        args.model, self.arguments, self.recipe = facts["architecture"], facts["model_args"], facts["recipe"]
         model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
         if args.grad_checkpointing:
             model.set_grad_checkpointing()
@@ -637,8 +647,8 @@ class Run:
         """Everything that the run needs to go on exactly as if it had not stopped."""
         return {
             "architecture": self.args.model,
-            "model_args": {**self.arguments, "T": self.model.T},
-            "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split},
+            "model_args": self.arguments,
+            "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split, "recipe": self.recipe},
             "epoch": self.epoch,
             "batch": self.batch,
             "updates": self.updates,
@@ -659,7 +669,7 @@ class Run:
 
     def _check(self, state: dict[str, Any], source: Path | None) -> None:
         """Raise where this run cannot go on from a state, before anything is written."""
-        wanted = {**self.arguments, "T": self.model.T}
+        wanted = self.arguments
         if state["architecture"] != self.args.model or state["model_args"] != wanted:
             raise ValueError(
                 f"{source} was written by model {state['architecture']!r} with {state['model_args']}, and this run "
@@ -880,22 +890,20 @@ class Run:
             return
         model = self.ema.module if self.ema else self.model
         final = results.get("ema", results)
-        from safetensors.torch import save_file
-
-        weights = {name: tensor.cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        with atomic(self.folder / "model.safetensors") as temporary:
-            save_file(weights, temporary, {"format": "pt"})
         measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
-        write_json(
-            self.folder / "config.json",
-            {
-                "architecture": self.args.model,
-                "num_classes": self.model.num_classes,
-                "num_features": self.model.num_features,
-                "model_args": {**self.arguments, "T": self.model.T},
-                "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split, "results": measured},
-            },
-        )
+        results = {
+            "dataset": self.args.dataset,
+            "split": self.args.val_split,
+            **measured,
+            "T": self.model.T,
+            "precision": self.args.amp_dtype if self.args.amp else "float32",
+            "train_command": self.args.command,
+            "seed": self.args.seed,
+            **environment(),
+        }
+        info = self.val_loader.info
+        model.pretrained_cfg |= {"mean": info.mean, "std": info.std}
+        spikezoo.save_checkpoint(model, self.folder, results)
         pictures = plot(self.folder, final["layer_firing_rates"])
         rate = final["firing_rate"]
         print(f"\nTest accuracy   {final['top1']:.2f} % (last epoch{', averaged weights' if self.ema else ''})")
@@ -905,6 +913,8 @@ class Run:
         if pictures:
             print(f"Pictures        {', '.join(map(str, pictures))}")
         data = f" --data-dir {shlex.quote(self.args.data_dir)}" if self.args.data_dir else ""
+        if self.args.push_to_hub:
+            print(f"Published       {spikezoo.push_folder(self.folder, self.args.push_to_hub)}")
         print(f"Validate it     python validate.py --checkpoint {shlex.quote(str(self.folder))}{data}", flush=True)
 
 
@@ -923,5 +933,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -3,6 +3,7 @@
 
     python validate.py --checkpoint output/quickstart
     python validate.py --model mpbn_resnet19
+    python validate.py --model hf-hub:ORG/NAME
     python validate.py --model 'mpbn_*' --dataset cifar10 --data-dir DATA --results-file results.csv
 
 Pretrained weights are taken where a model has them; where it has none and no checkpoint is given, the weights are
@@ -16,6 +17,7 @@ import functools
 import json
 import logging
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,7 +31,9 @@ from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.evaluation import check_results_file, environment, evaluate, open_model, write_rows
+from spikezoo.hub import describe
 from spikezoo.neurons import WithRates
+from spikezoo.registry import is_reference, locate
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--mac-pj", type=float, default=MAC_PJ, help="picojoule a MAC (default: %(default)s)")
     group.add_argument("--sop-pj", type=float, default=SOP_PJ, help="picojoule a synaptic operation")
     group.add_argument("--results-file", metavar="FILE", help=".csv or .json")
+    group.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="publish the checkpoint with the figures measured here"
+    )
     return parser
 
 
@@ -151,12 +158,13 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         "samples": result["samples"],
         "img_size": model.img_size[0],
         "weights": weights,
-        "checkpoint_sha256": file_hash(weights) if args.checkpoint else None,
+        "checkpoint_sha256": None if weights == "random" else file_hash(model.pretrained_cfg["file"]),
         "batch_size": args.batch_size,
         "precision": args.amp_dtype if args.amp else "float32",
         "compiled": args.torchcompile,
         "device": str(device),
         "seed": args.seed,
+        "command": args.command,
         **environment(),
     }
     rate = row["firing_rate"]
@@ -185,7 +193,24 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         for layer, value in layers.items():
             print(f"    {layer:<40} {value:.4f}")
         row["layer_firing_rates"] = {layer: round(value, 6) for layer, value in layers.items()}
+    if args.push_to_hub:
+        row["published"] = publish(model, weights, args, config, row)
+        print(f"Published {row['published']}")
     return row
+
+
+def publish(model: Any, weights: str, args: argparse.Namespace, config: dict[str, Any], row: dict[str, Any]) -> str:
+    """Push the very weights that were measured, with the figures."""
+    if weights == "random":
+        raise ValueError(
+            f"--push-to-hub {args.push_to_hub}: random weights are not worth publishing. Give --checkpoint."
+        )
+    # What the folder already says about training stays beside what was measured now.
+    row = {**config.get("spikezoo", {}).get("results", {}), **row}
+    same = describe(model)["model_args"] == config.get("model_args") and not args.use_ema
+    if args.checkpoint and same:
+        return spikezoo.push_folder(args.checkpoint, args.push_to_hub, results=row)
+    return spikezoo.push_to_hub(model, args.push_to_hub, row)
 
 
 def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
@@ -207,6 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Validate what was asked for; returns the number of models that failed."""
     logging.getLogger("timm").setLevel(logging.WARNING)
     args = build_parser().parse_args(argv)
+    args.command = shlex.join(["python", "validate.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.model and is_reference(args.model):
+        args.checkpoint, args.model = str(locate(args.model)), None
     if args.batch_size < 1:
         raise ValueError(f"--batch-size {args.batch_size}: expected at least 1.")
     if args.count_images < 1:
@@ -218,6 +246,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_results_file(args.results_file)
     config = read_config(args.checkpoint) if args.checkpoint else {}
     names = select(args, config)
+    if args.push_to_hub and len(names) > 1:
+        raise ValueError(f"--push-to-hub publishes one model and --model {args.model!r} names {len(names)}.")
     if args.checkpoint and len(names) > 1:
         raise ValueError(f"--checkpoint fits one model and --model {args.model!r} names {len(names)}.")
     rows: list[dict[str, Any]] = []
@@ -243,5 +273,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(min(main(), 1))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

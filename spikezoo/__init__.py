@@ -2,9 +2,14 @@
 
 from spikezoo import models as models
 from spikezoo._version import __version__ as __version__
+from spikezoo.checkpoint import load_sparse_file as load_sparse_file
 from spikezoo.counters import Count as Count
 from spikezoo.counters import count as count
 from spikezoo.counters import count_loader as count_loader
+from spikezoo.hub import HubError as HubError
+from spikezoo.hub import push_folder as push_folder
+from spikezoo.hub import push_to_hub as push_to_hub
+from spikezoo.hub import save_checkpoint as save_checkpoint
 from spikezoo.neurons import firing_rates as firing_rates
 from spikezoo.registry import create_model as create_model
 from spikezoo.registry import is_model as is_model

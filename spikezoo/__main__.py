@@ -1,9 +1,13 @@
-"""Command line of the library: ``python -m spikezoo count NAME`` prints what a model costs, layer by layer.
+"""Command line of the library: ``python -m spikezoo``.
+
+    count    what a model costs, layer by layer
+    push     publish a checkpoint on the Hugging Face Hub
 
 Example:
     python -m spikezoo count mpbn_resnet20
     python -m spikezoo count test_spiking_vgg --dataset none --images 4 --json
     python -m spikezoo count --checkpoint output/quickstart --plot bars.png
+    python -m spikezoo push output/quickstart ORG/NAME --dry-run card
 """
 # ruff: noqa: T201
 
@@ -22,6 +26,7 @@ from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader
 from spikezoo.evaluation import open_model
+from spikezoo.hub import push_folder
 
 
 def _add_count(commands: Any) -> None:
@@ -110,15 +115,44 @@ def _count(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_push(commands: Any) -> None:
+    parser = commands.add_parser("push", help="publish a checkpoint on the Hugging Face Hub, with a model card")
+    parser.add_argument(
+        "checkpoint", metavar="DIR_OR_CHECKPOINT", help="a folder that train.py wrote, or a file in one"
+    )
+    parser.add_argument("repository", metavar="ORG/NAME", help="made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there (default: the main one)")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights (default: %(default)s)")
+    parser.add_argument("--dry-run", metavar="DIR", help="write the files to this new folder and push nothing")
+    parser.set_defaults(run=_push)
+
+
+def _push(args: argparse.Namespace) -> int:
+    where = push_folder(
+        args.checkpoint,
+        args.repository,
+        private=args.private,
+        revision=args.revision,
+        license=args.license,
+        dry_run=args.dry_run,
+    )
+    print(f"Wrote {where}, pushed nothing." if args.dry_run else where)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the arguments make no sense."""
-    parser = argparse.ArgumentParser(prog="python -m spikezoo", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m spikezoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_count(commands)
+    _add_push(commands)
     args = parser.parse_args(argv)
     try:
         result: int = args.run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return result

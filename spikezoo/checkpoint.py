@@ -1,11 +1,17 @@
-"""Checkpoints: safetensors files written atomically, read with checks, loaded strictly or not at all."""
+"""Checkpoints: safetensors files written atomically, read with checks, loaded strictly or not at all.
+
+A checkpoint is a folder of ``model.safetensors`` (see :mod:`spikezoo.sparse` for the code of its tensors) and
+``config.json``, which says how to make the model, what was measured, and the sha256 of the weights and of itself.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,20 +19,36 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from spikezoo import sparse
+from spikezoo.neurons import nearest
+
 __all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
     "atomic",
+    "check_nan",
+    "copy_checkpoint",
     "file_hash",
     "find_weights",
+    "load_sparse_file",
     "load_state",
     "load_weights",
     "read_config",
     "read_weights",
     "save_state",
+    "write_checkpoint",
 ]
 
+_logger = logging.getLogger("spikezoo")
+
 WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+CONFIG_VERSION = 1
+# What config.json may name as the code of the tensors: a name from a file never decides what code runs.
+FORMATS = ("dense", "spikezoo-sparse")
 STATE_VERSION = "spikezoo-state/1"
 
 
@@ -162,22 +184,74 @@ def _open(path: Path) -> Iterator[Any]:
         raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> dict[str, Tensor]:
     _check_file(path)
-    if path.suffix in (".pth", ".pt", ".tar", ".bin", ".ckpt"):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged pickles raise anything
-            hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
-            raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
-        for key in ("state_dict", "model"):
-            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-                content = content[key]
-        if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-            raise ValueError(f"{path} holds no state dict: expected names and tensors.")
-        return {str(k).removeprefix("module."): v for k, v in content.items()}
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged pickles raise anything
+        hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
+        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no state dict: expected names and tensors.")
+    return {str(k).removeprefix("module."): v for k, v in content.items()}
+
+
+def _check_hash(path: Path, ours: bool) -> None:
+    """Compare a weights file with the hash in the config.json beside it, which files of ours must have."""
+    if not (path.parent / CONFIG_NAME).is_file():
+        return
+    hashes = _hashes(read_config(path.parent))
+    if path.name not in hashes:
+        if ours and path.name == WEIGHTS_NAME:
+            raise ValueError(
+                f"{path.parent / CONFIG_NAME} does not hold the sha256 of {path.name}, which spikezoo wrote there: it "
+                "is damaged or of another checkpoint. Fetch both again, or move the weights to a folder of their own."
+            )
+        return
+    if (found := file_hash(path)) != hashes[path.name]:
+        raise ValueError(
+            f"{path} is damaged: its sha256 is {found[:16]}... and {CONFIG_NAME} says {hashes[path.name][:16]}... "
+            + _hint(path, "Nothing was loaded")
+        )
+
+
+def load_sparse_file(path: str | Path) -> dict[str, Tensor]:
+    """Read a weights file, sparse or dense, into a state dict.
+
+    Args:
+        path: A safetensors file, or a folder that holds one. Where config.json lies beside it, its hash is checked.
+
+    Returns:
+        Names and dense tensors, bit for bit as they were stored.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Damaged in any bit, truncated, of an unknown version, or no safetensors file.
+
+    Example:
+        >>> state = spikezoo.load_sparse_file('output/quickstart/model.safetensors')
+    """
+    path = find_weights(path)
     with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata() or {}
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    # A damaged header may have lost our mark: tensors named as the sparse code names them are not read as they are.
+    ours = sparse.METADATA_KEY in metadata
+    _check_hash(path, ours)
+    if not ours:
+        if any(name.endswith((".bitmask", ".compressed")) for name in stored):
+            raise ValueError(
+                f"{path} holds sparse tensors (*.bitmask) and its metadata do not name spikezoo's code: it is damaged, "
+                "or another library wrote it."
+            )
+        return stored
+    try:
+        return sparse.decode(stored, metadata)
+    except ValueError as error:
+        raise ValueError(f"Cannot read {path}. {error} Fetch or write it again.") from error
 
 
 def find_weights(path: str | Path) -> Path:
@@ -188,37 +262,19 @@ def find_weights(path: str | Path) -> Path:
     for name in (WEIGHTS_NAME, "model_best.safetensors", "last.safetensors"):
         if (path / name).is_file():
             return path / name
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
+        raise FileNotFoundError(
+            f"No {WEIGHTS_NAME} in {path}, only {', '.join(pickles)}: a pickle can run code, so it is read (as "
+            f"weights only) when you name it: {path / pickles[0]}."
+        )
     raise FileNotFoundError(f"No {WEIGHTS_NAME} in {path}. Give a .safetensors file or a folder that train.py wrote.")
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: architecture, model_args and results.
-
-    Args:
-        path: A folder with config.json, a weights file beside one, or a training state, which holds it itself.
-
-    Returns:
-        The config, {} where there is none.
-    """
-    path = find_weights(path)
-    if _is_state(path):
-        return load_state(path, "architecture", "model_args", "spikezoo")
-    beside = path.parent / "config.json"
-    if not beside.is_file():
-        return {}
-    try:
-        config = json.loads(beside.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{beside} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{beside} holds a {type(config).__name__}: expected an object with architecture and model_args."
-        )
-    return config
+_PICKLES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
 def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
-    """Read a state dict from weights or from a training state.
+    """Read a state dict from weights, sparse or dense, or from a training state.
 
     Args:
         path: A file or a folder.
@@ -230,7 +286,7 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} holds one set of weights, not a training state: give last.safetensors, or leave --use-ema out."
             )
-        return _read(path)
+        return _read_pickle(path) if path.suffix in _PICKLES else load_sparse_file(path)
     key = "ema" if ema else "model"
     weights = load_state(path, key).get(key)
     if weights is None:
@@ -245,19 +301,51 @@ def _names(title: str, names: list[str]) -> str:
     return f"{title}: {shown}. " if names else ""
 
 
-def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
+def check_nan(state: Mapping[str, Tensor], what: str) -> None:
+    """Raise where a weight is not a number: a neuron turns it into silence, so nobody would notice."""
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and tensor.isnan().any()]
+    if bad:
+        raise ValueError(f"{what} holds values that are not numbers (NaN). {_names('In', sorted(bad))}")
+
+
+def _adapt(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, changed: Collection[str]) -> None:
+    """Fit the head and the first convolution of weights to a model with other classes or channels, in place."""
+    cfg: Any = model.pretrained_cfg
+    head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
+    said = []
+    if "num_classes" in changed:
+        names = {name for name in own.keys() | weights.keys() if name.startswith(head)}
+        if any(name not in own or name not in weights or own[name].shape != weights[name].shape for name in names):
+            # All of it or nothing: a bias that happens to fit belongs to classes that are gone.
+            for name in names:
+                weights.pop(name, None)
+            weights |= {name: own[name] for name in names & own.keys()}
+            said.append(f"the classifier ({', '.join(sorted(names))}) starts afresh with {model.num_classes} classes")
+    if "in_chans" in changed and stem in own and stem in weights and own[stem].shape != weights[stem].shape:
+        weights[stem] = adapt_input_conv(own[stem].shape[1], weights[stem])
+        said.append(f"{stem} was fitted to {own[stem].shape[1]} channels by summing or repeating its own")
+    if said:
+        _logger.warning("Loading weights into %s: %s.", type(model).__name__, "; ".join(said))
+
+
+def load_weights(model: nn.Module, path: str | Path, ema: bool = False, *, changed: Collection[str] = ()) -> None:
     """Load weights strictly; where anything differs nothing is loaded.
 
     Args:
         model: The model.
         path: A file or a folder.
         ema: Take the averaged weights of a training state.
+        changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
+            as initialised, the first convolution fitted as timm does, and a warning says so.
 
     Raises:
         FileNotFoundError: No such checkpoint.
-        ValueError: Truncated or foreign; names and counts of what differs.
+        ValueError: Damaged, foreign, or NaN; names and counts of what differs.
     """
     weights, own = read_weights(path, ema), model.state_dict()
+    check_nan(weights, f"Checkpoint {path}")
+    if changed:
+        _adapt(weights, own, model, changed)
     missing = sorted(own.keys() - weights.keys())
     unexpected = sorted(weights.keys() - own.keys())
     shapes = [
@@ -272,6 +360,148 @@ def load_weights(model: nn.Module, path: str | Path, ema: bool = False) -> None:
             + _names("Missing", missing)
             + _names("Unexpected", unexpected)
             + _names("Shapes", shapes)
-            + "Create the model that the checkpoint was written for (same name, num_classes, in_chans, mpbn, neuron)."
+            + "Create the model that the checkpoint was written for (same name, num_classes, in_chans, mpbn, neuron, "
+            "and the same transforms)."
         )
     model.load_state_dict(weights)
+
+
+# --------------------------------------------------------------------------------------------------- config
+
+
+def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
+    block = config.get("spikezoo")
+    found = block.get("sha256") if isinstance(block, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def _config_hash(config: Mapping[str, Any]) -> str:
+    """The sha256 of a config's content, without the entry that holds it."""
+    block = {**config["spikezoo"], "sha256": {k: v for k, v in _hashes(config).items() if k != CONFIG_NAME}}
+    return hashlib.sha256(json.dumps({**config, "spikezoo": block}, sort_keys=True).encode()).hexdigest()
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: architecture, model_args, recipe and results.
+
+    Args:
+        path: A folder with config.json, a weights file beside one, or a training state, which holds it itself.
+
+    Returns:
+        The config, {} where there is none.
+
+    Raises:
+        ValueError: Damaged, edited without its hash, or of an unknown version or format.
+    """
+    path = Path(path)
+    if not (path / CONFIG_NAME).is_file():
+        path = find_weights(path)
+        if _is_state(path):
+            return load_state(path, "architecture", "model_args", "spikezoo")
+    beside = (path if path.is_dir() else path.parent) / CONFIG_NAME
+    if not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{beside} is not valid JSON: {error}. {_hint(beside, 'It is damaged')}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{beside} holds a {type(config).__name__}: expected an object with architecture and model_args."
+        )
+    stored = config.get("sparsity_config", {})
+    form = stored.get("format", "dense") if isinstance(stored, dict) else stored
+    if form not in FORMATS:
+        raise ValueError(
+            f"{beside}: sparsity_config.format is {form!r}. {nearest(form, FORMATS)} Nothing was loaded; update "
+            "spikezoo if the format is newer than this version."
+        )
+    if "spikezoo" not in config:
+        return config
+    block = config["spikezoo"]
+    version = block.get("version", 0) if isinstance(block, dict) else None
+    if version not in (0, CONFIG_VERSION):  # 0: written before the config had versions, and hashes
+        raise ValueError(f"{beside} has format version {version!r}; this spikezoo reads {CONFIG_VERSION}. Update it.")
+    if (version or "sha256" in block) and _hashes(config).get(CONFIG_NAME) != _config_hash(config):
+        raise ValueError(
+            f"{beside} is not as it was written: it was damaged, or edited by hand. Fetch it again; to change how a "
+            "model is made, load it, give other arguments, and spikezoo.save_checkpoint it."
+        )
+    return config
+
+
+def write_checkpoint(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    sparse_code: bool = True,
+    seeds: Mapping[str, int] | None = None,
+) -> Path:
+    """Write weights and config.json with their hashes: both whole, or neither.
+
+    Args:
+        folder: Where to.
+        state: Names and tensors.
+        config: architecture, model_args and a ``spikezoo`` block; hashes and format are added.
+        sparse_code: Store every tensor in its smallest code; otherwise dense, which any reader reads.
+        seeds: Seeds of the signs of tickets.
+
+    Returns:
+        The weights file.
+    """
+    folder = Path(folder)
+    stored, metadata = sparse.encode(state, sparse=sparse_code, seeds=seeds)
+    coded = json.loads(metadata[sparse.METADATA_KEY])["tensors"]
+    total = sum(tensor.numel() for tensor in state.values())
+    zeros = sum(int((tensor == 0).sum()) for tensor in state.values())
+    form = {
+        "format": "spikezoo-sparse" if coded else "dense",
+        "global_sparsity": round(zeros / max(total, 1), 6),
+    }
+    with atomic(folder / CONFIG_NAME) as config_file, atomic(folder / WEIGHTS_NAME) as weights_file:
+        save_file(stored, weights_file, {"format": "pt", **metadata})
+        _sort_metadata(weights_file)
+        _write_config(config_file, {**config, "sparsity_config": form}, weights_file)
+    return folder / WEIGHTS_NAME
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file, which its writer leaves to chance: equal content, equal bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # always, unless the writer escapes differently; then its order stays
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
+def _write_config(path: Path, config: Mapping[str, Any], weights: Path) -> None:
+    """Write a config with its version, the hash of the weights, and its own."""
+    block = {**config["spikezoo"], "version": CONFIG_VERSION, "sha256": {WEIGHTS_NAME: file_hash(weights)}}
+    whole = json.loads(json.dumps({**config, "spikezoo": block}))  # tuples become lists, as the reader will see them
+    whole["spikezoo"]["sha256"][CONFIG_NAME] = _config_hash(whole)
+    path.write_text(json.dumps(whole, indent=2) + "\n")
+
+
+def copy_checkpoint(source: str | Path, folder: str | Path, results: Mapping[str, Any] | None = None) -> None:
+    """Copy weights as they are, and config.json with other results where they are given.
+
+    Args:
+        source: Folder of a checkpoint that :func:`write_checkpoint` wrote.
+        folder: Where to.
+        results: New measurements of these very weights.
+
+    Raises:
+        ValueError: A damaged source.
+    """
+    source, folder = Path(source), Path(folder)
+    config = read_config(source)
+    load_sparse_file(source / WEIGHTS_NAME)  # every check there is
+    if results is not None:
+        config["spikezoo"] |= {key: results.get(key) for key in ("dataset", "split")} | {"results": dict(results)}
+    with atomic(folder / CONFIG_NAME) as config_file, atomic(folder / WEIGHTS_NAME) as weights_file:
+        shutil.copyfile(source / WEIGHTS_NAME, weights_file)
+        _write_config(config_file, config, weights_file)

@@ -22,10 +22,10 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import atomic, find_weights, load_weights, read_config
+from spikezoo.checkpoint import atomic, find_weights, read_config
 from spikezoo.data import dataset_info, natural_dataset
 from spikezoo.neurons import WithRates
-from spikezoo.registry import create_model, model_info
+from spikezoo.registry import create_model, is_reference, locate, model_info
 
 __all__ = ["check_results_file", "environment", "evaluate", "open_model", "write_rows"]
 
@@ -117,7 +117,7 @@ def open_model(
     The weights are the checkpoint's, else pretrained ones where the model has some, else random.
 
     Args:
-        name: Architecture, with or without tag.
+        name: Architecture, with or without tag, or 'local-dir:FOLDER' or 'hf-hub:ORG/NAME', which is a checkpoint.
         arguments: Arguments of ``create_model``; they win over the checkpoint's.
         checkpoint: A file or folder of weights.
         ema: Take the averaged weights of a training state.
@@ -133,6 +133,9 @@ def open_model(
         ValueError: An unknown name or argument, or weights that do not fit.
         FileNotFoundError: No such checkpoint or dataset.
     """
+    if is_reference(name):
+        checkpoint = locate(name)
+        name = read_config(checkpoint).get("architecture", name)
     config = read_config(checkpoint) if checkpoint else {}
     info = model_info(name)
     given = {**config.get("model_args", {}), **arguments}
@@ -148,10 +151,10 @@ def open_model(
             if getattr(facts, key):
                 given.setdefault(key, getattr(facts, key))
     random_seed(seed)
-    model: Any = create_model(name, pretrained, **given)
     if checkpoint:
-        load_weights(model, checkpoint, ema)
+        model: Any = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
         return model, dataset, str(find_weights(checkpoint))
+    model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
 
 

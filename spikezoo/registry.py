@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
 from spikezoo.neurons import ANALOG, NeuronConfig, UnknownArgumentError, nearest
@@ -18,10 +19,13 @@ from spikezoo.neurons import ANALOG, NeuronConfig, UnknownArgumentError, nearest
 __all__ = [
     "ModelInfo",
     "ModelRow",
+    "Pretrained",
     "create_model",
     "is_model",
+    "is_reference",
     "list_models",
     "list_pretrained",
+    "locate",
     "model_info",
     "register_rows",
 ]
@@ -36,7 +40,12 @@ _FACTORY_ARGUMENTS = {
     "pretrained_cfg_overlay",
     "pretrained_strict",
 }
+# Checkpoints that come with the package: one folder each, called architecture.tag.
+SHIPPED = Path(__file__).parent / "weights"
 _NEURON_ARGUMENTS = set(NeuronConfig.__dataclass_fields__) - {"kind"}
+
+
+_CFG_FIELDS = set(PretrainedCfg.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class ModelRow:
         in_chans: Default input channels.
         pool_size: Size of the final feature map at the default input size.
         fixed_input_size: Whether linear layers tie the net to its image size.
-        weights: Pretrained tags, the default first: tag -> further fields of timm's ``PretrainedCfg``, and ``dataset``,
-            the name of the data that the weights are for.
+        weights: Pretrained tags, the default first: tag -> fields of timm's ``PretrainedCfg``, of which ``file`` or
+            ``hf_hub_id`` ('org/name@' and a commit) says where they are, and the facts ``dataset``, ``top1`` and
+            ``size`` (bytes). The checkpoints that come with the package add their own tags.
     """
 
     arguments: Mapping[str, Any]
@@ -102,6 +112,32 @@ class ModelInfo:
     note: str
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """One set of weights that this project trained.
+
+    Attributes:
+        name: ``architecture.tag``.
+        source: 'package' or the repository on the Hub.
+        size: Bytes of the weights file, or None where nobody wrote it down.
+        top1: Test accuracy in per cent, of this very file.
+        dataset: What it was trained and tested on.
+        T: Time steps.
+    """
+
+    name: str
+    source: str
+    size: int | None
+    top1: float | None
+    dataset: str | None
+    T: int | None
+
+    def __str__(self) -> str:
+        size = "size unknown" if self.size is None else f"{self.size / 1e6:.2f} MB"
+        top1 = "accuracy unknown" if self.top1 is None else f"{self.top1:.2f} % on {self.dataset}"
+        return f"{self.name}: {self.source}, {size}, {top1}, T={self.T}"
+
+
 _rows: dict[str, ModelRow] = {}
 _classes: dict[str, type[nn.Module]] = {}
 
@@ -110,20 +146,62 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
     # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
     # model's own forward_intermediates.
     levels = 1 + len(row.arguments["widths"]) if "widths" in row.arguments else 3
+    feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
 
-    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def create(pretrained: bool = False, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
+        if model is not None:  # made and loaded already, it only wants timm's wrapper
+            return build_model_with_cfg(lambda **_: model, name, False, feature_cfg=dict(feature_cfg), **kwargs)
         if kwargs.get("neuron") in ANALOG and "mpbn" not in kwargs:
             kwargs["mpbn"] = "none"  # a twin has no membrane potential; only mpbn asked for by name is a mistake
-        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
+        if pretrained and cfg.file and Path(cfg.file).is_relative_to(SHIPPED):
+            # timm alone would neither check the file nor rebuild the model that it belongs to.
+            own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
+            return create_model(f"{name}.{cfg.tag}", True, **own)
         kwargs.setdefault("img_size", cfg.input_size[-2:])
-        return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **{**row.arguments, **kwargs})
+        return build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            feature_cfg=dict(feature_cfg),
+            pretrained_filter_fn=_plain_weights,
+            **{**row.arguments, **kwargs},
+        )
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = module
     create.__doc__ = f"{row.note}\n\nPaper: {row.paper}. {row.parameters:,} parameters at {row.num_classes} classes."
     return create
+
+
+def _plain_weights(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Timm's filter of weights that it downloaded itself."""
+    if any(name.endswith(".bitmask") for name in weights):
+        raise ValueError(
+            "These weights are stored in spikezoo's sparse code, which timm.create_model cannot read: use "
+            "spikezoo.create_model with the same name, or spikezoo.load_sparse_file for the tensors."
+        )
+    return weights
+
+
+def _shipped(name: str) -> dict[str, dict[str, Any]]:
+    """Tags of the checkpoints of an architecture that come with the package, with their facts."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(SHIPPED.glob(f"{name}.*/config.json")):
+        try:
+            # Read without checks, which wait until somebody asks for the weights: importing must not fail.
+            config = json.loads(path.read_text())
+            block, cfg = config["spikezoo"], config["pretrained_cfg"]
+            facts = {key: cfg[key] for key in ("input_size", "num_classes", "mean", "std") if key in cfg}
+            facts |= {"dataset": block.get("dataset"), "top1": block.get("results", {}).get("top1")}
+            file = path.with_name("model.safetensors")
+            size = file.stat().st_size
+        except (KeyError, TypeError, ValueError, OSError):
+            continue
+        arguments = config.get("model_args", {})
+        found[path.parent.name.partition(".")[2]] = {**facts, "file": str(file), "size": size, "arguments": arguments}
+    return found
 
 
 def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow]) -> dict[str, Any]:
@@ -141,6 +219,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
         ValueError: A name that is taken, by timm or by spikezoo.
     """
     cfgs: dict[str, Any] = {}
+    rows = {name: replace(row, weights={**row.weights, **_shipped(name)}) for name, row in rows.items()}
     for name, row in rows.items():
         if timm.is_model(name):
             raise ValueError(f"Model name {name!r} is taken already: registering it again would hide the other one.")
@@ -161,7 +240,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             "paper_name": row.paper,
         }
         for tag in row.weights or {"": {}}:
-            own = {key: value for key, value in row.weights.get(tag, {}).items() if key != "dataset"}
+            own = {key: value for key, value in row.weights.get(tag, {}).items() if key in _CFG_FIELDS}
             cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **own}
     default_cfgs = generate_default_cfgs(cfgs)
     here = sys.modules[module]
@@ -201,6 +280,19 @@ def _check_arguments(architecture: str, arguments: Mapping[str, Any]) -> None:
             raise UnknownArgumentError(f"Model {architecture!r} has no argument {name!r}. {nearest(name, valid)}")
 
 
+def _pretrained_reference(architecture: str, tag: str) -> str:
+    """Where the weights of a tag are: a path, or 'hf-hub:' and a repository."""
+    weights = _rows[architecture].weights
+    if not weights:
+        others = ", ".join(row.name for row in list_pretrained()) or "none yet"
+        raise ValueError(
+            f"Model {architecture!r} has no pretrained weights. Tags that exist: {others}. "
+            "Use pretrained=False, or checkpoint_path= for weights of your own."
+        )
+    fields = weights[tag or next(iter(weights))]
+    return str(fields["file"]) if "file" in fields else f"hf-hub:{fields['hf_hub_id']}"
+
+
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -211,34 +303,76 @@ def create_model(
     T: int | None = None,
     mpbn: str | bool | None = None,
     checkpoint_path: str | Path | None = None,
+    use_ema: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Create a model by name.
+    """Create a model by name, with weights where asked for.
+
+    Weights come with what made their model: its arguments, T included, are the defaults in place of the name's own,
+    and the transforms that were applied to it are applied again before the weights are loaded strictly. With other
+    ``num_classes`` or ``in_chans`` than theirs the classifier starts afresh and the first convolution is fitted, and
+    a warning says so.
 
     Args:
-        name: ``architecture`` or ``architecture.tag``, see :func:`list_models`.
-        pretrained: Load weights that this project trained; raises where there are none.
+        name: ``architecture`` or ``architecture.tag``, see :func:`list_models`; ``local-dir:FOLDER`` for a
+            checkpoint; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION`` for one on the Hugging Face Hub, which is
+            taken from the cache without any request where it is there.
+        pretrained: Load weights; of a plain name those that this project trained, or an error where there are none.
         num_classes: Classes of the head; 0 leaves it out.
         in_chans: Input channels.
         img_size: Height and width of the images.
         T: Time steps.
         mpbn: Membrane normalisation: 'channel', 'element' or 'none'. None takes the model's default.
-        checkpoint_path: A checkpoint file (safetensors) or a folder that holds one; loaded strictly.
+        checkpoint_path: A checkpoint file (safetensors) or a folder that holds one.
+        use_ema: Take the averaged weights, where ``checkpoint_path`` is a training state.
         **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
             ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
             ``features_only``, ``out_indices``.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode; in evaluation mode where a transform that ends training was applied.
 
     Raises:
-        ValueError: An unknown name, argument or value; the message names the nearest valid ones.
+        ValueError: An unknown name, argument or value, and the message names the nearest valid ones; weights that do
+            not fit or are damaged in any bit.
         FileNotFoundError: No checkpoint at ``checkpoint_path``.
+        OSError: The Hub does not answer or does not have it.
 
     Example:
         >>> model = spikezoo.create_model('mpbn_resnet20', T=2, num_classes=100)
     """
-    architecture, _ = _split(name)
+    from spikezoo.checkpoint import find_weights, load_weights, read_config
+
+    path: Path | None = None
+    config: dict[str, Any] = {}
+    if is_reference(name):
+        if checkpoint_path is not None:
+            raise ValueError(f"name={name!r} and checkpoint_path={str(checkpoint_path)!r}: give one of them.")
+        path = locate(name)
+        config = read_config(path)
+        if not isinstance(config.get("architecture"), str):
+            raise ValueError(
+                f"{name} has no config.json that names its architecture: give the name of the model, and "
+                f"checkpoint_path={str(path)!r}."
+            )
+        architecture, tag = _split(config["architecture"])
+        path = path if pretrained else None
+    else:
+        architecture, tag = _split(name)
+        if checkpoint_path is not None:
+            path = Path(checkpoint_path)
+            config = read_config(path)
+            own = config.get("architecture", architecture)
+            if own != architecture:
+                raise ValueError(
+                    f"{path} is a checkpoint of {own!r} and was asked to load into {architecture!r}: create {own!r}."
+                )
+        elif pretrained and "pretrained_cfg_overlay" not in kwargs:
+            path = locate(_pretrained_reference(architecture, tag))
+            config = read_config(path)
+        elif tag:
+            config = {"model_args": _rows[architecture].weights[tag].get("arguments", {})}
+    stored = dict(config.get("model_args", {}))
     given = {
         "num_classes": num_classes,
         "in_chans": in_chans,
@@ -249,20 +383,61 @@ def create_model(
     }
     given = {key: value for key, value in given.items() if value is not None}
     _check_arguments(architecture, given)
-    if pretrained:
-        tags = sorted(_rows[architecture].weights)
-        if not tags:
-            others = ", ".join(list_pretrained()) or "none yet"
-            raise ValueError(
-                f"Model {architecture!r} has no pretrained weights. Tags that exist: {others}. "
-                "Use pretrained=False, or checkpoint_path= for weights of your own."
-            )
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, **given)
-    if checkpoint_path is not None:
-        from spikezoo.checkpoint import load_weights
+    changed = [key for key in ("num_classes", "in_chans") if key in given]
+    features = {key: given.pop(key) for key in ("features_only", "out_indices") if key in given}
+    merged = _merge(stored, given)
+    _check_arguments(architecture, merged)
+    # Weights of ours are loaded here, checked and after the transforms; timm loads only what an overlay asks for.
+    overlay = pretrained and "pretrained_cfg_overlay" in kwargs and path is None
+    full = f"{architecture}.{tag}" if tag else architecture
+    if not config and path is None:
+        return timm.create_model(full, pretrained=overlay, **merged, **features)
+    model: Any = timm.create_model(full, **merged)
+    recipe = config.get("spikezoo", {}).get("recipe", [])
+    if recipe:
+        from spikezoo.transforms import replay
 
-        load_weights(model, checkpoint_path)
+        arguments = model._model_args
+        model = replay(model, recipe)
+        model._model_args = arguments
+    if path is not None:
+        load_weights(model, path, use_ema, changed=changed)
+        model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
+    if features.get("features_only"):
+        return timm.model_entrypoint(architecture)(model=model, **features)
     return model
+
+
+def _merge(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a checkpoint under those of the user, who may choose another form of the same thing."""
+    merged = {**stored, **given}
+    for one, other in (("decay", "tau"), ("tau", "decay")):
+        if one in given and other not in given:
+            merged.pop(other, None)
+    if merged.get("neuron") in ANALOG and given.get("neuron") in ANALOG:
+        # The twin has no time and no potential: what the checkpoint says of them is not meant for it.
+        for key in ("T", "mpbn", *_NEURON_ARGUMENTS):
+            if key not in given:
+                merged.pop(key, None)
+    return merged
+
+
+_SCHEMES = ("local-dir", "hf-hub", "hf_hub")
+
+
+def is_reference(name: object) -> bool:
+    """Whether a name says where a checkpoint is: ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``."""
+    return isinstance(name, str) and name.partition(":")[0] in _SCHEMES and ":" in name
+
+
+def locate(reference: str) -> Path:
+    """The folder or file of a reference, fetched where it is on the Hub; a path stands for itself."""
+    scheme, colon, rest = reference.partition(":")
+    if colon and scheme in ("hf-hub", "hf_hub"):
+        from spikezoo.hub import pull
+
+        return pull(rest)
+    return Path(rest if colon and scheme == "local-dir" else reference)
 
 
 def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, module: str = "") -> list[str]:
@@ -281,9 +456,23 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
     return [name for name in found if name.partition(".")[0] in _rows]
 
 
-def list_pretrained(filter: str | Sequence[str] = "") -> list[str]:
-    """``architecture.tag`` of every set of weights that this project trained."""
-    return list_models(filter, pretrained=True)
+def list_pretrained(filter: str | Sequence[str] = "") -> list[Pretrained]:
+    """Every set of weights that this project trained: name with tag, source, size and accuracy.
+
+    Args:
+        filter: Wildcards, for instance ``'*resnet*'`` or several of them.
+
+    Example:
+        >>> print(*spikezoo.list_pretrained(), sep='\\n')
+    """
+    found = []
+    for name in list_models(filter, pretrained=True):
+        architecture, _, tag = name.partition(".")
+        facts = _rows[architecture].weights[tag]
+        source = "package" if "file" in facts else str(facts.get("hf_hub_id"))
+        T = facts.get("arguments", {}).get("T")
+        found.append(Pretrained(name, source, facts.get("size"), facts.get("top1"), facts.get("dataset"), T))
+    return found
 
 
 def is_model(name: str) -> bool:

@@ -69,9 +69,9 @@ def test_is_model():
 
 def test_list_pretrained(monkeypatch):
     tags = [f"{name}.{tag}" for name, row in _rows.items() for tag in row.weights]
-    assert sorted(spikezoo.list_pretrained()) == sorted(tags)
+    assert sorted(found.name for found in spikezoo.list_pretrained()) == sorted(tags)
     assert spikezoo.list_pretrained("nothing_like_it") == []
-    assert spikezoo.list_models(pretrained=True) == spikezoo.list_pretrained()
+    assert spikezoo.list_models(pretrained=True) == [found.name for found in spikezoo.list_pretrained()]
 
 
 @pytest.mark.parametrize("name", sorted(_rows))
@@ -185,7 +185,8 @@ def test_layout_is_not_advertised_as_an_argument():
 
 def test_pretrained_without_weights_raises(monkeypatch):
     monkeypatch.setitem(registry._rows, MICRO, replace(_rows[MICRO], weights={}))
-    monkeypatch.setattr(registry, "list_pretrained", lambda: ["mpbn_resnet20.some_tag"])
+    there = registry.Pretrained("mpbn_resnet20.some_tag", "package", None, None, None, None)
+    monkeypatch.setattr(registry, "list_pretrained", lambda: [there])
     with pytest.raises(ValueError, match=r"'test_mpbn_vgg' has no pretrained weights.*exist: mpbn_resnet20.some_tag"):
         spikezoo.create_model(MICRO, pretrained=True)
     monkeypatch.setattr(registry, "list_pretrained", list)

@@ -261,7 +261,7 @@ def test_wildcard_with_csv(validate, tmp_path, npz, capsys):
     found = rows(file)
     assert [row["model"] for row in found] == spikezoo.list_models("test_*_vgg") and len(found) == 2
     columns = """model top1 top1_err top5 top5_err loss images_per_second param_count T neuron mpbn firing_rate dataset
-        split samples img_size weights checkpoint_sha256 batch_size precision compiled device seed"""
+        split samples img_size weights checkpoint_sha256 batch_size precision compiled device seed command"""
     assert list(found[0]) == [*columns.split(), *environment()]
     assert found[0]["commit"] and found[0]["torch"] == torch.__version__ and found[0]["T"] == "1"
     assert f"Wrote 2 rows to {file}" in capsys.readouterr().out
@@ -342,10 +342,14 @@ def test_no_pretrained_weights_at_all(validate):
 
 
 def test_foreign_checkpoint(validate, tmp_path, folder):
-    with pytest.raises(ValueError, match=r"nothing was loaded: \d+ missing, \d+ unexpected"):
+    with pytest.raises(
+        ValueError, match="a checkpoint of 'test_mpbn_vgg' and was asked to load into 'test_mpbn_resnet'"
+    ):
         validate.main(["--checkpoint", str(folder), "--model", "test_mpbn_resnet"])
     lone = tmp_path / "lone.safetensors"
     save_file(make().state_dict(), lone)
+    with pytest.raises(ValueError, match=r"nothing was loaded: \d+ missing, \d+ unexpected"):
+        validate.main(["--checkpoint", str(lone), "--model", "test_mpbn_resnet"])
     with pytest.raises(ValueError, match=r"has no config\.json beside it: give --model NAME"):
         validate.main(["--checkpoint", str(lone)])
 

@@ -100,6 +100,7 @@ class SpikingModel(nn.Module):
         _check_pool(global_pool, num_classes)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
+        self.recipe: list[tuple[str, dict[str, Any]]] = []  # the transforms applied, in order
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self._neuron = NeuronFactory(self.neuron_config, self.mpbn, **self._dd)  # type: ignore[arg-type]
         self._global_pool = global_pool

@@ -1,0 +1,582 @@
+"""The hub: save a model as a folder that rebuilds it, pull such folders from the Hugging Face Hub, and push them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from timm.models import PretrainedCfg
+from torch import nn
+
+from spikezoo._version import __version__
+from spikezoo.checkpoint import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    atomic,
+    check_nan,
+    copy_checkpoint,
+    find_weights,
+    read_config,
+    write_checkpoint,
+)
+from spikezoo.registry import create_model, model_info
+from spikezoo.transforms import replay
+
+__all__ = ["HubError", "describe", "pull", "push_folder", "push_to_hub", "save_checkpoint", "write_card"]
+
+# Of a live hub this is plenty, and nobody waits long for a dead one.
+TIMEOUT_S = 4.0
+
+
+class HubError(OSError):
+    """The Hub does not answer, or does not have what was asked for."""
+
+
+# ----------------------------------------------------------------------------------------------------- save
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What rebuilds a model: its architecture, arguments and transforms, as plain data.
+
+    Args:
+        model: A model of :func:`spikezoo.create_model`, transformed or not.
+
+    Returns:
+        ``architecture``, ``model_args`` and ``recipe``.
+
+    Raises:
+        ValueError: A model that was not made by name, or with arguments that are no plain data.
+    """
+    cfg = getattr(model, "pretrained_cfg", None)
+    architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
+    if not architecture or not hasattr(model, "neuron_config"):
+        raise ValueError(
+            f"This {type(model).__name__} was not made by spikezoo.create_model, so its name is unknown and nothing "
+            "could rebuild it. Save the model itself, not a wrapper of it (DistributedDataParallel, torch.compile, "
+            "features_only)."
+        )
+    size: Any = model.img_size
+    arguments = {
+        **getattr(model, "_model_args", {}),
+        "num_classes": model.num_classes,
+        "in_chans": model.in_chans,
+        "img_size": size[0] if size[0] == size[1] else list(size),
+        "T": model.T,
+    }
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps({"model_args": arguments, "recipe": model.recipe}))
+    except TypeError as error:
+        raise ValueError(f"The arguments of this {architecture} are no plain data ({error}): {arguments}.") from error
+    return {"architecture": architecture, **plain}
+
+
+def _check_rebuilds(model: nn.Module, facts: Mapping[str, Any]) -> None:
+    """Raise where name, arguments and recipe do not give a model that takes this one's weights."""
+    with torch.random.fork_rng(devices=[]):  # nobody's next random number depends on having saved
+        fresh = replay(create_model(facts["architecture"], **facts["model_args"]), facts["recipe"])
+    ours, theirs = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, fresh))
+    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if different:
+        raise ValueError(
+            f"This {facts['architecture']} cannot be rebuilt from its arguments {facts['model_args']} and recipe "
+            f"{facts['recipe']}: {len(different)} tensors differ, the first {different[0]!r}. Modules were changed by "
+            "hand; change models with create_model's arguments and spikezoo.transforms."
+        )
+
+
+def save_checkpoint(
+    model: nn.Module,
+    folder: str | Path,
+    results: Mapping[str, Any] | None = None,
+    *,
+    sparse: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Save a model as a folder that rebuilds it: ``model.safetensors`` and ``config.json``.
+
+    ``create_model('local-dir:FOLDER', pretrained=True)`` reads it: the architecture with its arguments (T included),
+    the transforms applied, then the weights, strictly and checked by their hash.
+
+    Args:
+        model: A model of :func:`spikezoo.create_model`, transformed or not.
+        folder: Where to; made if it is not there.
+        results: What was measured of these very weights: top1, dataset, split, T, MACs, energy, command, ... as
+            ``validate.py`` writes its rows. ``dataset`` is what the checkpoint is for.
+        sparse: Store each tensor in its smallest code (see :mod:`spikezoo.sparse`), which only spikezoo reads.
+            Otherwise dense, which ``timm.create_model('hf-hub:...')`` reads, too.
+        dtype: Round weights of two and more dimensions to this type, for instance ``torch.float16``: measure the
+            saved checkpoint then, not the model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: A model that cannot be rebuilt from its name, or that holds NaN.
+        OSError: No room or no permission; nothing half-written stays.
+
+    Example:
+        >>> spikezoo.save_checkpoint(model, 'checkpoints/mine', {'dataset': 'cifar10', 'top1': 92.2})
+    """
+    facts = describe(model)
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    check_nan(state, f"This {facts['architecture']}")
+    _check_rebuilds(model, facts)
+    if dtype is not None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype}: expected a floating-point type such as torch.float16.")
+        many = {name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dim() > 1}
+        state |= {name: state[name].to(dtype) for name in many}
+        if lost := [name for name in sorted(many) if not state[name].isfinite().all()]:
+            raise ValueError(f"dtype={dtype} cannot hold the values of {lost[0]}. Store it as it is (dtype=None).")
+    results = dict(results or {})
+    size: Any = model.img_size
+    cfg: Any = model.pretrained_cfg
+    # timm knows these fields and no others; where the weights are is not a fact of theirs.
+    place = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load"}
+    known = set(PretrainedCfg.__dataclass_fields__) - place
+    kept = {key: value for key, value in cfg.items() if key in known and value is not None}
+    config = {
+        "architecture": facts["architecture"],
+        "num_classes": model.num_classes,
+        "num_features": model.num_features,
+        "model_args": facts["model_args"],
+        "pretrained_cfg": {
+            **kept,
+            "num_classes": model.num_classes,
+            "input_size": [model.in_chans, *size],
+        },
+        "spikezoo": {
+            "recipe": facts["recipe"],
+            "dataset": results.get("dataset"),
+            "split": results.get("split"),
+            "results": {key: value for key, value in results.items() if key not in ("dataset", "split")},
+            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "spikezoo_version": __version__,
+        },
+    }
+    write_checkpoint(folder, state, config, sparse_code=sparse, seeds=_sign_seeds(model))
+    return Path(folder)
+
+
+def _sign_seeds(model: nn.Module) -> dict[str, int]:
+    """Seeds of tickets whose signs :func:`spikezoo.sparse.seeded_signs` drew, by the name of the tensor."""
+    return {
+        ".".join(filter(None, (path, name))): seed
+        for path, module in model.named_modules()
+        for name, seed in getattr(module, "sign_seeds", {}).items()
+    }
+
+
+# ----------------------------------------------------------------------------------------------------- pull
+
+
+@contextmanager
+def _explained(repo_id: str, revision: str | None, doing: str) -> Iterator[None]:
+    """Turn the many errors of the hub's client into one that says what happened and what to do."""
+    what = f"{doing} {repo_id}" + (f" at {revision}" if revision else "")
+    endpoint = constants.ENDPOINT
+    try:
+        yield
+    except HubError:
+        raise
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no repository name: expected 'organisation/name'. ({error})") from error
+    except GatedRepoError as error:
+        raise HubError(
+            f"{what}: the repository is gated. Accept its terms at {endpoint}/{repo_id} and log in with 'hf auth "
+            "login' or HF_TOKEN."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubError(
+            f"{what}: there is no such repository at {endpoint}, or it is private. Check the spelling; for a private "
+            "one log in with 'hf auth login' or HF_TOKEN."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubError(
+            f"{what}: the repository has no such revision. Give a branch, a tag or a commit, or leave it out."
+        ) from error
+    except OfflineModeIsEnabled as error:
+        raise HubError(f"{what}: it is not in the cache and HF_HUB_OFFLINE forbids to fetch it.") from error
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__ or error
+        raise HubError(f"{what}: {endpoint} does not answer, and it is not in the cache. ({cause})") from error
+    except EntryNotFoundError as error:
+        raise HubError(f"{what}: the repository lacks a file. {error}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        advice = {
+            401: "Log in with 'hf auth login' or HF_TOKEN.",
+            403: "Your token has no right to do this; it needs the role 'write' to push.",
+            429: "Too many requests: wait a while, or log in; models in the cache need no request.",
+        }.get(status, "The server has a fault: try again later.")
+        raise HubError(f"{what}: {endpoint} answered {status}. {advice}") from error
+    except ConnectionError as error:
+        advice = " Set HF_HUB_DISABLE_XET=1 for hubs that do not speak Xet." if "xet" in str(error).lower() else ""
+        raise HubError(f"{what}: the connection to {endpoint} failed ({error}).{advice}") from error
+    except ValueError:
+        raise
+    except PermissionError as error:
+        raise HubError(f"{what}: no permission to write {error.filename}. HF_HOME says where the cache is.") from error
+    except Exception as error:  # the client's transport raises its own kinds, which differ between its versions
+        raise HubError(
+            f"{what}: {endpoint} does not answer as it should ({type(error).__name__}: {error}). Check the network, "
+            "HF_ENDPOINT and proxies; models in the cache need no network."
+        ) from error
+
+
+def _split_revision(reference: str) -> tuple[str, str | None]:
+    repo_id, _, revision = reference.partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise ValueError(f"hf-hub:{reference}: expected hf-hub:organisation/name or hf-hub:organisation/name@revision.")
+    return repo_id, revision or None
+
+
+def pull(reference: str, *, refresh: bool = False) -> Path:
+    """Fetch a checkpoint from the Hugging Face Hub into its cache.
+
+    What is in the cache is used without any request, also where the branch has moved on since; ``refresh=True`` or a
+    revision asks again. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are the client's and mean what they mean
+    there.
+
+    Args:
+        reference: ``organisation/name`` or ``organisation/name@revision``: branch, tag or commit.
+        refresh: Ask the Hub for the newest commit of the branch.
+
+    Returns:
+        The folder with config.json and model.safetensors.
+
+    Raises:
+        HubError: Missing, private, gated, or no answer.
+        ValueError: No repository name.
+    """
+    repo_id, revision = _split_revision(reference)
+    files = (CONFIG_NAME, WEIGHTS_NAME)
+    with _explained(repo_id, revision, "Fetching"):
+        if not refresh:
+            try:
+                folder = snapshot_download(repo_id, revision=revision, local_files_only=True)
+                if all((Path(folder) / file).is_file() for file in files):
+                    return Path(folder)
+            except LocalEntryNotFoundError:
+                pass
+        # One question that is not repeated for half a minute; its answer pins all files to one commit.
+        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S)
+        have = {sibling.rfilename for sibling in info.siblings or []}
+        if missing := [file for file in files if file not in have]:
+            pickles = [file for file in have if file.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+            raise HubError(
+                f"Fetching {repo_id}: it has no {' and no '.join(missing)}, so it is no checkpoint of spikezoo."
+                + (f" The pickle {pickles[0]} is not read: it can run code." if pickles else "")
+            )
+        # The first file settles the commit that the branch stands at, the second comes from that very commit.
+        first = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, etag_timeout=TIMEOUT_S))
+        hf_hub_download(repo_id, WEIGHTS_NAME, revision=first.parent.name, etag_timeout=TIMEOUT_S)
+    return first.parent
+
+
+# ----------------------------------------------------------------------------------------------------- card
+
+# Names of our datasets on the Hub; others are named as they are, without a link.
+_HUB_DATASETS = {
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+    "mnist": "ylecun/mnist",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "imagenet": "ILSVRC/imagenet-1k",
+}
+
+_CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ note }}
+
+{{ figures }}
+
+## Load it
+
+```python
+import spikezoo
+
+model = spikezoo.create_model("hf-hub:{{ repo_id }}", pretrained=True).eval()
+```
+
+{{ reading }}
+
+## What it is
+
+{{ facts }}
+
+{{ pictures }}
+## Licence and source
+
+{{ licence }} Layout: {{ paper }}. Made with spikezoo {{ version }}.
+"""
+
+# Of a results row: key, how the card calls it, how it is written.
+_FIGURES = (
+    ("top1", "Test accuracy, top-1", "{:.2f} %"),
+    ("top5", "Test accuracy, top-5", "{:.2f} %"),
+    ("samples", "Test images", "{:,}"),
+    ("firing_rate", "Spikes per neuron and time step", "{:.4f}"),
+    ("macs_step", "Dense MACs of one time step", "{:,.0f}"),
+    ("macs", "Dense MACs of one image", "{:,.0f}"),
+    ("sops_exact", "Synaptic operations of one image, counted", "{:,.0f}"),
+    ("sops_paper", "Synaptic operations, firing rate x T x MACs", "{:,.0f}"),
+    ("energy_exact_mj", "Energy of one image, counted", "{:.4g} mJ"),
+    ("energy_paper_mj", "Energy of one image, the papers' convention", "{:.4g} mJ"),
+    ("energy_ann_mj", "Energy of the ANN of the same layout", "{:.4g} mJ"),
+    ("mac_pj", "Constant: energy of a MAC", "{} pJ"),
+    ("sop_pj", "Constant: energy of a synaptic operation", "{} pJ"),
+    ("count_images", "Images that were counted", "{:,}"),
+    ("precision", "Precision of the measurement", "{}"),
+    ("command", "Command", "`{}`"),
+    ("train_command", "Training command", "`{}`"),
+    ("seed", "Seed", "{}"),
+    ("commit", "Commit", "{}"),
+    ("machine", "Machine", "{}"),
+    ("date", "Date", "{}"),
+)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0") -> Path:
+    """Write the model card of a checkpoint: README.md with its model index, and ``.eval_results/``.
+
+    Every figure is from the checkpoint's config.json; what was not measured is not in the card.
+
+    Args:
+        folder: A folder that :func:`save_checkpoint` wrote; its pictures (*.png) are shown.
+        repo_id: Repository that the card is for.
+        license: Licence of the weights.
+
+    Returns:
+        The card's path.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    block, name = config["spikezoo"], config["architecture"]
+    results, dataset = block.get("results", {}), block.get("dataset")
+    info = model_info(name)
+    T = config["model_args"].get("T")
+    sparsity = config["sparsity_config"]
+    weights = folder / WEIGHTS_NAME
+    facts = [
+        ("Architecture", f"`{name}`"),
+        ("Arguments", f"`{_literal(config['model_args'])}`"),
+        ("Transforms applied, in order", f"`{_literal(block['recipe'])}`" if block["recipe"] else "none"),
+        ("Time steps T", str(T)),
+        ("Parameters", f"{block['parameters']:,}"),
+        ("Sparsity (zeros among all stored numbers)", f"{100 * sparsity['global_sparsity']:.2f} %"),
+        ("Dataset", f"{dataset}, {block.get('split')} split" if dataset else "not said"),
+        ("Weights file", f"{weights.stat().st_size:,} bytes, {sparsity['format']}"),
+        ("sha256", f"`{block['sha256'][WEIGHTS_NAME]}`"),
+    ]
+    measured = [(title, form.format(results[key])) for key, title, form in _FIGURES if results.get(key) is not None]
+    hub_dataset = _HUB_DATASETS.get(str(dataset))
+    metrics = [EvalResult(
+        task_type="image-classification", dataset_type=hub_dataset or str(dataset), dataset_name=str(dataset),
+        dataset_split=block.get("split"), metric_type="accuracy", metric_name="top-1", metric_value=results["top1"],
+    )] if dataset and results.get("top1") is not None else None  # fmt: skip
+    data = ModelCardData(
+        license=license,
+        library_name="spikezoo",
+        pipeline_tag="image-classification",
+        tags=["spikezoo", "spiking-neural-network", "snn", "pytorch", "image-classification", name],
+        datasets=[hub_dataset] if hub_dataset else None,
+        model_name=repo_id.partition("/")[2],
+        eval_results=metrics,
+    )
+    dense = sparsity["format"] == "dense"
+    card = ModelCard.from_template(
+        data,
+        template_str=_CARD,
+        title=f"{name}, {dataset}" if dataset else name,
+        note=f"A spiking neural network. {info.note}",
+        figures=_table(measured) if measured else "Nothing was measured of these weights yet.",
+        repo_id=repo_id,
+        reading=(
+            "The weights are dense: `timm.create_model('hf-hub:...')` reads them too, after `import spikezoo`."
+            if dense and not block["recipe"]
+            else "The tensors are stored in spikezoo's sparse code: without the model, "
+            "`spikezoo.load_sparse_file('model.safetensors')` gives them as a state dict."
+        ),
+        facts=_table(facts),
+        pictures="".join(f"![{picture.stem}]({picture.name})\n\n" for picture in sorted(folder.glob("*.png"))),
+        licence=f"Weights: {license}.",
+        paper=info.paper,
+        version=block.get("spikezoo_version", __version__),
+    )
+    with atomic(folder / "README.md") as temporary:
+        temporary.write_text(str(card))
+    if metrics and hub_dataset:
+        entry = EvalResultEntry(
+            dataset_id=hub_dataset,
+            task_id="image_classification",
+            value=results["top1"],
+            date=str(results["date"]).partition(" ")[0] if results.get("date") else None,
+            notes=f"top-1 in per cent, T={T}, {block.get('split')} split",
+        )
+        with atomic(folder / ".eval_results" / f"{dataset}.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+    return folder / "README.md"
+
+
+# ----------------------------------------------------------------------------------------------------- push
+
+
+def push_folder(
+    checkpoint: str | Path,
+    repo_id: str,
+    *,
+    results: Mapping[str, Any] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    license: str = "apache-2.0",
+    dry_run: str | Path | None = None,
+) -> str:
+    """Publish a checkpoint on the Hugging Face Hub: weights, config.json, model card, results and pictures.
+
+    Pushing the same content again makes no commit.
+
+    Args:
+        checkpoint: A folder that :func:`save_checkpoint` or train.py wrote, or a weights file or training state.
+        repo_id: ``organisation/name``; made if it is not there.
+        results: New measurements of these very weights, in place of the checkpoint's.
+        private: Make a new repository private.
+        revision: Branch, made if it is not there; None is the main one.
+        license: Licence of the weights.
+        dry_run: Write everything to this folder and push nothing.
+
+    Returns:
+        The address of the repository, or the folder of the dry run.
+
+    Raises:
+        HubError: The Hub does not answer or refuses.
+        ValueError: Damaged, or a file that does not say what model it belongs to.
+
+    Example:
+        >>> spikezoo.push_folder('output/quickstart', 'me/quickstart', dry_run='card')
+    """
+    source = find_weights(checkpoint)
+    config = read_config(checkpoint)
+    if "architecture" not in config:
+        raise ValueError(
+            f"{checkpoint} does not say what model it belongs to: make the model with create_model(NAME, "
+            "checkpoint_path=...) and push_to_hub(model, ...)."
+        )
+    stored = config.get("spikezoo", {})
+    with _staging(repo_id, dry_run) as folder:
+        if source.name == WEIGHTS_NAME and stored.get("version"):
+            copy_checkpoint(source.parent, folder, results)
+        else:  # a training state, or weights without hashes
+            known = {**stored.get("results", {}), **{key: stored.get(key) for key in ("dataset", "split")}}
+            model = create_model(config["architecture"], checkpoint_path=checkpoint)
+            save_checkpoint(model, folder, results if results is not None else known)
+        for picture in source.parent.glob("*.png"):
+            shutil.copyfile(picture, folder / picture.name)
+        return _publish(folder, repo_id, private, revision, license, dry_run)
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    results: Mapping[str, Any] | None = None,
+    *,
+    sparse: bool = True,
+    private: bool = False,
+    revision: str | None = None,
+    license: str = "apache-2.0",
+    dry_run: str | Path | None = None,
+) -> str:
+    """Publish a model on the Hugging Face Hub, with a card of what was measured.
+
+    Args:
+        model: A model of :func:`spikezoo.create_model`, transformed or not.
+        repo_id: ``organisation/name``; made if it is not there.
+        results: What was measured of these very weights, as :func:`save_checkpoint` takes it.
+        sparse: As for :func:`save_checkpoint`; dense weights without transforms can be read by timm, too.
+        private: Make a new repository private.
+        revision: Branch, made if it is not there; None is the main one.
+        license: Licence of the weights.
+        dry_run: Write everything to this folder and push nothing.
+
+    Returns:
+        The address of the repository, or the folder of the dry run.
+
+    Raises:
+        HubError: The Hub does not answer or refuses.
+        ValueError: A model that cannot be rebuilt from its name, or that holds NaN.
+
+    Example:
+        >>> spikezoo.push_to_hub(model, 'me/my-net', {'dataset': 'cifar10', 'top1': 92.2})
+    """
+    with _staging(repo_id, dry_run) as folder:
+        save_checkpoint(model, folder, results, sparse=sparse)
+        return _publish(folder, repo_id, private, revision, license, dry_run)
+
+
+@contextmanager
+def _staging(repo_id: str, dry_run: str | Path | None) -> Iterator[Path]:
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
+        raise ValueError(f"{repo_id!r} is no repository name: expected 'organisation/name'.")
+    if dry_run is not None:
+        if Path(dry_run).exists() and any(Path(dry_run).iterdir()):
+            raise ValueError(f"{dry_run} is not empty: give a new folder, so that nothing of yours is mixed in.")
+        Path(dry_run).mkdir(parents=True, exist_ok=True)
+        yield Path(dry_run)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def _publish(
+    folder: Path, repo_id: str, private: bool, revision: str | None, license: str, dry_run: str | Path | None
+) -> str:
+    write_card(folder, repo_id, license=license)
+    if dry_run is not None:
+        return str(folder)
+    api = HfApi(library_name="spikezoo", library_version=__version__)
+    with _explained(repo_id, revision, "Pushing"):
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload with spikezoo")
+    return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")

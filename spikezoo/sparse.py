@@ -1,0 +1,318 @@
+"""The sparse code of weights: per tensor the smallest of dense, bitmask and ticket, bit-exact and checked when read.
+
+A coded tensor ``p`` becomes several plain ones, named after it, as in the sparse-bitmask convention of
+compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convolutions pack as tightly as matrices:
+
+    p.shape        int64, the shape
+    p.bitmask      uint8, which entries are not zero, in one of the mask codes below
+    p.compressed   bitmask code: the values that are not zero, in order
+    p.gain         ticket code: the one magnitude of all values that are not zero
+    p.signs        ticket code: one bit a kept value, in order, set where it is negative; left out where the signs
+                   come from a seed, which then stands in the metadata with a hash of what it has to give
+
+    bits           one bit an entry, little-endian, every row padded to whole bytes
+    deflate        those bytes, Huffman coded
+    gaps, holes    distances between the entries that are (holes: that are not) kept, in bytes, Huffman coded: close
+                   to the entropy of sparse (nearly full) masks
+
+"Zero" means all bits zero: minus zero is kept as a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["METADATA_KEY", "VERSION", "decode", "encode", "seeded_signs"]
+
+METADATA_KEY = "spikezoo.sparse"
+VERSION = 1
+# An integer of the same size gives access to the bits of a value; anything else is stored dense.
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+    torch.int16: torch.int16,
+    torch.int8: torch.int8,
+    torch.uint8: torch.int8,
+    torch.bool: torch.int8,
+}
+_ENTRY_BYTES = 100  # what one more tensor costs in the header of the file, about
+_MASKS = ("bits", "deflate", "gaps", "holes")
+
+
+def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Random signs that a seed determines on every machine and version, True where negative.
+
+    The raw stream of the Philox counter generator, whose output NumPy guarantees not to change.
+
+    Args:
+        seed: An integer from 0 to 2**63 - 1.
+        shape: Shape of the result.
+    """
+    count = math.prod(shape)
+    words = np.random.Philox(key=seed).random_raw(-(-count // 64)).astype("<u8")
+    bits = np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
+    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+
+
+def _signs_hash(negative: np.ndarray) -> str:
+    return hashlib.sha256(np.packbits(negative, bitorder="little").tobytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+
+
+def _deflate(data: bytes) -> bytes:
+    # Random masks have no repetitions to find: Huffman coding alone is fast and close to their entropy.
+    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
+
+
+def _inflate(data: bytes, limit: int, name: str) -> bytes:
+    coder = zlib.decompressobj(-15)
+    try:
+        found = coder.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"The mask of {name} is damaged ({error}).") from error
+    if not coder.eof or coder.unused_data or len(found) > limit:
+        raise ValueError(f"The mask of {name} is damaged: its compressed bytes do not end where they should.")
+    return found
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
+
+
+def _pack_mask(mask: np.ndarray, shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """Encode a flat mask in the smallest code."""
+    density = mask.mean()
+    if 0.22 < density < 0.78:  # where gaps win nothing, and would be slow
+        packed = np.packbits(mask.reshape(_rows(shape)), axis=1, bitorder="little").tobytes()
+        coded = packed if 0.47 < density < 0.53 else _deflate(packed)
+        return ("bits", packed) if len(packed) <= len(coded) else ("deflate", coded)
+    code, kept = ("gaps", mask) if density < 0.5 else ("holes", ~mask)
+    gaps = np.diff(np.flatnonzero(kept), prepend=-1) - 1
+    over, rest = np.divmod(gaps, 255)  # 255 says: as many without an end, go on
+    symbols = np.full(len(gaps) + over.sum(), 255, np.uint8)
+    symbols[np.cumsum(over + 1) - 1] = rest
+    return code, _deflate(symbols.tobytes())
+
+
+def _unpack_mask(code: str, data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """Decode a mask into a flat array of bool."""
+    count = math.prod(shape)
+    if code in ("bits", "deflate"):
+        rows, columns = _rows(shape)
+        width = -(-columns // 8)
+        if code == "deflate":
+            data = _inflate(data, rows * width, name)
+        if len(data) != rows * width:
+            raise ValueError(f"The mask of {name} has {len(data):,} bytes; its shape {shape} needs {rows * width:,}.")
+        packed = np.frombuffer(data, np.uint8).reshape(rows, width)
+        if columns % 8 and (packed[:, -1] >> columns % 8).any():
+            raise ValueError(f"The mask of {name} is damaged: bits are set in its padding.")
+        return np.unpackbits(packed, axis=1, count=columns, bitorder="little").reshape(-1).view(bool)
+    symbols = np.frombuffer(_inflate(data, count, name), np.uint8)
+    ends = symbols < 255
+    positions = np.cumsum(symbols + ends, dtype=np.int64)[ends] - 1
+    if len(symbols) and (not ends[-1] or positions[-1] >= count):
+        raise ValueError(
+            f"The mask of {name} is damaged: it reaches beyond the {count:,} entries of its shape {shape}."
+        )
+    mask = np.full(count, code == "holes")
+    mask[positions] = code == "gaps"
+    return mask
+
+
+# -------------------------------------------------------------------------------------------------- tensors
+
+
+def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The code of one tensor: its metadata and its parts, or None where dense is as small."""
+    integer = _INTEGERS.get(tensor.dtype)
+    if integer is None or tensor.dim() == 0 or tensor.numel() == 0:
+        return None
+    shape = tuple(tensor.shape)
+    values = tensor.reshape(-1)
+    bits = values.view(integer).numpy()
+    mask = bits != 0
+    kept = int(np.count_nonzero(mask))
+    ticket = tensor.is_floating_point() and _one_magnitude(bits, mask) and not values[int(mask.argmax())].isnan()
+    if not ticket and kept * tensor.element_size() + tensor.numel() // 100 >= tensor.nbytes:
+        return None  # even the best mask would not pay
+    code, packed = _pack_mask(mask, shape)
+    parts = {"shape": torch.tensor(shape), "bitmask": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
+    facts: dict[str, Any] = {"code": "ticket" if ticket else "bitmask", "mask": code}
+    values = values[torch.from_numpy(mask)]
+    if ticket:
+        parts["gain"] = values[:1].abs()
+        negative = values.signbit().numpy()
+        signs = seeded_signs(seed, shape).reshape(-1).numpy() if seed is not None else None
+        if signs is not None and np.array_equal(signs[mask], negative):
+            facts |= {"seed": seed, "signs": _signs_hash(signs)}
+        else:
+            parts["signs"] = torch.from_numpy(np.packbits(negative, bitorder="little"))
+    else:
+        parts["compressed"] = values
+    coded = sum(part.nbytes + _ENTRY_BYTES for part in parts.values())
+    return (facts, parts) if coded < tensor.nbytes + _ENTRY_BYTES else None
+
+
+def _one_magnitude(bits: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether there are values that are not zero, and all of them differ in their sign only."""
+    few = slice(0, 4096)  # enough to tell ordinary weights
+    for part in (few, slice(None)):
+        magnitude = (bits[part] & np.iinfo(bits.dtype).max)[mask[part]]
+        if len(magnitude) and ((magnitude != magnitude[0]).any() or not magnitude[0]):
+            return False
+    return bool(len(magnitude))
+
+
+def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
+    """Check and decode one tensor."""
+    code, mask_code = facts.get("code"), facts.get("mask")
+    wanted = {"bitmask": {"shape", "bitmask", "compressed"}, "ticket": {"shape", "bitmask", "gain"}}.get(str(code))
+    if wanted is None or mask_code not in _MASKS:
+        raise ValueError(
+            f"{name} is stored in the code {code!r} with the mask code {mask_code!r}; known are bitmask and ticket, "
+            f"with {', '.join(_MASKS)}. Update spikezoo, or fetch the file again."
+        )
+    if code == "ticket" and "seed" not in facts:
+        wanted.add("signs")
+    if parts.keys() != wanted:
+        raise ValueError(f"{name} is stored in the parts {sorted(parts)}; its code {code!r} has {sorted(wanted)}.")
+    stored = parts["shape"]
+    if stored.dtype != torch.int64 or stored.dim() != 1 or not len(stored) or (stored < 1).any():
+        raise ValueError(f"{name}.shape is {stored.tolist()} of {stored.dtype}: no shape.")
+    if parts["bitmask"].dtype != torch.uint8 or parts["bitmask"].dim() != 1:
+        raise ValueError(f"{name}.bitmask is {tuple(parts['bitmask'].shape)} of {parts['bitmask'].dtype}: no mask.")
+    shape = tuple(stored.tolist())
+    mask = _unpack_mask(mask_code, parts["bitmask"].numpy().tobytes(), shape, name)
+    kept = int(np.count_nonzero(mask))
+    if code == "bitmask":
+        values = parts["compressed"]
+        if values.dim() != 1 or len(values) != kept:
+            raise ValueError(f"{name} has {tuple(values.shape)} values for the {kept:,} bits of its mask.")
+        result = torch.zeros(mask.shape, dtype=values.dtype)
+        result[torch.from_numpy(mask)] = values
+        return result.reshape(shape)
+    gain = parts["gain"]
+    if gain.shape != (1,) or not gain.is_floating_point() or not gain.item() > 0:
+        raise ValueError(f"{name}.gain is {gain.tolist()}: expected one positive number.")
+    if "seed" in facts:
+        negative = seeded_signs(facts["seed"], shape).reshape(-1).numpy()
+        if _signs_hash(negative) != facts.get("signs"):
+            raise ValueError(f"The signs that seed {facts['seed']} gives for {name} are not those that were stored.")
+        negative = negative[mask]
+    else:
+        packed = parts["signs"].numpy()
+        if parts["signs"].dtype != torch.uint8 or packed.shape != (-(-kept // 8),):
+            raise ValueError(f"{name}.signs has {packed.size:,} bytes for the {kept:,} bits of its mask.")
+        if kept % 8 and packed[-1] >> kept % 8:
+            raise ValueError(f"The signs of {name} are damaged: bits are set in the padding.")
+        negative = np.unpackbits(packed, count=kept, bitorder="little").view(bool)
+    result = torch.zeros(mask.shape, dtype=gain.dtype)
+    result[torch.from_numpy(mask)] = torch.where(torch.from_numpy(negative), -gain, gain)
+    return result.reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------- state dicts
+
+
+def _digest(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 over everything that a file says: names, types, shapes, bytes and the codes."""
+    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _shared(state: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
+    """Names whose tensor is the very same memory as an earlier one's, with that one's name."""
+    seen: dict[Any, str] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+            first = seen.setdefault(place, name)
+            if first != name:
+                yield name, first
+
+
+def encode(
+    state: Mapping[str, Tensor], *, sparse: bool = True, seeds: Mapping[str, int] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Encode a state dict for a safetensors file.
+
+    Args:
+        state: Names and tensors, on any device.
+        sparse: Choose the smallest code per tensor; otherwise all stay dense, and any reader can read them.
+        seeds: For tickets, the seeds whose :func:`seeded_signs` are the signs of a tensor; ignored where they are not.
+
+    Returns:
+        The tensors to store, and the metadata that :func:`decode` needs.
+    """
+    aliases = dict(_shared(state)) if sparse else {}
+    stored: dict[str, Tensor] = {}
+    codes: dict[str, Any] = {}
+    for name, tensor in state.items():
+        if name in aliases:
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        coded = _encode_tensor(name, tensor, (seeds or {}).get(name)) if sparse else None
+        if coded is not None and not any(f"{name}.{part}" in state for part in coded[1]):
+            codes[name] = coded[0]
+            stored |= {f"{name}.{part}": value for part, value in coded[1].items()}
+        else:
+            stored[name] = tensor.clone() if not sparse else tensor  # safetensors refuses shared memory
+    facts = {"version": VERSION, "tensors": codes, "shared": aliases}
+    return stored, {METADATA_KEY: json.dumps({**facts, "sha256": _digest(facts, stored)})}
+
+
+def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Decode what :func:`encode` made, in the order of the names.
+
+    Args:
+        stored: Tensors of the file.
+        metadata: Its metadata.
+
+    Raises:
+        ValueError: An unknown version, parts that do not fit each other, or bytes that are not those written.
+    """
+    try:
+        facts = json.loads(metadata[METADATA_KEY])
+        digest, version, codes, aliases = (facts.pop("sha256"), *(facts[k] for k in ("version", "tensors", "shared")))
+        well_formed = all(isinstance(value, dict) for value in (codes, aliases, *codes.values()))
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"Its metadata {METADATA_KEY!r} are damaged ({type(error).__name__}: {error}).") from error
+    if version != VERSION:
+        raise ValueError(f"It has format version {version!r}; this spikezoo reads version {VERSION}. Update spikezoo.")
+    if not well_formed or digest != _digest(facts, stored):
+        raise ValueError("Its content is not what was written: the sha256 of names, types, shapes and bytes differs.")
+    state = {}
+    rest = dict(stored)
+    for name, code in codes.items():
+        prefix = f"{name}."
+        parts = {part: f"{prefix}{part}" for part in ("shape", "bitmask", "compressed", "gain", "signs")}
+        found = {part: rest.pop(key) for part, key in parts.items() if key in rest}
+        state[name] = _decode_tensor(name, code, found)
+    state |= rest
+    for name, first in aliases.items():
+        if first not in state or name in state:
+            raise ValueError(f"It says that {name} shares the memory of {first}, which it does not hold.")
+        state[name] = state[first]
+    return state
