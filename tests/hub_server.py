@@ -14,7 +14,9 @@ import threading
 import traceback
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote
 
 DATE = "2024-01-01T00:00:00.000Z"
@@ -82,24 +84,14 @@ class Repo:
         return commit
 
 
-@dataclass
-class Fault:
-    """What happens to requests that match; `times` is how often it still does, None for always."""
-
-    pattern: str
-    kind: str
-    value: object
-    method: str | None
-    times: int | None
-
-
 class Refused(Exception):
     """An answer other than 200; `code` is the Hub's X-Error-Code, which decides the client's exception."""
 
-    def __init__(self, status, message, code=None, headers=None):
+    def __init__(self, status, message, code="", commit="", **body):
         super().__init__(message)
-        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}) | (headers or {})
-        self.reply = status, headers, json.dumps({"error": message}).encode()
+        headers = {"X-Error-Message": message, "X-Error-Code": code, "X-Repo-Commit": commit}
+        headers = {name: value for name, value in headers.items() if value}
+        self.reply = status, headers, json.dumps({"error": message} | body).encode()
 
 
 class HubServer:
@@ -120,10 +112,11 @@ class HubServer:
         self.repos, self.lfs, self.parts = {}, {}, {}
         self.faults, self.requests, self.errors = [], [], []
         self.lock, self.stopped = threading.RLock(), threading.Event()
-        self._http = _Server(self)
-        self.endpoint = f"http://127.0.0.1:{self._http.server_port}"
+        self._http = _Server(("127.0.0.1", 0), _Handler)
+        self._http.hub, port = self, self._http.server_address[1]
+        self.endpoint = f"http://127.0.0.1:{port}"
         # Another origin: the client follows a redirect within the Hub and would lose the headers sent with it.
-        self.cdn = f"http://localhost:{self._http.server_port}"
+        self.cdn = f"http://localhost:{port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
 
     def __enter__(self):
@@ -181,14 +174,13 @@ class HubServer:
         """Wait before answering."""
         self._fault(pattern, "delay", seconds, method, times)
 
-    def _fault(self, *fault):
+    def _fault(self, pattern, kind, value, method, times):
         with self.lock:
-            self.faults.append(Fault(*fault))
+            self.faults.append(SimpleNamespace(pattern=pattern, kind=kind, value=value, method=method, times=times))
 
     # Answering: (status, headers, body).
 
     def answer(self, request):
-        """The reply, and whether to cut it."""
         faults = {}
         with self.lock:
             self.requests.append((request.command, request.route))
@@ -197,11 +189,8 @@ class HubServer:
                 if matches and fault.times != 0 and fault.kind not in faults:
                     faults[fault.kind] = fault.value
                     fault.times = fault.times and fault.times - 1
-        if "delay" in faults:
-            self.stopped.wait(faults["delay"])
-        return self._reply(request, faults), "cut" in faults
-
-    def _reply(self, request, faults):
+        self.stopped.wait(faults.get("delay", 0))
+        request.cut = "cut" in faults
         if "fail" in faults:
             status, wait = faults["fail"]
             headers = {"Content-Type": "text/plain"} | ({"Retry-After": wait} if wait is not None else {})
@@ -214,7 +203,8 @@ class HubServer:
             for methods, pattern, handler in ROUTES:
                 if request.command in methods.split() and (match := re.fullmatch(pattern, request.route)):
                     with self.lock:
-                        return handler(self, request, *(group and unquote(group) for group in match.groups()))
+                        found = handler(self, request, *(group and unquote(group) for group in match.groups()))
+                    return found if isinstance(found, tuple) else _ranged(request, json.dumps(found).encode(), {})
             raise LookupError(f"{request.command} {request.route} is not served here")
         except Refused as refused:
             return refused.reply
@@ -240,27 +230,23 @@ class HubServer:
         if request.user is None:
             raise Refused(401, "Invalid username or password.")
         access = {"accessToken": {"displayName": "tests", "role": "write"}}
-        return _json({"type": "user", "name": request.user, "orgs": [], "auth": access})
+        return {"type": "user", "name": request.user, "orgs": [], "auth": access}
 
     def _create(self, request):
         asked = request.json()
         if self._allowed(request) and asked.get("type", "model") != "model":
             raise Refused(400, "only models are served here")
-        name = _full_name(request)
+        name = f"{asked.get('organization') or request.user}/{asked['name']}"
+        url = f"{self.endpoint}/{name}"
         if name in self.repos:
-            return _json({"url": f"{self.endpoint}/{name}", "error": "You already created this model repo"}, 409)
+            raise Refused(409, "You already created this model repo", url=url)
         self.add_repo(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, asked.get("visibility") == "private")
-        return _json({"url": f"{self.endpoint}/{name}"})
-
-    def _delete(self, request):
-        if self._repo(_full_name(request), request, write=True):
-            del self.repos[_full_name(request)]
-        return _json({})
+        return {"url": url}
 
     def _validate(self, request):
         has_metadata = re.match(r"---\r?\n.*?\n---", request.json()["content"], re.DOTALL)
         warnings = [] if has_metadata else [{"message": "empty or missing yaml metadata in repo card"}]
-        return _json({"errors": [], "warnings": warnings})
+        return {"errors": [], "warnings": warnings}
 
     def _preupload(self, request, name, revision):
         there = self._repo(name, request, write=True).at(revision).files
@@ -270,7 +256,7 @@ class HubServer:
             mode = "lfs" if self._by_lfs(asked["path"], asked["size"]) else "regular"
             oid = old and (old.sha256 if old.lfs else old.blob)
             files.append({"path": asked["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return _json({"files": files})
+        return {"files": files}
 
     def _batch(self, request, name):
         self._repo(name, request, write=True)
@@ -285,14 +271,14 @@ class HubServer:
                 upload = {"href": f"{self.endpoint}/complete/{oid}", "header": header}
             if oid not in self.lfs:
                 asked["actions"] = {"upload": upload, "verify": {"href": f"{self.endpoint}/verify/{oid}"}}
-        return _json({"transfer": "basic", "objects": objects})
+        return {"transfer": "basic", "objects": objects}
 
     def _store(self, request, oid, data=None):
         data = request.body if data is None else data
         if hashlib.sha256(data).hexdigest() != oid:
             raise Refused(400, f"what was sent does not have the sha256 {oid}")
         self.lfs[oid] = data
-        return _json({})
+        return {}
 
     def _store_part(self, request, oid, part):
         self.parts[oid, int(part)] = request.body
@@ -308,7 +294,7 @@ class HubServer:
     def _verify(self, request, oid):
         if oid not in self.lfs or len(self.lfs[oid]) != request.json()["size"]:
             raise Refused(404, f"no LFS object {oid} of this size")
-        return _json({})
+        return {}
 
     def _push(self, request, name, branch):
         repo = self._repo(name, request, write=True)
@@ -332,24 +318,16 @@ class HubServer:
             else:
                 raise Refused(400, f"cannot commit {key} {value}")
         oid = repo.commit(branch, title, files)
-        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{name}/commit/{oid}"})
-
-    def _summary(self, name):
-        repo = self.repos[name]
-        about = {"private": repo.private, "gated": "manual" if repo.gated else False, "tags": [], "downloads": 0}
-        return about | {"id": name, "author": name.split("/")[0], "lastModified": DATE, "createdAt": DATE}
-
-    def _models(self, request):
-        author = "".join(f"{name}/" for name in request.query.get("author", []))
-        seen = [name for name, repo in self.repos.items() if request.user == "owner" or not repo.private]
-        return _json([self._summary(name) for name in seen if name.startswith(author)])
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}/{name}/commit/{oid}"}
 
     def _info(self, request, name, revision):
-        commit = self._repo(name, request).at(revision or "main")
+        repo = self._repo(name, request)
+        commit = repo.at(revision or "main")
         siblings = []
         for path, file in sorted(commit.files.items()):
             siblings.append({"rfilename": path} | (file.about("blobId", "sha256") if "blobs" in request.query else {}))
-        return _json(self._summary(name) | {"sha": commit.oid, "siblings": siblings})
+        about = {"private": repo.private, "gated": "manual" if repo.gated else False, "tags": [], "lastModified": DATE}
+        return about | {"id": name, "author": name.split("/")[0], "sha": commit.oid, "siblings": siblings}
 
     def _tree(self, request, name, revision, folder):
         commit = self._repo(name, request).at(revision)
@@ -363,13 +341,8 @@ class HubServer:
                     entries[above] = {"type": "directory", "path": above, "oid": "0" * 40}
                 entries[path] = {"type": "file", "path": path} | file.about("oid", "oid")
         if root and not entries:
-            raise Refused(404, f"{folder} does not exist", "EntryNotFound", {"X-Repo-Commit": commit.oid})
-        return _json([entry for path, entry in entries.items() if deep or "/" not in path[len(root) :]])
-
-    def _paths(self, request, name, revision):
-        files = self._repo(name, request).at(revision).files
-        found = [path for path in parse_qs(request.body.decode()).get("paths", []) if path in files]
-        return _json([{"type": "file", "path": path} | files[path].about("oid", "oid") for path in found])
+            raise Refused(404, f"{folder} does not exist", "EntryNotFound", commit.oid)
+        return [entry for path, entry in entries.items() if deep or "/" not in path[len(root) :]]
 
     def _resolve(self, request, name, revision, path):
         repo = self._repo(name, request)
@@ -378,7 +351,7 @@ class HubServer:
         commit = repo.at(revision)
         file = commit.files.get(path)
         if file is None:
-            raise Refused(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.oid})
+            raise Refused(404, "Entry not found", "EntryNotFound", commit.oid)
         headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.blob}"'}
         if not file.lfs:
             return _ranged(request, file.data, headers)
@@ -393,50 +366,39 @@ class HubServer:
 
     def _refs(self, request, name):
         repo = self._repo(name, request)
-        kinds = {"branches": ("heads", repo.branches), "tags": ("tags", repo.tags), "converts": ("", {})}
-        return _json(
-            {
-                kind: [{"name": ref, "ref": f"refs/{root}/{ref}", "targetCommit": c.oid} for ref, c in refs.items()]
-                for kind, (root, refs) in kinds.items()
-            }
+        branches, tags = (
+            [{"name": ref, "ref": ref, "targetCommit": commit.oid} for ref, commit in refs.items()]
+            for refs in (repo.branches, repo.tags)
         )
+        return {"branches": branches, "tags": tags, "converts": []}
 
     def _log(self, request, name, revision):
         about = {"message": "", "date": DATE, "authors": [{"user": "owner"}]}
         history = self._repo(name, request).at(revision).history()
-        return _json([{"id": commit.oid, "title": commit.title} | about for commit in history])
+        return [{"id": commit.oid, "title": commit.title} | about for commit in history]
 
-    def _tag(self, request, name, revision):
-        repo = self._repo(name, request, write=True)
-        return self._name(repo.tags, request.json()["tag"], repo.at(revision))
-
-    def _branch(self, request, name, branch):
-        repo = self._repo(name, request, write=True)
-        return self._name(repo.branches, branch, repo.at(request.json().get("startingPoint", "main")))
-
-    def _name(self, refs, name, commit):
-        if name in refs:
-            raise Refused(409, f"Reference {name} already exists")
-        refs[name] = commit
-        return _json({})
+    def _tag(self, request, name, revision, branch=None):
+        """Tags the revision, or starts the branch from where the request says."""
+        repo, asked = self._repo(name, request, write=True), request.json()
+        refs, ref = (repo.branches, branch) if branch else (repo.tags, asked["tag"])
+        if ref in refs:
+            raise Refused(409, f"Reference {ref} already exists")
+        refs[ref] = repo.at(revision or asked.get("startingPoint", "main"))
+        return {}
 
 
 _MODEL = "/api/models/([^/]+/[^/]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", HubServer._whoami),
     ("POST", "/api/repos/create", HubServer._create),
-    ("DELETE", "/api/repos/delete", HubServer._delete),
     ("POST", "/api/validate-yaml", HubServer._validate),
-    ("GET", "/api/models", HubServer._models),
     ("GET", f"{_MODEL}(?:/revision/([^/]+))?", HubServer._info),
     ("GET", f"{_MODEL}/tree/([^/]+)(?:/(.+))?", HubServer._tree),
     ("GET", f"{_MODEL}/refs", HubServer._refs),
     ("GET", f"{_MODEL}/commits/([^/]+)", HubServer._log),
-    ("POST", f"{_MODEL}/paths-info/([^/]+)", HubServer._paths),
     ("POST", f"{_MODEL}/preupload/([^/]+)", HubServer._preupload),
     ("POST", f"{_MODEL}/commit/([^/]+)", HubServer._push),
-    ("POST", f"{_MODEL}/tag/([^/]+)", HubServer._tag),
-    ("POST", f"{_MODEL}/branch/([^/]+)", HubServer._branch),
+    ("POST", f"{_MODEL}/(?:tag/([^/]+)|branch/([^/]+))", HubServer._tag),
     ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", HubServer._batch),
     ("PUT", "/lfs/([0-9a-f]{64})", HubServer._store),
     ("PUT", "/lfs/([0-9a-f]{64})/([0-9]+)", HubServer._store_part),
@@ -447,40 +409,22 @@ ROUTES = [
 ]
 
 
-def _json(value, status=200):
-    return status, {"Content-Type": "application/json"}, json.dumps(value).encode()
-
-
-def _full_name(request):
-    asked = request.json()
-    return f"{asked.get('organization') or request.user}/{asked['name']}"
-
-
 def _ranged(request, data, headers):
-    """The data, or what the Range header asks of it."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
-    if match is None:
-        return 200, headers, data
-    first, last = match.groups()
+    """The data, or what the Range header asks of it; `request.cut` keeps back the second half of the whole."""
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", request.headers.get("Range", ""))
+    first, last = asked.groups() if asked else ("0", "")
     start = int(first) if first else max(0, len(data) - int(last))
     stop = min(int(last) + 1, len(data)) if first and last else len(data)
-    if start >= stop:
+    if asked and start >= stop:
         return 416, headers | {"Content-Range": f"bytes */{len(data)}"}, b""
-    return 206, headers | {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}, data[start:stop]
+    headers = {"Content-Length": stop - start} | headers
+    if asked:
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+    return 206 if asked else 200, headers, data[start : min(stop, len(data) // 2) if request.cut else stop]
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that none outlives its test
+class _Server(ThreadingTCPServer):
     request_queue_size = 64
-
-    def __init__(self, hub):
-        self.hub = hub
-        super().__init__(("127.0.0.1", 0), _Handler)
-
-    def server_bind(self):
-        # HTTPServer's asks the name server for this host's name, which can take seconds.
-        self.socket.bind(self.server_address)
-        self.server_port = self.socket.getsockname()[1]
 
     def handle_error(self, *_):
         """A client that goes away is its own affair; anything else is this server's fault."""
@@ -500,16 +444,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.query, self.body = parse_qs(query), self._read()
         users = {None: None, f"Bearer {hub.token}": "owner", f"Bearer {hub.stranger}": "stranger"}
         self.user = users.get(self.headers["Authorization"], "")
-        (status, headers, body), cut = hub.answer(self)
+        status, headers, body = hub.answer(self)
         self.send_response(status)
         # One request a connection: with the server gone, none is left open.
-        for name, value in (headers | {"Content-Length": len(body), "Connection": "close"}).items():
+        for name, value in ({"Content-Length": len(body), "Connection": "close"} | headers).items():
             self.send_header(name, str(value))
         self.end_headers()
-        if cut:
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", ""))
-            start, size = (int(span[1]), int(span[2])) if span else (0, len(body))
-            body = body[: max(0, size // 2 - start)]
         if self.command != "HEAD":
             self.wfile.write(body)
 

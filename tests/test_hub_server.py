@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from hub_server import HubServer
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -61,7 +62,7 @@ def test_create(hub, api):
 
 
 def test_upload(hub, api, tmp_path):
-    # 10,240 bytes of weights in parts of 4,096, the third shorter; one regular file above no threshold, one below.
+    # 10,240 bytes of weights go in parts of 4,096; 1,000 bytes are not above the threshold, 1,001 are.
     hub.part_size, hub.lfs_above = 4096, 1000
     api.create_repo("org/net")
     first = hub.head("org/net")
@@ -118,12 +119,10 @@ def test_information(hub, api):
     # What `git hash-object` says of these contents.
     assert deep["a/b/c.txt"].blob_id == "f2ba8f84ab5c1bce84a7b441cb1959cfc7093b7f"
     assert deep["a/d.txt"].blob_id == "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"
-    assert [path.path for path in api.get_paths_info("org/net", ["a/d.txt", "a/none"])] == ["a/d.txt"]
-    assert [model.id for model in api.list_models(author="org")] == ["org/net"] and not list(api.list_models(author="x"))
     assert api.file_exists("org/net", "a/d.txt") and not api.file_exists("org/net", "d.txt")
     assert api.repo_exists("org/net") and not api.repo_exists("org/none")
-    api.delete_repo("org/net")
-    assert not api.repo_exists("org/net")
+    with pytest.raises(RemoteEntryNotFoundError):
+        list(api.list_repo_tree("org/net", "b"))
 
 
 def test_downloads(hub):
@@ -137,7 +136,7 @@ def test_downloads(hub):
     ]
     root = snapshot_download("org/net")
     assert Path(root, "a", "config.json").read_bytes() == b"{}"
-    # All there: by the commit's id no request is made, and none is counted that was not.
+    # All there: by the commit's id no request is made.
     hub.requests.clear()
     assert snapshot_download("org/net", revision=sha) == root
     assert hf_hub_download("org/net", "model.safetensors", revision=sha) == path
@@ -176,9 +175,7 @@ def test_missing(hub, api):
         lambda revision: hf_hub_download("org/net", "config.json", revision=revision),
         lambda revision: snapshot_download("org/net", revision=revision),
         lambda revision: api.model_info("org/net", revision=revision),
-        lambda revision: api.upload_file(
-            path_or_fileobj=b"", path_in_repo="a", repo_id="org/net", revision=revision
-        ),
+        lambda revision: api.upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="org/net", revision=revision),
     ):
         for revision in ("nope", "0" * 40):
             with pytest.raises(RevisionNotFoundError):
@@ -192,3 +189,173 @@ def test_missing(hub, api):
         with pytest.raises(RepositoryNotFoundError):
             action()
 
+
+def test_private(hub, api, monkeypatch):
+    hub.add_repo("org/net", {"config.json": b"{}", "model.safetensors": WEIGHTS}, private=True)
+    for token in (False, hub.stranger):
+        for action in (
+            lambda token: hf_hub_download("org/net", "config.json", token=token),
+            lambda token: snapshot_download("org/net", token=token),
+            lambda token: api.model_info("org/net", token=token),
+            lambda token: api.upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="org/net", token=token),
+        ):
+            with pytest.raises(RepositoryNotFoundError) as caught:
+                action(token)
+            assert not isinstance(caught.value, GatedRepoError)
+            assert caught.value.response.status_code == (404 if token else 401)
+    assert api.model_info("org/net").private
+    # The CDN refuses a request that carries the token.
+    assert Path(hf_hub_download("org/net", "model.safetensors")).read_bytes() == WEIGHTS
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(RepositoryNotFoundError):
+        hf_hub_download("org/net", "config.json")
+    with pytest.raises(HfHubHTTPError, match="Invalid credentials"):
+        api.model_info("org/net", token="hf_nobody")
+
+
+def test_gated(hub, api):
+    hub.add_repo("org/net", {"config.json": b"{}"}, gated=True)
+    for token, status in ((False, 401), (hub.stranger, 403)):
+        assert api.model_info("org/net", token=token).gated == "manual"
+        for action in (hf_hub_download, api.file_exists):
+            with pytest.raises(GatedRepoError) as caught:
+                action("org/net", "config.json", token=token)
+            assert caught.value.response.status_code == status
+        with pytest.raises(GatedRepoError):
+            snapshot_download("org/net", token=token)
+    assert Path(hf_hub_download("org/net", "config.json")).read_bytes() == b"{}"
+
+
+def test_only_the_owner_writes(hub, api):
+    sha = hub.add_repo("org/net", {"config.json": b"{}"})
+    for token, status in ((False, "401"), (hub.stranger, "403")):
+        with pytest.raises(HfHubHTTPError, match=status):
+            api.upload_file(path_or_fileobj=b"", path_in_repo="a", repo_id="org/net", token=token)
+        with pytest.raises(HfHubHTTPError, match=status):
+            api.create_tag("org/net", tag="v1", token=token)
+    assert hub.commits("org/net") == [sha]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_fail(hub, api, status):
+    hub.add_repo("org/net", {"config.json": b"{}"})
+    hub.fail("/api/", status, times=2)
+    for _ in range(2):
+        with pytest.raises(HfHubHTTPError) as caught:
+            api.model_info("org/net")
+        assert caught.value.response.status_code == status
+    assert api.model_info("org/net").id == "org/net"
+    # HEAD alone fails once, is asked again without a wait, and the file comes.
+    hub.fail("config.json", status, times=1, method="HEAD")
+    hf_hub_download("org/net", "config.json")
+    path = "/org/net/resolve/main/config.json"
+    assert seen(hub, "resolve") == [f"HEAD {path}", f"HEAD {path}", f"GET {path}"]
+
+
+def test_retry_after(hub):
+    hub.add_repo("org/net", {"config.json": b"{}"})
+    hub.fail("config.json", 429, times=1, method="GET", retry_after=0)
+    start = time.monotonic()
+    hf_hub_download("org/net", "config.json")
+    # The client adds a second to what it is told.
+    assert time.monotonic() - start >= 1 and len(seen(hub, "GET")) == 2
+
+
+def test_cut(hub, api):
+    hub.add_repo("org/net", {"model.safetensors": WEIGHTS})
+    hub.cut("/cdn/", times=1)
+    assert Path(hf_hub_download("org/net", "model.safetensors")).read_bytes() == WEIGHTS
+    assert len(seen(hub, "GET /cdn/")) == 2
+    hub.cut("/cdn/|/api/")
+    url = hub.cdn + f"/cdn/{hashlib.sha256(WEIGHTS).hexdigest()}/model.safetensors"
+    half = len(WEIGHTS) // 2
+    for start, stop, sent in ((0, "", half), (half - 10, "", 10), (half + 10, "", 0), (10, 19, 10)):
+        received = 0
+        try:
+            with httpx2.stream("GET", url, headers={"Range": f"bytes={start}-{stop}"}) as response:
+                for chunk in response.iter_raw():
+                    received += len(chunk)
+            assert stop
+        except httpx2.RemoteProtocolError:
+            assert not stop
+        assert received == sent
+    with pytest.raises(httpx2.RemoteProtocolError):
+        api.model_info("org/net")
+
+
+def test_ranges(hub):
+    hub.add_repo("org/net", {"config.json": b"0123456789"})
+    url = f"{hub.endpoint}/org/net/resolve/main/config.json"
+    expected = {"2-4": (206, b"234"), "7-": (206, b"789"), "-2": (206, b"89"), "8-99": (206, b"89"), "10-": (416, b"")}
+    for asked, answer in expected.items():
+        response = httpx2.get(url, headers={"Range": f"bytes={asked}"})
+        assert (response.status_code, response.content) == answer
+    assert httpx2.get(url, headers={"Range": "bytes=2-4"}).headers["Content-Range"] == "bytes 2-4/10"
+
+
+def test_body(hub, api):
+    hub.add_repo("org/net", {"model.safetensors": WEIGHTS})
+    hub.body("/cdn/", b"<html></html>", times=1)
+    with pytest.raises(OSError, match="Consistency check failed"):
+        hf_hub_download("org/net", "model.safetensors")
+    # The right size is all that the client checks.
+    flipped = bytes([WEIGHTS[0] ^ 1]) + WEIGHTS[1:]
+    hub.body("/cdn/", flipped)
+    assert Path(hf_hub_download("org/net", "model.safetensors")).read_bytes() == flipped
+    hub.body("resolve", b"<html></html>", method=None)
+    with pytest.raises(LocalEntryNotFoundError, match="X-Repo-Commit"):
+        hf_hub_download("org/net", "config.json")
+
+
+def test_delay_and_stop(hub, api):
+    hub.add_repo("org/net", {"config.json": b"{}"})
+    path = hf_hub_download("org/net", "config.json")
+    hub.delay("/api/", 60)
+    start = time.monotonic()
+    with pytest.raises(httpx2.ReadTimeout):
+        api.model_info("org/net", timeout=0.2)
+    hub.stop()
+    # A request that waits does not keep the server up.
+    assert time.monotonic() - start < 5
+    with pytest.raises(httpx2.ConnectError):
+        api.model_info("org/net")
+    assert hf_hub_download("org/net", "config.json") == path
+
+
+def test_offline(hub, monkeypatch):
+    hub.add_repo("org/net", {"config.json": b"{}"})
+    path = hf_hub_download("org/net", "config.json")
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hf_hub_download("org/net", "config.json") == path
+    with pytest.raises(LocalEntryNotFoundError):
+        hf_hub_download("org/net", "model.safetensors")
+    assert hub.requests == []
+
+
+def test_damaged_upload_is_refused(hub, api):
+    """What arrives must have the sha256 under which it was announced, and be there when the commit points to it."""
+    api.create_repo("org/net")
+    digest = hashlib.sha256(b"right").hexdigest()
+    assert httpx2.put(f"{hub.cdn}/lfs/{digest}", content=b"wrong").status_code == 400
+    item = {"key": "lfsFile", "value": {"path": "a", "algo": "sha256", "oid": digest, "size": 5}}
+    url, headers = f"{hub.endpoint}/api/models/org/net/commit/main", {"Authorization": f"Bearer {hub.token}"}
+    assert httpx2.post(url, json=item, headers=headers).status_code == 400
+    # Sent in pieces of unannounced length.
+    assert httpx2.put(f"{hub.cdn}/lfs/{digest}", content=iter([b"ri", b"ght"])).status_code == 200
+    assert httpx2.post(url, json=item, headers=headers).status_code == 200
+    assert hub.file("org/net", "a") == b"right"
+
+
+def test_another_process(hub):
+    """A process that the test starts talks to the server too, and asks nothing that it was not told to."""
+    hub.add_repo("org/net", {"config.json": b"{}"}, private=True)
+    code = "import huggingface_hub as h; print(h.hf_hub_download('org/net', 'config.json'), h.whoami()['name'])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == [hf_hub_download("org/net", "config.json"), "owner"]
+    assert [method for method, _ in hub.requests] == ["HEAD", "GET", "GET", "HEAD"]
+
+
+def test_what_is_not_served_is_an_error(hub):
+    with pytest.raises(RuntimeError, match="GET /api/spaces is not served"), HubServer() as server:
+        assert httpx2.get(server.endpoint + "/api/spaces").status_code == 501
