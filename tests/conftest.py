@@ -1,6 +1,7 @@
-"""What all tests share: one torch thread and a fixed seed."""
+"""What all tests share: one torch thread, a fixed seed, and a Hugging Face Hub on the loopback."""
 
 import os
+import warnings
 
 # Micro-models are many times slower with a second thread on busy cores; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -14,3 +15,44 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A fresh hub_server.HubServer, to which huggingface_hub talks as its owner, with an empty cache.
+
+    The client reads its environment when it is imported, so its constants are set for this process and the variables
+    for those that a test starts. Take `HF_TOKEN` away with monkeypatch.delenv for an anonymous client.
+    """
+    from hub_server import HubServer
+    from huggingface_hub import close_session, constants, hf_api
+
+    # So huggingface_hub uploads to LFS.
+    warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
+    home = tmp_path / "hf_home"
+    with HubServer() as server:
+        settings = {
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_ENDPOINT": server.endpoint,
+            "HF_HUB_DISABLE_XET": "1",
+            # Without it each process asks the endpoint for a list of coding agents.
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_HUB_OFFLINE": "0",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+            flag = value == "1" if value in ("0", "1") else value
+            monkeypatch.setattr(constants, name.replace("HF_ENDPOINT", "ENDPOINT"), flag)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # huggingface_hub.model_info and its like are methods of one HfApi made at import.
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(name, "127.0.0.1,localhost")
+        # The next client is made with these proxies.
+        close_session()
+        yield server
+        close_session()
