@@ -107,6 +107,8 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         seed=args.seed,
     )
     if weights == "random":
+        if args.push_to_hub:
+            raise ValueError(f"--push-to-hub {args.push_to_hub}: the weights are random. Give --checkpoint.")
         print(
             f"{name}: no pretrained weights and no --checkpoint, so its weights are random (seed {args.seed}): "
             "expect the accuracy of guessing."
@@ -201,10 +203,6 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
 
 def publish(model: Any, weights: str, args: argparse.Namespace, config: dict[str, Any], row: dict[str, Any]) -> str:
     """Push the very weights that were measured, with the figures."""
-    if weights == "random":
-        raise ValueError(
-            f"--push-to-hub {args.push_to_hub}: random weights are not worth publishing. Give --checkpoint."
-        )
     # What the folder already says about training stays beside what was measured now.
     row = {**config.get("spikezoo", {}).get("results", {}), **row}
     same = describe(model)["model_args"] == config.get("model_args") and not args.use_ema

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    ModelInfo,
     constants,
     eval_result_entries_to_yaml,
     hf_hub_download,
@@ -43,7 +45,9 @@ from spikezoo.checkpoint import (
     atomic,
     check_nan,
     copy_checkpoint,
+    file_hash,
     find_weights,
+    load_sparse_file,
     read_config,
     write_checkpoint,
 )
@@ -53,7 +57,7 @@ from spikezoo.transforms import replay
 __all__ = ["HubError", "describe", "pull", "push_folder", "push_to_hub", "save_checkpoint", "write_card"]
 
 # Of a live hub this is plenty, and nobody waits long for a dead one.
-TIMEOUT_S = 4.0
+TIMEOUT_S = 4.5
 
 
 class HubError(OSError):
@@ -252,6 +256,29 @@ def _explained(repo_id: str, revision: str | None, doing: str) -> Iterator[None]
         ) from error
 
 
+def _ask(repo_id: str, revision: str | None = None) -> ModelInfo:
+    """One question to the Hub, answered within seconds or not at all.
+
+    The client's downloads repeat a failed request for half a minute, and a mute server holds them for several; its
+    timeouts hold for each address of a host. So whether the Hub is there is asked first, and in a thread.
+    """
+    answer: list[ModelInfo | Exception] = []
+
+    def ask() -> None:
+        try:
+            answer.append(HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S))
+        except Exception as error:
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    found = answer[0] if answer else TimeoutError(f"no answer within {TIMEOUT_S:g} s")
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
 def _split_revision(reference: str) -> tuple[str, str | None]:
     repo_id, _, revision = reference.partition("@")
     if repo_id.count("/") != 1 or not all(repo_id.split("/")):
@@ -287,8 +314,7 @@ def pull(reference: str, *, refresh: bool = False) -> Path:
                     return Path(folder)
             except LocalEntryNotFoundError:
                 pass
-        # One question that is not repeated for half a minute; its answer pins all files to one commit.
-        info = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S)
+        info = _ask(repo_id, revision)
         have = {sibling.rfilename for sibling in info.siblings or []}
         if missing := [file for file in files if file not in have]:
             pickles = [file for file in have if file.endswith((".bin", ".pth", ".pt", ".ckpt"))]
@@ -296,10 +322,30 @@ def pull(reference: str, *, refresh: bool = False) -> Path:
                 f"Fetching {repo_id}: it has no {' and no '.join(missing)}, so it is no checkpoint of spikezoo."
                 + (f" The pickle {pickles[0]} is not read: it can run code." if pickles else "")
             )
-        # The first file settles the commit that the branch stands at, the second comes from that very commit.
-        first = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, etag_timeout=TIMEOUT_S))
-        hf_hub_download(repo_id, WEIGHTS_NAME, revision=first.parent.name, etag_timeout=TIMEOUT_S)
-    return first.parent
+        for attempt in (refresh, True):
+            # The first file settles the commit that the branch stands at, the second comes from that very commit.
+            options: dict[str, Any] = {"etag_timeout": TIMEOUT_S, "force_download": attempt}
+            first = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, **options))
+            hf_hub_download(repo_id, WEIGHTS_NAME, revision=first.parent.name, **options)
+            try:
+                _verify(first.parent)
+                return first.parent
+            except ValueError as error:  # the client checks sizes only
+                damage = error
+        for file in files:  # or the cache would give it again and again
+            (first.parent / file).resolve().unlink(missing_ok=True)
+            (first.parent / file).unlink(missing_ok=True)
+        raise HubError(f"Fetching {repo_id}: what came is damaged, twice, and was thrown away. {damage}") from damage
+
+
+def _verify(folder: Path) -> None:
+    """Check a checkpoint that came over the network by the hashes of its config and of the Hub."""
+    weights = folder / WEIGHTS_NAME
+    load_sparse_file(weights)
+    # The cache links to a blob, which for large files is called by its sha256.
+    blob = weights.readlink().name if weights.is_symlink() else ""
+    if len(blob) == 64 and file_hash(weights) != blob:
+        raise ValueError(f"{weights} does not have the sha256 {blob} that the Hub gave for it.")
 
 
 # ----------------------------------------------------------------------------------------------------- card
@@ -575,6 +621,8 @@ def _publish(
         return str(folder)
     api = HfApi(library_name="spikezoo", library_version=__version__)
     with _explained(repo_id, revision, "Pushing"):
+        with suppress(RepositoryNotFoundError):  # it will be made
+            _ask(repo_id)
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -1,0 +1,506 @@
+"""Saving, publishing and fetching: the real huggingface_hub client against a Hub on the loopback."""
+
+import importlib.util
+import json
+import logging
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants
+
+import spikezoo
+from spikezoo import __main__ as cli
+from spikezoo import hub as spikezoo_hub
+from spikezoo import registry
+from spikezoo.checkpoint import file_hash, read_config
+from spikezoo.hub import HubError, describe, pull, write_card
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = {
+    "dataset": "cifar10", "split": "test", "top1": 61.25, "samples": 10000, "macs": 1234567.0, "sops_exact": 7654.0,
+    "energy_exact_mj": 0.0125, "mac_pj": 4.6, "sop_pj": 0.9, "command": "python validate.py --checkpoint x", "seed": 42,
+    "commit": "0123456789ab", "date": "2026-01-02 03:04 UTC",
+}  # fmt: skip
+
+
+def make(name="test_mpbn_resnet", **kwargs):
+    """A net that fires, with nothing left at its initial value."""
+    torch.manual_seed(1)
+    model = spikezoo.create_model(name, **{"T": 3, **kwargs})
+    with torch.no_grad():
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                if key.endswith("running_var"):
+                    tensor.uniform_(0.5, 1.5)
+                elif tensor.dim() == 1:
+                    tensor.add_(0.2 * torch.randn_like(tensor))
+    return model.eval()
+
+
+def pruned(model, kept=0.1):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(torch.rand_like(parameter) < kept).add_(0.0)
+    return model
+
+
+def images(model, batch=2):
+    torch.manual_seed(2)
+    return torch.randn(batch, model.in_chans, *model.img_size)
+
+
+def same(one, other):
+    """Logits bit for bit, of nets that fire."""
+    x = images(one)
+    rates = spikezoo.firing_rates(one, x)
+    assert any(0 < rate.mean() < 1 for rate in rates.values())
+    with torch.no_grad():
+        return torch.equal(one.eval()(x), other.eval()(x))
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------------------------------- description
+
+
+def test_describe_is_what_rebuilds():
+    model = make(num_classes=7, neuron="plif", threshold=0.7)
+    model.reset_classifier(5)
+    facts = describe(spikezoo.fold_bn(model))
+    assert facts["architecture"] == "test_mpbn_resnet" and facts["recipe"] == [["fold_bn", {}]]
+    assert facts["model_args"] == {
+        "num_classes": 5, "in_chans": 3, "img_size": 32, "T": 3, "neuron": "plif", "threshold": 0.7,
+    }  # fmt: skip
+    assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.Sequential, torch.nn.DataParallel])
+def test_describe_refuses_wrappers(wrap):
+    with pytest.raises(ValueError, match=r"not made by spikezoo.create_model.*not a wrapper"):
+        describe(wrap(make()))
+
+
+def test_a_model_changed_by_hand_is_refused(tmp_path):
+    model = make()
+    model.head.fc = torch.nn.Linear(model.num_features, 3)
+    with pytest.raises(ValueError, match="cannot be rebuilt from its arguments"):
+        spikezoo.save_checkpoint(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_saving_does_not_touch_the_random_state(tmp_path):
+    model = make()
+    state = torch.get_rng_state()
+    spikezoo.save_checkpoint(model, tmp_path)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --------------------------------------------------------------------------------------------------- push, pull
+
+
+def test_push_pull_and_push_again(hub, tmp_path):
+    model = pruned(make())
+    url = spikezoo.push_to_hub(model, "org/net", RESULTS)
+    assert url == f"{hub.endpoint}/org/net" and len(hub.commits("org/net")) == 2  # creation and upload
+    loaded = spikezoo.create_model("hf-hub:org/net", pretrained=True)
+    assert same(model, loaded) and loaded.T == 3 and loaded.recipe == []
+    assert spikezoo.push_to_hub(model, "org/net", RESULTS) == url
+    assert len(hub.commits("org/net")) == 2  # the same content: no commit
+    assert spikezoo.push_to_hub(pruned(model), "org/net", RESULTS | {"top1": 60.0}) and len(hub.commits("org/net")) == 3
+    config = json.loads(hub.file("org/net", "config.json"))
+    assert config["spikezoo"]["results"]["top1"] == 60.0 and config["sparsity_config"]["format"] == "spikezoo-sparse"
+    assert set(hub.repos["org/net"].branches["main"].files) == {
+        ".gitattributes", ".eval_results/cifar10.yaml", "README.md", "config.json", "model.safetensors",
+    }  # fmt: skip
+
+
+def test_transforms_and_arguments_travel(hub):
+    model = spikezoo.fold_bn(spikezoo.fold_mpbn(make(T=6)))
+    spikezoo.push_to_hub(model, "org/folded")
+    loaded = spikezoo.create_model("hf-hub:org/folded", pretrained=True)
+    assert loaded.recipe == [("fold_mpbn", {}), ("fold_bn", {})] and loaded.T == 6 and same(model, loaded)
+    assert spikezoo.create_model("hf-hub:org/folded", pretrained=True, T=2).T == 2
+    untrained = spikezoo.create_model("hf-hub:org/folded")
+    assert untrained.T == 6 and len(untrained.recipe) == 2 and not same(model, untrained)
+
+
+def test_the_cache_is_used_without_any_request(hub):
+    spikezoo.push_to_hub(make(), "org/net")
+    first = pull("org/net")
+    hub.requests.clear()
+    assert pull("org/net") == first and pull(f"org/net@{first.name}") == first and hub.requests == []
+    spikezoo.push_to_hub(make(num_classes=4), "org/net")
+    assert pull("org/net") == first  # what is there is used, until somebody asks
+    newest = pull("org/net", refresh=True)
+    assert newest.name == hub.head("org/net") != first.name
+    assert spikezoo.create_model("hf-hub:org/net", pretrained=True).num_classes == 4
+    assert spikezoo.create_model(f"hf-hub:org/net@{first.name}", pretrained=True).num_classes == 10
+
+
+def test_revisions(hub):
+    one, two = make(num_classes=3), make(num_classes=4)
+    spikezoo.push_to_hub(one, "org/net")
+    url = spikezoo.push_to_hub(two, "org/net", revision="second")
+    assert url.endswith("/tree/second")
+    assert spikezoo.create_model("hf-hub:org/net@second", pretrained=True).num_classes == 4
+    assert spikezoo.create_model("hf-hub:org/net@main", pretrained=True).num_classes == 3
+    assert spikezoo.create_model("hf-hub:org/net", pretrained=True).num_classes == 3
+    with pytest.raises(HubError, match="no such revision"):
+        pull("org/net@third")
+
+
+def test_timm_reads_dense_uploads_and_refuses_sparse_ones(hub):
+    model = make()
+    spikezoo.push_to_hub(model, "org/dense", sparse=False)
+    loaded = timm.create_model("hf-hub:org/dense", pretrained=True)
+    assert same(model, loaded) and loaded.T == 3
+    spikezoo.push_to_hub(pruned(make()), "org/sparse")
+    with pytest.raises(ValueError, match=r"sparse code.*use spikezoo.create_model"):
+        timm.create_model("hf-hub:org/sparse", pretrained=True)
+
+
+def test_private_and_gated(hub, monkeypatch):
+    spikezoo.push_to_hub(make(), "org/secret", private=True)
+    assert hub.repos["org/secret"].private
+    assert pull("org/secret")
+    hub.add_repo("org/gated", {"config.json": b"{}", "model.safetensors": b""}, gated=True)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match=r"no such repository.*or it is private.*HF_TOKEN"):
+        pull("org/secret", refresh=True)
+    with pytest.raises(HubError, match=r"is gated\. Accept its terms"):
+        pull("org/gated")
+    with pytest.raises(HubError, match=r"401.*Log in"):
+        spikezoo.push_to_hub(make(), "org/other")
+    monkeypatch.setenv("HF_TOKEN", hub.stranger)
+    with pytest.raises(HubError, match=r"403.*'write'"):
+        spikezoo.push_to_hub(make(), "org/other")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json and no model.safetensors, so it is no checkpoint"),
+        (
+            {"config.json": b"{}", "pytorch_model.bin": b"x"},
+            "no model.safetensors.*pickle pytorch_model.bin is not",
+        ),
+    ],
+)
+def test_foreign_repositories(hub, files, message):
+    hub.add_repo("org/other", files)
+    with pytest.raises(HubError, match=message):
+        pull("org/other")
+
+
+@pytest.mark.parametrize("name", ["net", "org/", "a/b/c", "org/net name", ""])
+def test_names_that_are_none(hub, name):
+    with pytest.raises(ValueError, match="organisation/name"):
+        pull(name)
+    with pytest.raises(ValueError, match="organisation/name"):
+        spikezoo.push_to_hub(make(), name)
+
+
+# ------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_dead_hub_is_told_within_seconds(hub):
+    spikezoo.push_to_hub(make(), "org/net")
+    cached = pull("org/net")
+    hub.stop()
+    started = time.monotonic()
+    with pytest.raises(HubError, match=r"Fetching org/other: http.* does not answer as it should.*HF_ENDPOINT"):
+        spikezoo.create_model("hf-hub:org/other", pretrained=True)
+    with pytest.raises(HubError, match="Pushing org/net"):
+        spikezoo.push_to_hub(make(), "org/net")
+    assert time.monotonic() - started < 5
+    assert pull("org/net") == cached  # and what is there still works
+    assert spikezoo.create_model("hf-hub:org/net", pretrained=True).T == 3
+
+
+def test_a_hub_that_hangs(hub, monkeypatch):
+    hub.add_repo("org/net", {"config.json": b"{}", "model.safetensors": b""})
+    hub.delay("/api/", 60)
+    monkeypatch.setattr(spikezoo_hub, "TIMEOUT_S", 0.3)
+    started = time.monotonic()
+    with pytest.raises(HubError, match="no answer within"):
+        pull("org/net")
+    assert time.monotonic() - started < 5 and spikezoo_hub.TIMEOUT_S == 0.3
+
+
+@pytest.mark.parametrize(("status", "advice"), [(500, "try again later"), (503, "try again later"), (429, "Too many")])
+def test_a_hub_with_faults(hub, status, advice):
+    spikezoo.push_to_hub(make(), "org/net")
+    hub.fail("/api/models", status)
+    with pytest.raises(HubError, match=f"answered {status}.*{advice}"):
+        pull("org/net")
+    with pytest.raises(HubError, match=f"Pushing org/net: .*{status}"):
+        spikezoo.push_to_hub(pruned(make()), "org/net")
+
+
+def test_a_connection_that_breaks_once(hub):
+    model = make()
+    spikezoo.push_to_hub(model, "org/net")
+    hub.cut("/cdn/", times=1)
+    assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))
+
+
+def test_a_flipped_bit_in_transit(hub):
+    model = make()
+    spikezoo.push_to_hub(model, "org/net")
+    weights = bytearray(hub.file("org/net", "model.safetensors"))
+    weights[-5] ^= 4
+    hub.body("/cdn/", bytes(weights), times=1)
+    assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))  # noticed, and fetched again
+    hub.body("/cdn/", bytes(weights))
+    with pytest.raises(HubError, match=r"damaged, twice, and was thrown away.*sha256"):
+        pull("org/net", refresh=True)
+    hub.faults.clear()
+    assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))  # nothing damaged stayed
+
+
+def test_a_flipped_bit_in_the_cache(hub):
+    model = make()
+    spikezoo.push_to_hub(model, "org/net")
+    path = (pull("org/net") / "model.safetensors").resolve()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged: its sha256"):
+        spikezoo.create_model("hf-hub:org/net", pretrained=True)
+    pull("org/net", refresh=True)
+    assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))
+
+
+def test_a_damaged_config_on_the_hub(hub):
+    spikezoo.push_to_hub(make(), "org/net")
+    config = hub.file("org/net", "config.json")
+    hub.body("/resolve/.*config.json", config.replace(b'"T": 3', b'"T": 2'))
+    with pytest.raises(HubError, match=r"thrown away.*not as it was written"):
+        pull("org/net")
+
+
+def test_offline(hub, monkeypatch):
+    spikezoo.push_to_hub(make(), "org/net")
+    cached = pull("org/net")
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert pull("org/net") == cached and hub.requests == []
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
+        pull("org/other")
+
+
+def test_two_processes_at_once(hub):
+    model = make()
+    spikezoo.push_to_hub(model, "org/net")
+    hub.delay("/cdn/", 0.3)
+    code = "import spikezoo.hub as h; print(h.pull('org/net'))"
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    found = {process.communicate()[0].strip() for process in both}
+    assert [process.returncode for process in both] == [0, 0] and found == {str(pull("org/net"))}
+    assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))
+
+
+# --------------------------------------------------------------------------------------------------------- card
+
+
+def test_the_card_says_what_was_measured(hub, tmp_path):
+    model = spikezoo.fold_bn(pruned(make("test_spiking_vgg")))
+    (tmp_path / "run").mkdir()
+    spikezoo.save_checkpoint(model, tmp_path / "run", RESULTS)
+    (tmp_path / "run" / "curves.png").write_bytes(b"\x89PNG")
+    folder = Path(spikezoo.push_folder(tmp_path / "run", "org/net", dry_run=tmp_path / "dry"))
+    assert hub.requests == [] and folder == tmp_path / "dry"
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
+        ".eval_results/cifar10.yaml", "README.md", "config.json", "curves.png", "model.safetensors",
+    ]  # fmt: skip
+    assert file_hash(folder / "model.safetensors") == file_hash(tmp_path / "run" / "model.safetensors")
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "spikezoo" and card.data.license == "apache-2.0"
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.dataset_name, result.dataset_type) == (61.25, "cifar10", "uoft-cs/cifar10")
+    for fact in (
+        "61.25 %", "10,000", "1,234,567", "0.0125 mJ", "4.6 pJ", "0.9 pJ", "0123456789ab", "| Time steps T | 3 |",
+        '[["fold_bn", {}]]', 'create_model("hf-hub:org/net", pretrained=True)', "load_sparse_file", "curves.png",
+        f"{sum(p.numel() for p in model.parameters()):,}", file_hash(folder / "model.safetensors"), "apache-2.0",
+    ):  # fmt: skip
+        assert fact.lower() in card.text.lower(), fact
+    (entry,) = yaml.safe_load((folder / ".eval_results" / "cifar10.yaml").read_text())
+    assert entry["value"] == 61.25 and entry["date"] == "2026-01-02" and "T=3" in entry["notes"]
+
+
+def test_a_card_without_results_claims_nothing(tmp_path):
+    spikezoo.save_checkpoint(make(), tmp_path)
+    text = write_card(tmp_path, "org/net").read_text()
+    assert "Nothing was measured" in text and "model-index" not in text and not (tmp_path / ".eval_results").exists()
+
+
+def test_dry_run_wants_a_new_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ValueError, match="is not empty"):
+        spikezoo.push_to_hub(make(), "org/net", dry_run=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ scripts
+
+
+def test_command_line(hub, tmp_path, capsys):
+    spikezoo.save_checkpoint(make(), tmp_path / "run", RESULTS)
+    assert cli.main(["push", str(tmp_path / "run"), "org/net", "--dry-run", str(tmp_path / "dry")]) == 0
+    assert "pushed nothing" in capsys.readouterr().out and hub.requests == []
+    assert cli.main(["push", str(tmp_path / "run"), "org/net", "--private", "--revision", "v1"]) == 0
+    assert capsys.readouterr().out.strip() == f"{hub.endpoint}/org/net/tree/v1" and hub.repos["org/net"].private
+    assert cli.main(["push", str(tmp_path / "nothing"), "org/net"]) == 2
+    hub.stop()
+    assert cli.main(["push", str(tmp_path / "run"), "org/net"]) == 2
+    assert "HubError: Pushing org/net" in capsys.readouterr().err
+
+
+def test_train_and_validate_publish_what_they_measured(hub, tmp_path, capsys):
+    train, validate = script("train"), script("validate")
+    flags = ["--model", "test_spiking_vgg", "--subset", "32", "--epochs", "1", "-b", "16", "--T", "2"]
+    train.main([*flags, "--output", str(tmp_path), "--experiment", "run", "--push-to-hub", "org/trained"])
+    assert f"Published       {hub.endpoint}/org/trained" in capsys.readouterr().out
+    config = json.loads(hub.file("org/trained", "config.json"))
+    assert config["spikezoo"]["dataset"] == "digits" and config["model_args"]["T"] == 2
+    text = hub.file("org/trained", "README.md").decode()
+    assert "train.py --model test_spiking_vgg" in text and "curves.png" in text
+    assert hub.file("org/trained", "model.safetensors") == (tmp_path / "run" / "model.safetensors").read_bytes()
+
+    argv = ["--model", "hf-hub:org/trained", "--count", "--count-images", "2", "--push-to-hub", "org/validated"]
+    assert validate.main(argv) == 0
+    row = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
+    assert row["model"] == "test_spiking_vgg" and row["dataset"] == "digits" and row["T"] == 2
+    assert row["published"] == f"{hub.endpoint}/org/validated"
+    assert row["checkpoint_sha256"] == config["spikezoo"]["sha256"]["model.safetensors"]
+    results = json.loads(hub.file("org/validated", "config.json"))["spikezoo"]["results"]
+    assert results["top1"] == row["top1"] and results["macs"] == row["macs"] and results["train_command"]
+    text = hub.file("org/validated", "README.md").decode()
+    assert f"{row['top1']:.2f} %" in text and "validate.py" in text and "train.py" in text
+
+    # Other arguments are another model, which is stored as what was measured.
+    argv = ["--checkpoint", str(tmp_path / "run"), "--T", "3", "--push-to-hub", "org/three"]
+    assert validate.main(argv) == 0
+    assert json.loads(hub.file("org/three", "config.json"))["model_args"]["T"] == 3
+    with pytest.raises(ValueError, match="the weights are random"):
+        validate.main(
+            ["--model", "test_spiking_vgg", "--img-size", "8", "--in-chans", "1", "--push-to-hub", "org/random"]
+        )
+    assert "org/random" not in hub.repos
+
+
+def test_fine_tuning_from_the_hub(hub, tmp_path, capsys, caplog):
+    train = script("train")
+    model = make("test_spiking_vgg", num_classes=4, in_chans=1, img_size=8, decay=0.3)
+    spikezoo.push_to_hub(model, "org/start")
+    flags = ["--subset", "16", "--epochs", "1", "-b", "16", "--output", str(tmp_path / "out"), "--lr", "1e-9"]
+    with caplog.at_level(logging.WARNING, "spikezoo"):
+        train.main([*flags, "--model", "hf-hub:org/start", "--pretrained"])
+    assert "starts afresh with 10 classes" in caplog.text
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == "hf-hub_org_start"
+    config = read_config(folder)
+    assert config["architecture"] == "test_spiking_vgg"
+    assert config["model_args"]["decay"] == 0.3 and config["model_args"]["num_classes"] == 10
+    tuned = spikezoo.create_model(f"local-dir:{folder}", pretrained=True)
+    torch.testing.assert_close(tuned.stages[0][0].conv.weight, model.stages[0][0].conv.weight)
+
+
+# ---------------------------------------------------------------------------------------------- shipped weights
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """test_mpbn_vgg registered again, with two checkpoints that come with the package."""
+    monkeypatch.setattr(registry, "SHIPPED", tmp_path / "weights")
+    made = {}
+    for tag, arguments in (("c4_t2", {"T": 2, "num_classes": 4}), ("c6", {"T": 5, "num_classes": 6})):
+        made[tag] = spikezoo.fold_bn(pruned(make("test_mpbn_vgg", **arguments)))
+        results = {"dataset": "npz:none.npz", "top1": 50.0 + len(made)}
+        spikezoo.save_checkpoint(made[tag], tmp_path / "weights" / f"test_mpbn_vgg.{tag}", results)
+    (tmp_path / "weights" / "test_mpbn_vgg.broken").mkdir()
+    (tmp_path / "weights" / "test_mpbn_vgg.broken" / "config.json").write_text("{")
+    row, cls = registry._rows["test_mpbn_vgg"], registry._classes["test_mpbn_vgg"]
+    from timm.models import _registry
+
+    monkeypatch.setattr(registry, "_rows", dict(registry._rows))
+    module = sys.modules[cls.__module__]
+    before = module.default_cfgs, module.__all__[:], module.test_mpbn_vgg
+    _registry._clear_model_entries("test_mpbn_vgg")
+    _registry._model_entrypoints.pop("test_mpbn_vgg")
+    try:
+        registry.register_rows(cls.__module__, cls, {"test_mpbn_vgg": row})
+        yield made
+    finally:
+        _registry._clear_model_entries("test_mpbn_vgg")
+        _registry._model_entrypoints.pop("test_mpbn_vgg")
+        module.default_cfgs, module.__all__[:], module.test_mpbn_vgg = before
+        timm.models.register_model(module.test_mpbn_vgg)
+
+
+def test_shipped_weights(shipped, hub):
+    found = spikezoo.list_pretrained("test_mpbn_vgg*")
+    assert [(row.name, row.source, row.top1, row.T, row.dataset) for row in found] == [
+        ("test_mpbn_vgg.c4_t2", "package", 51.0, 2, "npz:none.npz"),
+        ("test_mpbn_vgg.c6", "package", 52.0, 5, "npz:none.npz"),
+    ]
+    assert all(row.size and f"{row.size / 1e6:.2f} MB" in str(row) for row in found)
+    for make_model in (spikezoo.create_model, timm.create_model):
+        for name, tag in (("test_mpbn_vgg", "c4_t2"), ("test_mpbn_vgg.c4_t2", "c4_t2"), ("test_mpbn_vgg.c6", "c6")):
+            model = make_model(name, pretrained=True)
+            assert model.T == shipped[tag].T and model.recipe == [("fold_bn", {})] and same(shipped[tag], model)
+    assert hub.requests == []
+    info = spikezoo.model_info("test_mpbn_vgg.c6")
+    assert (info.T, info.num_classes, info.dataset) == (5, 6, "npz:none.npz")
+    features = spikezoo.create_model("test_mpbn_vgg.c6", pretrained=True, features_only=True)
+    x = images(shipped["c6"])
+    with torch.no_grad():
+        taken = features.eval()(x)
+        assert torch.equal(taken[-1], shipped["c6"].forward_features(x))
+    assert [f.shape[1] for f in taken] == [f["num_chs"] for f in shipped["c6"].feature_info]
+
+
+def test_missing_tags_name_those_that_exist(shipped):
+    with pytest.raises(ValueError, match=r"Unknown tag 'c5'.*Its tags: c4_t2, c6"):
+        spikezoo.create_model("test_mpbn_vgg.c5", pretrained=True)
+    with pytest.raises(ValueError, match=r"has no pretrained weights.*test_mpbn_vgg.c4_t2"):
+        spikezoo.create_model("test_spiking_vgg", pretrained=True)
+
+
+def test_weights_on_the_hub_by_tag(hub, monkeypatch):
+    model = make("test_spiking_vgg", T=6)
+    spikezoo.push_to_hub(model, "org/net", {"dataset": "digits"})
+    pinned = f"org/net@{hub.head('org/net')}"
+    from dataclasses import replace
+
+    row = replace(registry._rows["test_spiking_vgg"], weights={"digits": {"hf_hub_id": pinned, "dataset": "digits"}})
+    monkeypatch.setitem(registry._rows, "test_spiking_vgg", row)
+    loaded = spikezoo.create_model("test_spiking_vgg", pretrained=True)
+    assert loaded.T == 6 and same(model, loaded)
+    hub.requests.clear()
+    assert same(model, spikezoo.create_model("test_spiking_vgg", pretrained=True)) and hub.requests == []
+
+
+def test_torch_hub(hub):
+    model = make("test_spiking_vgg", T=2)
+    spikezoo.push_to_hub(model, "org/net")
+    spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
+    hubconf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hubconf)
+    assert hubconf.mpbn_resnet20(T=1).T == 1
+    with pytest.raises(ValueError, match="no pretrained weights"):
+        hubconf.mpbn_resnet20(pretrained=True)
