@@ -2,22 +2,29 @@
 
 Example:
     python benchmark.py --model mpbn_resnet20 --mode train --T 1 --amp --channels-last --torchcompile
+    python benchmark.py --model spiking_vgg9 --mode size
 
 Both sides run in one process and in turns, A B A B, so that a busy machine slows both; the speed-up is the median of
 the ratios of neighbours. The first step of each side, with its compilation, and the warm-up are timed apart. Only
 spikezoo's side takes --amp, --channels-last and --torchcompile.
+
+The mode ``size`` measures files instead: the same weights at random masks, stored dense, as bitmask and as ticket,
+against the entropy of the mask.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,12 +34,17 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import Tensor, nn
 
 import spikezoo
+from spikezoo import sparse
+from spikezoo.checkpoint import write_checkpoint
 from spikezoo.evaluation import check_results_file, environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import LIF, SURROGATES, NeuronConfig
 
 Row = dict[str, Any]
+MODES = ("train", "infer", "size")
+# Fractions removed, as the ticket papers count them.
+SPARSITIES = (0.4, 0.8, 0.9, 0.95)
 Step = Callable[[], None]
 
 
@@ -42,7 +54,7 @@ class Settings:
 
     Attributes:
         model: Name of the model.
-        mode: train (forward, cross entropy, backward, SGD) or infer (forward in evaluation mode).
+        mode: train (forward, cross entropy, backward, SGD), infer (forward in evaluation mode) or size (of files).
         against: The baseline, a key of ``BASELINES``.
         T: Time steps.
         batch_size: Images a step.
@@ -74,7 +86,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         spikezoo.model_info(self.model)  # an unknown name raises and suggests the nearest one
-        for name, value, choices in (("mode", self.mode, ("train", "infer")), ("against", self.against, BASELINES)):
+        for name, value, choices in (("mode", self.mode, MODES), ("against", self.against, BASELINES)):
             if value not in choices:
                 raise ValueError(f"{name}={value!r} does not exist: choose from {', '.join(choices)}.")
         for name in ("T", "batch_size", "img_size", "num_classes", "repeats", "threads"):
@@ -447,8 +459,96 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+# --------------------------------------------------------------------------------------------------------------
+# Sizes of files
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _entropy(p: float) -> float:
+    """Bits that a mask needs per weight where a fraction p of it is set at random."""
+    return -sum(q * math.log2(q) for q in (p, 1 - p) if q)
+
+
+def size_rows(settings: Settings) -> list[Row]:
+    """Store the convolutions and linear layers of a net in every code and compare with the entropy of their masks."""
+    given = {"T": settings.T, "img_size": settings.img_size, "num_classes": settings.num_classes}
+    model = spikezoo.create_model(settings.model, **given)  # type: ignore[arg-type]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    shapes = {f"{index}.weight": tuple(layer.weight.shape) for index, layer in enumerate(layers)}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    generator = torch.Generator().manual_seed(0)
+    facts = environment()
+    rows: list[Row] = []
+
+    def store(code: str, sparsity: float, bound: float, state: dict[str, Tensor], seeds: dict[str, int]) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            write_s, read_s = [], []
+            for _ in range(settings.repeats):
+                start = time.perf_counter()
+                stored, metadata = sparse.encode(state, seeds=seeds)
+                write_s.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                back = sparse.decode(stored, metadata)
+                read_s.append(time.perf_counter() - start)
+            if any(not torch.equal(back[name], tensor) for name, tensor in state.items()):
+                raise RuntimeError(f"{settings.model}: the {code} code at sparsity {sparsity} is not exact.")
+            write_checkpoint(folder, state, {"spikezoo": {}}, seeds=seeds)
+            bits = 8 * path.stat().st_size / total
+        rows.append(
+            {
+                "model": settings.model, "code": code, "sparsity": sparsity, "weights": total,
+                "bytes": round(bits * total / 8), "bits_per_weight": round(bits, 4), "bound": round(bound, 4),
+                "over_bound": round(bits / bound, 4), "encode_mb_s": round(4e-6 * total / median(write_s)),
+                "decode_mb_s": round(4e-6 * total / median(read_s)), "repeats": settings.repeats, **facts,
+            }
+        )  # fmt: skip
+
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    store("dense", 0.0, 32.0, values, {})
+    for sparsity in SPARSITIES:
+        masks = {name: torch.rand(shape, generator=generator) >= sparsity for name, shape in shapes.items()}
+        kept = sum(int(mask.sum()) for mask in masks.values()) / total
+        mask_bits = _entropy(kept)
+        zero = torch.zeros(())
+        store(
+            "bitmask",
+            sparsity,
+            mask_bits + 32 * kept,
+            {n: torch.where(masks[n], v, zero) for n, v in values.items()},
+            {},
+        )
+        seeds = {name: index for index, name in enumerate(shapes)}
+        for code, given_seeds in (("ticket", {}), ("ticket, signs from a seed", seeds)):
+            tickets = {}
+            for name, shape in shapes.items():
+                signs = torch.where(sparse.seeded_signs(seeds[name], shape), -0.05, 0.05)
+                tickets[name] = torch.where(masks[name], signs, zero)
+            store(code, sparsity, mask_bits + (0 if given_seeds else kept), tickets, given_seeds)
+    return rows
+
+
+def size_markdown(rows: Sequence[Row]) -> str:
+    """The rows of the mode ``size`` as a table for people."""
+    first = rows[0]
+    lines = [
+        f"{first['model']}: {first['weights']:,} weights of convolutions and linear layers, random masks",
+        "",
+        "| code | removed | bytes | bits a weight | entropy bound | ratio | encode MB/s | decode MB/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['code']} | {r['sparsity']:.0%} | {r['bytes']:,} | {r['bits_per_weight']:.3f} | {r['bound']:.3f} | "
+        f"{r['over_bound']:.3f} | {r['encode_mb_s']:,} | {r['decode_mb_s']:,} |"
+        for r in rows
+    ]
+    return "\n".join([*lines, "", f"- commit {first['commit']}, {first['date']}, {first['machine']}"])
+
+
 def run(settings: Settings) -> list[Row]:
-    """Measure once and return one row a side: spikezoo, then the baseline."""
+    """Measure once and return one row a side (spikezoo, then the baseline), or one row a code."""
+    if settings.mode == "size":
+        return size_rows(settings)
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads or before)
     try:
@@ -464,7 +564,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model", required=True, help="name of the model, see spikezoo.list_models()")
-    add("--mode", choices=("train", "infer"), default="train", help="training step or forward pass (default: train)")
+    add("--mode", choices=MODES, default="train", help="training step, forward pass or file sizes (default: train)")
     add("--against", choices=tuple(BASELINES), default="spikingjelly", help="the baseline (default: spikingjelly)")
     add("--T", type=int, metavar="N", help="time steps (default: the model's)")
     add("--batch-size", type=int, default=128, metavar="N", help="images a step (default: 128)")
@@ -493,7 +593,7 @@ def main(argv: Iterable[str] | None = None) -> list[Row]:
         rows = run(settings)
     except ValueError as error:
         parser.error(str(error))
-    print(markdown(rows))
+    print(size_markdown(rows) if settings.mode == "size" else markdown(rows))
     if results:
         write_rows(results, rows)
     return rows

@@ -191,3 +191,19 @@ def test_bad_command_lines(benchmark, capsys, flags, message):
         benchmark.main(flags.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_sizes_of_files(benchmark, capsys):
+    rows = benchmark.main(["--model", "spiking_conv4", "--mode", "size", "--repeats", "1"])
+    found = {(row["code"], row["sparsity"]): row for row in rows}
+    assert found["dense", 0.0]["bytes"] > 4 * 2_425_024 == 4 * found["dense", 0.0]["weights"]
+    # By hand: 0.4 removed of 2,425,024 weights has a mask entropy of 0.97095 bits a weight, 0.9 removed 0.46900.
+    for sparsity, entropy in ((0.4, 0.97095), (0.9, 0.46900)):
+        assert found["ticket, signs from a seed", sparsity]["bound"] == pytest.approx(entropy, abs=2e-3)
+        assert found["ticket", sparsity]["bound"] == pytest.approx(entropy + 1 - sparsity, abs=2e-3)
+        assert found["bitmask", sparsity]["bound"] == pytest.approx(entropy + 32 * (1 - sparsity), abs=2e-2)
+        size = found["ticket, signs from a seed", sparsity]["bytes"]
+        assert size <= 1.05 * entropy * 2_425_024 / 8 + 4096
+    assert found["bitmask", 0.9]["bits_per_weight"] <= 4.3
+    assert all(row["over_bound"] > 0.999 for row in rows)
+    assert "entropy bound" in capsys.readouterr().out
