@@ -59,6 +59,7 @@ from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate
 from spikezoo.hub import describe
 from spikezoo.neurons import WithRates, nearest
+from spikezoo.transforms.tickets import set_epoch, tickets
 
 # Logits and the firing rates of every layer and time step, of a batch of images.
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -136,6 +137,14 @@ def build_parser() -> argparse.ArgumentParser:
         action=ParseKwargs,
         metavar="K=V",
         help="further arguments of create_model: decay=0.5 surrogate=triangle ...",
+    )
+    group.add_argument(
+        "--ticket",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="K=V",
+        help="train a lottery ticket: kind=mpslt (lt, slt, mplt) sparsity=0.4 (the fraction removed) scope=layer ...",
     )
     group.add_argument("--pretrained", action=Switch, default=False)
     group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
@@ -506,6 +515,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "mpbn": args.mpbn,
         "neuron": args.neuron,
         "drop_rate": args.drop or None,
+        "ticket": args.ticket or None,
         **args.model_kwargs,
     }
     return {key: value for key, value in arguments.items() if value is not None}
@@ -669,11 +679,13 @@ class Run:
 
     def _check(self, state: dict[str, Any], source: Path | None) -> None:
         """Raise where this run cannot go on from a state, before anything is written."""
-        wanted = self.arguments
-        if state["architecture"] != self.args.model or state["model_args"] != wanted:
+        theirs = (state["architecture"], state["model_args"], state["spikezoo"].get("recipe", []))
+        ours = (self.args.model, self.arguments, self.recipe)
+        if theirs != ours:
             raise ValueError(
-                f"{source} was written by model {state['architecture']!r} with {state['model_args']}, and this run "
-                f"asks for {self.args.model!r} with {wanted}. Use the same config, or --initial-checkpoint."
+                f"{source} was written by model {theirs[0]!r} with {theirs[1]} and the transforms {theirs[2]}, and "
+                f"this run asks for {ours[0]!r} with {ours[1]} and {ours[2]}. Use the same config, or "
+                "--initial-checkpoint."
             )
         if self.args.no_resume_opt:
             return
@@ -775,6 +787,7 @@ class Run:
         args, model = self.args, self.model
         net.train()
         self.train_loader.set_epoch(self.epoch)
+        set_epoch(model, self.epoch)
         total = len(self.train_loader)
         accumulate = args.grad_accum_steps
         spiking = model.neuron_config.spiking
@@ -889,6 +902,8 @@ class Run:
         if not self.main:
             return
         model = self.ema.module if self.ema else self.model
+        if tickets(model):  # the logits stay, bit for bit, and the file shrinks thirty times
+            model = spikezoo.bake(model)
         final = results.get("ema", results)
         measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
         results = {

@@ -16,5 +16,7 @@ from spikezoo.registry import is_model as is_model
 from spikezoo.registry import list_models as list_models
 from spikezoo.registry import list_pretrained as list_pretrained
 from spikezoo.registry import model_info as model_info
+from spikezoo.transforms import apply as apply
+from spikezoo.transforms import bake as bake
 from spikezoo.transforms import fold_bn as fold_bn
 from spikezoo.transforms import fold_mpbn as fold_mpbn

@@ -267,13 +267,13 @@ def _split(name: str) -> tuple[str, str]:
     return architecture, tag
 
 
-def _check_arguments(architecture: str, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(architecture: str, arguments: Mapping[str, Any], transforms: Sequence[str] = ()) -> None:
     # A family hands on what it does not take itself, so its base's arguments are its own too.
     constructors = [vars(cls)["__init__"] for cls in _classes[architecture].__mro__ if "__init__" in vars(cls)]
     parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
     layout = set(_rows[architecture].arguments) - {"mpbn"}
     known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = (known - {"self"}) | _NEURON_ARGUMENTS | _FACTORY_ARGUMENTS
+    known = (known - {"self"}) | _NEURON_ARGUMENTS | _FACTORY_ARGUMENTS | set(transforms)
     for name in arguments:
         if name not in known:
             valid = known - layout - {"neuron_defaults"}
@@ -327,7 +327,8 @@ def create_model(
         use_ema: Take the averaged weights, where ``checkpoint_path`` is a training state.
         **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
             ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
-            ``features_only``, ``out_indices``.
+            ``features_only``, ``out_indices``; and transforms with their arguments, applied last:
+            ``ticket=dict(kind='mpslt', sparsity=0.4)``.
 
     Returns:
         The model, in training mode; in evaluation mode where a transform that ends training was applied.
@@ -342,6 +343,7 @@ def create_model(
         >>> model = spikezoo.create_model('mpbn_resnet20', T=2, num_classes=100)
     """
     from spikezoo.checkpoint import find_weights, load_weights, read_config
+    from spikezoo.transforms import FLAGS, apply, replay
 
     path: Path | None = None
     config: dict[str, Any] = {}
@@ -382,7 +384,11 @@ def create_model(
         **kwargs,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    _check_arguments(architecture, given)
+    _check_arguments(architecture, given, FLAGS)
+    flags = {key: given.pop(key) for key in FLAGS if key in given}
+    for flag, value in flags.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{flag}={value!r}: expected the arguments of the transform, such as {flag}={{}}.")
     changed = [key for key in ("num_classes", "in_chans") if key in given]
     features = {key: given.pop(key) for key in ("features_only", "out_indices") if key in given}
     merged = _merge(stored, given)
@@ -390,19 +396,15 @@ def create_model(
     # Weights of ours are loaded here, checked and after the transforms; timm loads only what an overlay asks for.
     overlay = pretrained and "pretrained_cfg_overlay" in kwargs and path is None
     full = f"{architecture}.{tag}" if tag else architecture
-    if not config and path is None:
+    if not config and path is None and not flags:
         return timm.create_model(full, pretrained=overlay, **merged, **features)
-    model: Any = timm.create_model(full, **merged)
-    recipe = config.get("spikezoo", {}).get("recipe", [])
-    if recipe:
-        from spikezoo.transforms import replay
-
-        arguments = model._model_args
-        model = replay(model, recipe)
-        model._model_args = arguments
+    model: Any = timm.create_model(full, pretrained=overlay, **merged)
+    model = replay(model, config.get("spikezoo", {}).get("recipe", []))
     if path is not None:
         load_weights(model, path, use_ema, changed=changed)
         model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
+    for flag, value in flags.items():
+        model = apply(model, flag, **value)
     if features.get("features_only"):
         return timm.model_entrypoint(architecture)(model=model, **features)
     return model

@@ -23,7 +23,7 @@ ALLOWED = {
     "layers.py": {"neurons"},
     "registry.py": {"neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
     "models": {"layers", "registry", "encoding", "neurons", "models"},
-    "transforms": {"neurons", "layers", "transforms"},
+    "transforms": {"neurons", "layers", "sparse", "transforms"},
     "evaluation.py": {"neurons", "checkpoint", "counters", "data", "registry"},
     "__main__.py": {"checkpoint", "counters", "data", "evaluation", "hub"},
     "search.py": {"registry", "counters"},

@@ -6,6 +6,9 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
 
     fold_mpbn   membrane normalisation into a threshold and a polarity per channel or element; exact
     fold_bn     batch norm into the convolution or linear layer before it; equal up to rounding
+    ticket      lottery ticket: frozen weights, learned scores, a mask of the best (LT, SLT, MPLT, MPSLT)
+    bake        tickets into plain weights; exact
+    tune        baked tickets with their zeros fixed, to train the other weights
 
 Example:
     >>> model = replay(spikezoo.create_model('mpbn_resnet20'), [('fold_mpbn', {}), ('fold_bn', {})])
@@ -21,10 +24,19 @@ from torch import nn
 
 from spikezoo.neurons import UnknownArgumentError, nearest
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
+from spikezoo.transforms.tickets import bake, set_epoch, ticket, tune
 
-__all__ = ["TRANSFORMS", "apply", "fold_bn", "fold_mpbn", "replay"]
+__all__ = ["FLAGS", "TRANSFORMS", "apply", "bake", "fold_bn", "fold_mpbn", "replay", "set_epoch", "ticket", "tune"]
 
-TRANSFORMS: dict[str, Callable[..., nn.Module]] = {"fold_mpbn": fold_mpbn, "fold_bn": fold_bn}
+TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
+    "fold_mpbn": fold_mpbn,
+    "fold_bn": fold_bn,
+    "ticket": ticket,
+    "bake": bake,
+    "tune": tune,
+}
+# What create_model takes as arguments, to apply them to what it made.
+FLAGS = ("ticket",)
 
 
 def apply(model: nn.Module, name: str, **arguments: Any) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron
@@ -246,6 +247,8 @@ def fold_bn(model: nn.Module) -> nn.Module:
         if isinstance(module, ConvNormNeuron | LinearNormNeuron)
     ]
     layers = [(name, module) for name, module in layers if not isinstance(module.norm, nn.Identity | None)]
+    if any(parametrize.is_parametrized(module) for module in folded.modules()):
+        raise ValueError("The weights of this model are tickets, which learn scores: spikezoo.bake it first.")
     if not layers:
         raise ValueError(
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."

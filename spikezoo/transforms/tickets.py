@@ -1,0 +1,379 @@
+"""Lottery tickets: frozen random weights and a learned mask, real (LT, SLT) or binary (MPLT, MPSLT).
+
+Papers: "Gaining the Sparse Rewards by Exploring Binary Lottery Tickets in SNN" (BinW-SLT, here mpslt), "Gaining the
+Sparse Rewards by Exploring Lottery Tickets in SNNs" (LT, SLT, MPLT, MPSLT), after edge-popup ("What's Hidden in a
+Randomly Weighted Neural Network?") and biprop ("Multi-Prize Lottery Ticket Hypothesis").
+
+The weights of a layer stay at their random initialisation W. Learned scores S rank them: the mask M keeps those with
+the largest |S|. The layer computes with M * W, or with M * gain * sign(W), where the gain is the mean |W| of the kept
+weights. The scores' gradient passes straight through: dL/dS = dL/dweight * W * sign(S), the gain not multiplied in.
+
+``sparsity`` is the fraction of the weights removed, everywhere. The code of biprop and edge-popup calls the fraction
+kept its "prune rate"; "a pruning rate of 40 %" in the papers reads as removed, but cannot be told from their text.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spikezoo.neurons import nearest
+from spikezoo.sparse import seeded_signs
+from spikezoo.transforms.fold import _record
+
+__all__ = ["KINDS", "bake", "set_epoch", "ticket", "tune"]
+
+# Kind -> whether the weights are binary, and the neurons that it is for.
+KINDS = {
+    "lt": (False, ("relu",)),
+    "slt": (False, ("lif", "if", "plif")),
+    "mplt": (True, ("sign",)),
+    "mpslt": (True, ("lif", "if", "plif")),
+}
+ALIASES = {"binw_slt": "mpslt"}
+INITS = ("signed_constant", "kaiming_normal")
+SCOPES = ("layer", "global")
+# biprop's schedule of the global threshold: from half of the weights kept to the wanted fraction.
+ANNEALED_FROM, ANNEALED_EPOCHS = 0.5, 10
+
+
+@torch.library.custom_op("spikezoo::top_mask", mutates_args=())
+def _top_mask(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
+    """Mask of one of the layers: where its |score| is among the ``kept`` largest of all layers given."""
+    magnitudes = [score.detach().abs().flatten() for score in scores]
+    ranked = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
+    place = ranked.numel() - kept
+    if ranked.dtype not in (torch.float32, torch.float64):
+        ranked = ranked.float()
+    if ranked.device.type == "cpu":
+        # NumPy selects ten times as fast as torch, which in turn beats a sort by as much.
+        threshold = float(np.partition(ranked.numpy(), place)[place])
+    else:
+        threshold = ranked.kthvalue(place + 1).values.item()
+    above = ranked > threshold
+    missing = kept - int(above.sum())
+    # Equal scores at the threshold are common among millions of floats: the first ones are kept.
+    ties = (ranked == threshold).nonzero().flatten()[:missing]
+    above[ties] = True
+    start = sum(m.numel() for m in magnitudes[:index])
+    return above[start : start + magnitudes[index].numel()].reshape(scores[index].shape).clone()
+
+
+@_top_mask.register_fake
+def _(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
+    return torch.empty_like(scores[index], dtype=torch.bool)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Weights forward; to what they were made from their gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(factor)
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (factor,) = ctx.saved_tensors
+        return grad * factor, None, None
+
+
+class _Ranking:
+    """The layers that compete for one number of kept weights: one layer, or all of a model.
+
+    Args:
+        sparsity: Fraction removed.
+    """
+
+    def __init__(self, sparsity: float) -> None:
+        self.sparsity = sparsity
+        self.layers: list[parametrize.ParametrizationList] = []
+        self.annealed: float | None = None  # a fraction kept that stands in for the final one
+
+    def mask(self, index: int, own: Tensor) -> Tensor:
+        """The mask of one layer, whose scores are ``own``."""
+        scores: list[Any] = [layer.original for layer in self.layers]
+        if index == len(scores):  # while it is being registered
+            scores.append(own)
+        total = sum(score.numel() for score in scores)
+        kept = total - int(self.sparsity * total)
+        return _top_mask(scores, index, kept if self.annealed is None else max(1, round(self.annealed * total)))
+
+
+class Ticket(nn.Module):
+    """Parametrisation of a weight by scores: what is stored and learned are the scores.
+
+    Args:
+        frozen: The random weights.
+        binary: Whether only their signs count.
+        ranking: Whom the scores compete with.
+        seed: Seed of the signs of ``frozen``.
+    """
+
+    frozen: Tensor
+
+    def __init__(self, frozen: Tensor, binary: bool, ranking: _Ranking, seed: int) -> None:
+        super().__init__()
+        self.binary, self.seed = binary, seed
+        self.ranking, self.index = ranking, len(ranking.layers)
+        # Not in the state dict: the seed gives it again.
+        self.register_buffer("frozen", frozen, persistent=False)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Scores to start from, drawn as biprop's."""
+        scores = torch.empty_like(weight)
+        nn.init.kaiming_uniform_(scores, a=math.sqrt(5))
+        return scores
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """The masked weights, shape of the scores."""
+        mask = self.ranking.mask(self.index, scores)
+        values = self.frozen
+        if self.binary:
+            gain = (values.abs() * mask).sum() / mask.sum()
+            values = gain * values.sign()
+        # Not a product: minus zero would be another number.
+        weight = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        return _StraightThrough.apply(scores, self.frozen * scores.detach().sign(), weight)
+
+
+class Tuned(nn.Module):
+    """Parametrisation of a weight by a fixed mask: what is stored and learned is the weight.
+
+    Args:
+        weight: Where it is zero it stays zero.
+        binary: Whether the forward pass takes the sign of the weights, times their mean magnitude.
+    """
+
+    mask: Tensor
+
+    def __init__(self, weight: Tensor, binary: bool) -> None:
+        super().__init__()
+        self.binary = binary
+        self.register_buffer("mask", weight.detach() != 0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The masked weights."""
+        zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        if not self.binary:
+            return torch.where(self.mask, weight, zero)
+        gain = (weight.detach().abs() * self.mask).sum() / self.mask.sum()
+        # A weight at zero keeps a sign, or the layer would lose it for good.
+        return _StraightThrough.apply(
+            weight, self.mask, torch.where(self.mask, torch.where(weight < 0, -gain, gain), zero)
+        )
+
+
+def _layers(model: nn.Module, exempt: Sequence[str]) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Convolutions and linear layers that are not exempted, by name."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    for pattern in exempt:
+        if not any(fnmatchcase(name, pattern) for name in found):
+            raise ValueError(
+                f"exempt={pattern!r} matches no convolution and no linear layer. {nearest(pattern, found)}"
+            )
+    return {name: m for name, m in found.items() if not any(fnmatchcase(name, pattern) for pattern in exempt)}
+
+
+def _frozen(weight: Tensor, init: str, seed: int, kept: float) -> Tensor:
+    """Random weights that the seed determines: its signs, and magnitudes of the initialisation."""
+    fan_in = weight[0].numel()
+    std = math.sqrt(2 / (fan_in * kept))
+    if init == "signed_constant":
+        magnitude = torch.full(weight.shape, std)
+    else:
+        magnitude = std * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).abs()
+    signs = seeded_signs(seed, tuple(weight.shape))
+    return torch.where(signs, -magnitude, magnitude).to(weight)
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number in [low, high), or an error that says so."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+        raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}).")
+    return float(value)
+
+
+def ticket(
+    model: nn.Module,
+    kind: str = "mpslt",
+    sparsity: float = 0.4,
+    scope: str = "layer",
+    init: str = "signed_constant",
+    scale_fan: bool = False,
+    anneal: bool = False,
+    seed: int = 0,
+    exempt: Sequence[str] = (),
+) -> nn.Module:
+    """Turn the weights of all convolutions and linear layers into tickets: scores that choose among frozen weights.
+
+    What is trained afterwards are the scores (and norms and biases, where the model has them); :func:`bake` ends it.
+
+    Args:
+        model: A model as it was created. It stays as it is.
+        kind: lt (real weights, ReLU), slt (real weights, spiking neurons), mplt (binary weights, sign activations),
+            mpslt or binw_slt (binary weights, spiking neurons).
+        sparsity: Fraction of the weights removed, in [0, 1).
+        scope: 'layer' removes that fraction of every layer, 'global' of all layers together.
+        init: Frozen weights: signed_constant (two values a layer) or kaiming_normal.
+        scale_fan: Count only the kept inputs of a neuron for the size of the frozen weights.
+        anneal: With scope 'global': keep half of the weights at first and the wanted fraction from epoch 10 on, on a
+            cubic curve (biprop); :func:`set_epoch` tells the epoch.
+        seed: Seed of the frozen weights; every layer draws its own.
+        exempt: Names of layers that stay ordinary, wildcards allowed, for instance ``['head.fc']``.
+
+    Returns:
+        A copy with one more entry in its ``recipe``, in the mode of the model.
+
+    Raises:
+        ValueError: A sparsity outside [0, 1), a kind that does not fit the neuron, a layer name that matches nothing, a
+            layer that would keep no weight, a model that has a ticket already.
+    """
+    name = ALIASES.get(kind, kind)
+    if name not in KINDS:
+        raise ValueError(f"kind={kind!r} does not exist. {nearest(kind, (*KINDS, *ALIASES))}")
+    check_number("sparsity", sparsity, 0, 1)
+    for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
+        if value not in valid:
+            raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
+    if anneal and scope != "global":
+        raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
+    exempt = [exempt] if isinstance(exempt, str) else list(exempt)
+    binary, neurons = KINDS[name]
+    config: Any = getattr(model, "neuron_config", None)
+    if config is not None and config.kind not in neurons:
+        fits = [k for k, (_, kinds) in KINDS.items() if config.kind in kinds]
+        raise ValueError(
+            f"kind={kind!r} is for neuron={' or '.join(map(repr, neurons))} and the model has {config.kind!r}: use "
+            f"kind={' or '.join(map(repr, fits))}, or create the model with another neuron."
+        )
+    copied = copy.deepcopy(model)
+    layers = _layers(copied, exempt)
+    if not layers:
+        raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
+    for layer_name, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(f"Layer {layer_name!r} is a ticket already: apply 'ticket' once, to the model as created.")
+    shared = _Ranking(sparsity) if scope == "global" else None
+    for index, layer in enumerate(layers.values()):
+        ranking = shared or _Ranking(sparsity)
+        own = (seed << 16) + index
+        frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
+        parametrization = Ticket(frozen, binary, ranking, own)
+        parametrize.register_parametrization(layer, "weight", parametrization)
+        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
+    if shared is not None and shared.layers[0].original.device.type != "meta":
+        _check_none_empty(layers)
+    arguments = {
+        "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
+        "seed": seed, "exempt": exempt,
+    }  # fmt: skip
+    return _record(copied, "ticket", **arguments).train(model.training)
+
+
+def _check_none_empty(layers: Mapping[str, nn.Module]) -> None:
+    for name, layer in layers.items():
+        weight: Any = layer.weight
+        if not weight.any():
+            raise ValueError(
+                f"Layer {name!r} would keep no weight at all. Use scope='layer', a smaller sparsity, or exempt it."
+            )
+
+
+def tickets(model: nn.Module) -> dict[str, tuple[Any, Ticket | Tuned]]:
+    """Layers whose weight is parametrised by a ticket, with the parametrisation, by name."""
+    found = {}
+    module: Any
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            first = module.parametrizations.weight[0]
+            if isinstance(first, Ticket | Tuned):
+                found[name] = (module, first)
+    return found
+
+
+def set_epoch(model: nn.Module, epoch: float) -> None:
+    """Tell the tickets of a model the epoch, from 0; only annealed ones listen."""
+    annealed = [arguments for name, arguments in getattr(model, "recipe", []) if name == "ticket"]
+    if not annealed or not annealed[-1]["anneal"]:
+        return
+    final = 1 - annealed[-1]["sparsity"]
+    rest = max(0.0, 1 - epoch / ANNEALED_EPOCHS) ** 3
+    for _, parametrization in tickets(model).values():
+        if isinstance(parametrization, Ticket):
+            kept = final + (ANNEALED_FROM - final) * rest
+            parametrization.ranking.annealed = kept if final < ANNEALED_FROM and rest else None
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> nn.Module:
+    """Replace scores, frozen weights and masks by the plain weights that they give; the logits stay, bit for bit.
+
+    Of binary kinds the weights are -gain, 0 and gain, which a checkpoint stores in little more than a bit a weight.
+
+    Args:
+        model: A model with tickets. It stays as it is.
+
+    Returns:
+        A copy with one more entry in its ``recipe``, in the mode of the model.
+
+    Raises:
+        ValueError: No tickets, or a layer that keeps no weight.
+    """
+    copied = copy.deepcopy(model)
+    found = tickets(copied)
+    if not found:
+        raise ValueError("Nothing to bake: the model has no tickets. spikezoo.apply(model, 'ticket', ...) makes them.")
+    set_final(copied)
+    for name, (layer, parametrization) in found.items():
+        if not layer.weight.any():
+            raise ValueError(f"Layer {name!r} keeps no weight at all: train with scope='layer', or less sparsity.")
+        weight = layer.weight
+        # torch's remove_parametrizations changes the class, which the copy shares with the model it came from.
+        layer.__class__ = layer.__class__.__bases__[0]
+        del layer.parametrizations
+        layer.weight = nn.Parameter(weight)
+        if isinstance(parametrization, Ticket):
+            layer.sign_seeds = {"weight": parametrization.seed}  # for the checkpoint
+    return _record(copied, "bake").train(model.training)
+
+
+def set_final(model: nn.Module) -> None:
+    """End the schedule of annealed tickets."""
+    set_epoch(model, ANNEALED_EPOCHS)
+
+
+def tune(model: nn.Module, binary: bool = False) -> nn.Module:
+    """Prepare the fine-tuning of a baked ticket: zeros stay zeros, the other weights are trained.
+
+    Args:
+        model: A baked model. It stays as it is.
+        binary: Keep the weights at -gain, 0 and gain, with straight-through gradients; otherwise they become real.
+
+    Returns:
+        A copy with one more entry in its ``recipe``, in the mode of the model; :func:`bake` ends it.
+
+    Raises:
+        ValueError: A model that is not baked.
+    """
+    if not isinstance(binary, bool):
+        raise ValueError(f"binary={binary!r}: expected True or False.")
+    applied = [name for name, _ in getattr(model, "recipe", [])]
+    if tickets(model) or "bake" not in applied:
+        raise ValueError(f"Fine-tuning starts from a baked ticket and the recipe is {applied}: spikezoo.bake it first.")
+    copied: Any = copy.deepcopy(model)
+    arguments = next(arguments for name, arguments in reversed(copied.recipe) if name == "ticket")
+    for layer in _layers(copied, arguments["exempt"]).values():
+        layer.__dict__.pop("sign_seeds", None)
+        parametrize.register_parametrization(layer, "weight", Tuned(layer.weight, binary))
+    return _record(copied, "tune", binary=binary).train(model.training)
