@@ -378,7 +378,7 @@ def test_replay_on_a_fresh_model_takes_the_state_dict(name, mpbn, order):
 
 def test_recipes_that_make_no_sense_raise():
     model = spikezoo.create_model("test_mpbn_vgg")
-    assert list(TRANSFORMS) == ["fold_mpbn", "fold_bn"]
+    assert list(TRANSFORMS)[:2] == ["fold_mpbn", "fold_bn"]
     assert replay(model, []) is model
     with pytest.raises(ValueError, match=r"Unknown transform 'fold_mpnb'\. Did you mean 'fold_mpbn'"):
         apply(model, "fold_mpnb")

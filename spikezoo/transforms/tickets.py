@@ -64,12 +64,12 @@ def _top_mask(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
     ties = (ranked == threshold).nonzero().flatten()[:missing]
     above[ties] = True
     start = sum(m.numel() for m in magnitudes[:index])
-    return above[start : start + magnitudes[index].numel()].reshape(scores[index].shape).clone()
+    return above[start : start + magnitudes[index].numel()].clone().reshape(scores[index].shape)
 
 
 @_top_mask.register_fake
 def _(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
-    return torch.empty_like(scores[index], dtype=torch.bool)
+    return torch.empty_like(scores[index], dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
 class _StraightThrough(torch.autograd.Function):
