@@ -453,7 +453,7 @@ def test_adapts_channels_classes_and_size(name):
         # Odd feature maps on the way, 22 by 18 to 6 by 5: both branches of a block must round alike.
         assert model(wave((1, 2, 44, 36)).float()).shape == (1, 5)
         if name in PATCHED:
-            with pytest.raises(ValueError, match="33x35 pixels is not divisible by the patch, 4x4: .* to 32x36"):
+            with pytest.raises(ValueError, match=r"33x35 pixels is not divisible by the patch, 4x4: .* to 32x36"):
                 model(wave((1, 2, 33, 35)).float())
         else:
             assert model(wave((1, 2, 33, 35)).float()).shape == (1, 5)
