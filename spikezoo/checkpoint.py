@@ -328,7 +328,14 @@ def _adapt(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Modu
         _logger.warning("Loading weights into %s: %s.", type(model).__name__, "; ".join(said))
 
 
-def load_weights(model: nn.Module, path: str | Path, ema: bool = False, *, changed: Collection[str] = ()) -> None:
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    ema: bool = False,
+    *,
+    changed: Collection[str] = (),
+    filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
+) -> None:
     """Load weights strictly; where anything differs nothing is loaded.
 
     Args:
@@ -337,6 +344,7 @@ def load_weights(model: nn.Module, path: str | Path, ema: bool = False, *, chang
         ema: Take the averaged weights of a training state.
         changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
             as initialised, the first convolution fitted as timm does, and a warning says so.
+        filter_fn: Translates the names of foreign weights.
 
     Raises:
         FileNotFoundError: No such checkpoint.
@@ -344,6 +352,8 @@ def load_weights(model: nn.Module, path: str | Path, ema: bool = False, *, chang
     """
     weights, own = read_weights(path, ema), model.state_dict()
     check_nan(weights, f"Checkpoint {path}")
+    if filter_fn is not None and weights.keys() != own.keys():
+        weights = filter_fn(weights, model)
     if changed:
         _adapt(weights, own, model, changed)
     missing = sorted(own.keys() - weights.keys())

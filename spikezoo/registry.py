@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
@@ -138,35 +139,50 @@ class Pretrained:
         return f"{self.name}: {self.source}, {size}, {top1}, T={self.T}"
 
 
+# A family's translation of other names of its weights, such as its authors'.
+Filter = Callable[[dict[str, Any], nn.Module], dict[str, Any]]
+
 _rows: dict[str, ModelRow] = {}
 _classes: dict[str, type[nn.Module]] = {}
 
 
+def _levels(arguments: Mapping[str, Any]) -> int:
+    """Feature levels of a model: its stem and its stages, which are blocks where it has a depth."""
+    depth = arguments.get("depth")
+    return 1 + (depth if isinstance(depth, int) else len(arguments.get("widths", (0, 0))))
+
+
 def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> Callable[..., nn.Module]:
-    # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
-    # model's own forward_intermediates.
-    levels = 1 + len(row.arguments["widths"]) if "widths" in row.arguments else 3
-    feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
+    filter_fn = getattr(sys.modules[module], "checkpoint_filter_fn", None)
 
     def create(pretrained: bool = False, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
+        arguments = {**row.arguments, **kwargs}
+        # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
+        # model's own forward_intermediates.
+        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(_levels(arguments)))}
         if model is not None:  # made and loaded already, it only wants timm's wrapper
-            return build_model_with_cfg(lambda **_: model, name, False, feature_cfg=dict(feature_cfg), **kwargs)
-        if kwargs.get("neuron") in ANALOG and "mpbn" not in kwargs:
-            kwargs["mpbn"] = "none"  # a twin has no membrane potential; only mpbn asked for by name is a mistake
+            feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))  # type: ignore[arg-type]
+            return build_model_with_cfg(lambda **_: model, name, False, feature_cfg=feature_cfg, **kwargs)
+        if kwargs.get("neuron") in ANALOG:
+            # A twin has no membrane potential and no time; only what was asked for by name is a mistake.
+            if "mpbn" not in kwargs:
+                arguments["mpbn"] = "none"
+            if "T" not in kwargs:
+                arguments.pop("T", None)
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
         if pretrained and cfg.file and Path(cfg.file).is_relative_to(SHIPPED):
             # timm alone would neither check the file nor rebuild the model that it belongs to.
             own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
             return create_model(f"{name}.{cfg.tag}", True, **own)
-        kwargs.setdefault("img_size", cfg.input_size[-2:])
+        # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
+        arguments.setdefault("img_size", cfg.input_size[-2:])
         return build_model_with_cfg(
             cls,
             name,
             pretrained,
-            feature_cfg=dict(feature_cfg),
-            pretrained_filter_fn=_plain_weights,
-            **{**row.arguments, **kwargs},
+            feature_cfg=feature_cfg,
+            pretrained_filter_fn=functools.partial(_plain_weights, filter_fn),
+            **arguments,
         )
 
     create.__name__ = create.__qualname__ = name
@@ -175,14 +191,14 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
     return create
 
 
-def _plain_weights(weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+def _plain_weights(filter_fn: Filter | None, weights: dict[str, Any], model: nn.Module) -> dict[str, Any]:
     """Timm's filter of weights that it downloaded itself."""
     if any(name.endswith(".bitmask") for name in weights):
         raise ValueError(
             "These weights are stored in spikezoo's sparse code, which timm.create_model cannot read: use "
             "spikezoo.create_model with the same name, or spikezoo.load_sparse_file for the tensors."
         )
-    return weights
+    return filter_fn(weights, model) if filter_fn else weights
 
 
 def _shipped(name: str) -> dict[str, dict[str, Any]]:
@@ -224,12 +240,13 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
         if timm.is_model(name):
             raise ValueError(f"Model name {name!r} is taken already: registering it again would hide the other one.")
         imagenet = row.img_size >= 64
+        events = row.in_chans != 3  # counts of events are no colours
         cfg = {
             "input_size": (row.in_chans, row.img_size, row.img_size),
             "fixed_input_size": row.fixed_input_size,
             "pool_size": row.pool_size,
             "num_classes": row.num_classes,
-            "crop_pct": 0.875 if imagenet else 1.0,
+            "crop_pct": 0.875 if imagenet and not events else 1.0,
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406) if imagenet else (0.4914, 0.4822, 0.4465),
             "std": (0.229, 0.224, 0.225) if imagenet else (0.2023, 0.1994, 0.2010),
@@ -239,6 +256,8 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             "description": row.note,
             "paper_name": row.paper,
         }
+        if events:
+            cfg |= {"mean": (0.0,) * row.in_chans, "std": (1.0,) * row.in_chans}
         for tag in row.weights or {"": {}}:
             own = {key: value for key, value in row.weights.get(tag, {}).items() if key in _CFG_FIELDS}
             cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **own}
@@ -251,6 +270,11 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
         timm.models.register_model(entry)
         _rows[name], _classes[name] = row, cls
     return dict(default_cfgs)
+
+
+def _family(architecture: str) -> str:
+    """The file whose table holds the row; its class may come from another file."""
+    return timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -401,7 +425,8 @@ def create_model(
     model: Any = timm.create_model(full, pretrained=overlay, **merged)
     model = replay(model, config.get("spikezoo", {}).get("recipe", []))
     if path is not None:
-        load_weights(model, path, use_ema, changed=changed)
+        filter_fn: Filter | None = getattr(sys.modules[_classes[architecture].__module__], "checkpoint_filter_fn", None)
+        load_weights(model, path, use_ema, changed=changed, filter_fn=filter_fn)
         model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
     for flag, value in flags.items():
         model = apply(model, flag, **value)
@@ -450,7 +475,7 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
         pretrained: Only models with weights, with their tags.
         module: Only one family's file, for instance ``'spiking_vgg'``.
     """
-    modules = {cls.__module__.rpartition(".")[2] for cls in _classes.values()}
+    modules = set(map(_family, _rows))
     if module and module not in modules:
         raise ValueError(f"Unknown module {module!r}. {nearest(module, modules)}")
     found = timm.list_models(filter, module=module, pretrained=pretrained)
@@ -499,7 +524,7 @@ def model_info(name: str) -> ModelInfo:
     cfg: Any = timm.get_pretrained_cfg(full)
     return ModelInfo(
         name=architecture,
-        family=_classes[architecture].__module__.rpartition(".")[2],
+        family=_family(architecture),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         T=model.T,  # type: ignore[arg-type]
         neuron=model.neuron_config.kind,  # type: ignore[union-attr, arg-type]
