@@ -403,7 +403,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(beside.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond measure
         raise ValueError(f"{beside} is not valid JSON: {error}. {_hint(beside, 'It is damaged')}") from error
     if not isinstance(config, dict):
         raise ValueError(
@@ -417,6 +417,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
             "spikezoo if the format is newer than this version."
         )
     if "spikezoo" not in config:
+        if "sparsity_config" in config:  # only ever written together; without the block nothing vouches for the rest
+            raise ValueError(f"{beside} has lost its 'spikezoo' block. {_hint(beside, 'It is damaged')}")
         return config
     block = config["spikezoo"]
     version = block.get("version", 0) if isinstance(block, dict) else None
