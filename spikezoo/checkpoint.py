@@ -141,8 +141,11 @@ def load_state(path: str | Path, *keys: str) -> dict[str, Any]:
                 f"{path} is not a training state of this version ({STATE_VERSION}; found "
                 f"{metadata.get('spikezoo.state', 'none')}). Start from its weights with --initial-checkpoint instead."
             )
-        entries = json.loads(metadata["tree"])["dict"]
-        return {key: _unpack(item, file.get_tensor) for key, item in entries if not keys or key in keys}
+        try:
+            entries = json.loads(metadata["tree"])["dict"]
+            return {key: _unpack(item, file.get_tensor) for key, item in entries if not keys or key in keys}
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: its tree of entries cannot be read ({error!r}).") from error
 
 
 def _is_state(path: Path) -> bool:
@@ -382,7 +385,21 @@ def load_weights(
 def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
     block = config.get("spikezoo")
     found = block.get("sha256") if isinstance(block, Mapping) else None
-    return dict(found) if isinstance(found, Mapping) else {}
+    return {name: str(value) for name, value in found.items()} if isinstance(found, Mapping) else {}
+
+
+def _check_types(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Raise where a config says how to make the model in another form than an object of arguments and a recipe."""
+    if not isinstance(arguments := config.get("model_args", {}), dict):
+        raise ValueError(f"{path}: model_args is {arguments!r}. Expected an object such as {{'T': 4}}.")
+    block = config.get("spikezoo", {})
+    recipe = block.get("recipe", []) if isinstance(block, dict) else block
+    if not isinstance(recipe, list) or not all(
+        isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)
+        for entry in recipe
+    ):
+        raise ValueError(f"{path}: recipe is {recipe!r}. Expected pairs such as ['fold_bn', {{}}].")
+    return config
 
 
 def _config_hash(config: Mapping[str, Any]) -> str:
@@ -407,13 +424,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).is_file():
         path = find_weights(path)
         if _is_state(path):
-            return load_state(path, "architecture", "model_args", "spikezoo")
+            return _check_types(load_state(path, "architecture", "model_args", "spikezoo"), path)
     beside = (path if path.is_dir() else path.parent) / CONFIG_NAME
     if not beside.is_file():
         return {}
     try:
         config = json.loads(beside.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond measure
         raise ValueError(f"{beside} is not valid JSON: {error}. {_hint(beside, 'It is damaged')}") from error
     if not isinstance(config, dict):
         raise ValueError(
@@ -427,7 +444,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
             "spikezoo if the format is newer than this version."
         )
     if "spikezoo" not in config:
-        return config
+        if "sparsity_config" in config:  # only ever written together; without the block nothing vouches for the rest
+            raise ValueError(f"{beside} has lost its 'spikezoo' block. {_hint(beside, 'It is damaged')}")
+        return _check_types(config, beside)
     block = config["spikezoo"]
     version = block.get("version", 0) if isinstance(block, dict) else None
     if version not in (0, CONFIG_VERSION):  # 0: written before the config had versions, and hashes
@@ -437,7 +456,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{beside} is not as it was written: it was damaged, or edited by hand. Fetch it again; to change how a "
             "model is made, load it, give other arguments, and spikezoo.save_checkpoint it."
         )
-    return config
+    return _check_types(config, beside)
 
 
 def write_checkpoint(

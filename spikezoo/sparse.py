@@ -50,6 +50,7 @@ _INTEGERS = {
 }
 _ENTRY_BYTES = 100  # what one more tensor costs in the header of the file, about
 _MASKS = ("bits", "deflate", "gaps", "holes")
+_PARTS = ("shape", "bitmask", "compressed", "gain", "signs")
 
 
 def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -60,7 +61,12 @@ def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
     Args:
         seed: An integer from 0 to 2**63 - 1.
         shape: Shape of the result.
+
+    Raises:
+        ValueError: Another seed.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"Seed {seed!r} of signs: expected an integer from 0 to 2**63 - 1.")
     count = math.prod(shape)
     words = np.random.Philox(key=seed).random_raw(-(-count // 64)).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
@@ -74,9 +80,9 @@ def _signs_hash(negative: np.ndarray) -> str:
 # ---------------------------------------------------------------------------------------------------- masks
 
 
-def _deflate(data: bytes) -> bytes:
+def _deflate(data: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
     # Random masks have no repetitions to find: Huffman coding alone is fast and close to their entropy.
-    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    coder = zlib.compressobj(1, zlib.DEFLATED, -15, 9, strategy)
     return coder.compress(data) + coder.flush()
 
 
@@ -89,6 +95,14 @@ def _inflate(data: bytes, limit: int, name: str) -> bytes:
     if not coder.eof or coder.unused_data or len(found) > limit:
         raise ValueError(f"The mask of {name} is damaged: its compressed bytes do not end where they should.")
     return found
+
+
+def _most_entries(size: int) -> int:
+    """How many entries a mask of so many bytes may stand for: a forged shape must not fill the memory.
+
+    About what deflate itself can do: 8 entries a byte, at best compressed by 1032.
+    """
+    return 2**16 + 2**14 * size
 
 
 def _rows(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -107,12 +121,18 @@ def _pack_mask(mask: np.ndarray, shape: tuple[int, ...]) -> tuple[str, bytes]:
     over, rest = np.divmod(gaps, 255)  # 255 says: as many without an end, go on
     symbols = np.full(len(gaps) + over.sum(), 255, np.uint8)
     symbols[np.cumsum(over + 1) - 1] = rest
-    return code, _deflate(symbols.tobytes())
+    coded = _deflate(symbols.tobytes())
+    if len(mask) <= _most_entries(len(coded)):
+        return code, coded
+    # Gaps do not say what follows the last of them: here nearly everything does, and it is runs of equal bytes.
+    return "deflate", _deflate(np.packbits(mask.reshape(_rows(shape)), axis=1, bitorder="little").tobytes(), zlib.Z_RLE)
 
 
 def _unpack_mask(code: str, data: bytes, shape: tuple[int, ...], name: str) -> np.ndarray:
     """Decode a mask into a flat array of bool."""
     count = math.prod(shape)
+    if count > _most_entries(len(data)):
+        raise ValueError(f"The mask of {name} has {len(data):,} bytes: too few for its shape {shape}.")
     if code in ("bits", "deflate"):
         rows, columns = _rows(shape)
         width = -(-columns // 8)
@@ -203,23 +223,32 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
     kept = int(np.count_nonzero(mask))
     if code == "bitmask":
         values = parts["compressed"]
-        if values.dim() != 1 or len(values) != kept:
-            raise ValueError(f"{name} has {tuple(values.shape)} values for the {kept:,} bits of its mask.")
+        if values.dtype not in _INTEGERS or values.dim() != 1 or len(values) != kept:
+            raise ValueError(
+                f"{name}.compressed is {tuple(values.shape)} of {values.dtype}: no values for the {kept:,} bits of its "
+                "mask."
+            )
         result = torch.zeros(mask.shape, dtype=values.dtype)
         result[torch.from_numpy(mask)] = values
         return result.reshape(shape)
     gain = parts["gain"]
-    if gain.shape != (1,) or not gain.is_floating_point() or not gain.item() > 0:
-        raise ValueError(f"{name}.gain is {gain.tolist()}: expected one positive number.")
+    if gain.dtype not in _INTEGERS or not gain.is_floating_point() or gain.shape != (1,) or not gain.item() > 0:
+        raise ValueError(
+            f"{name}.gain is {tuple(gain.shape)} of {gain.dtype}, {gain.flatten()[:3].tolist()}: expected one positive "
+            "number."
+        )
     if "seed" in facts:
         negative = seeded_signs(facts["seed"], shape).reshape(-1).numpy()
         if _signs_hash(negative) != facts.get("signs"):
             raise ValueError(f"The signs that seed {facts['seed']} gives for {name} are not those that were stored.")
         negative = negative[mask]
     else:
-        packed = parts["signs"].numpy()
-        if parts["signs"].dtype != torch.uint8 or packed.shape != (-(-kept // 8),):
-            raise ValueError(f"{name}.signs has {packed.size:,} bytes for the {kept:,} bits of its mask.")
+        signs = parts["signs"]
+        if signs.dtype != torch.uint8 or signs.shape != (-(-kept // 8),):
+            raise ValueError(
+                f"{name}.signs is {tuple(signs.shape)} of {signs.dtype}: no signs for the {kept:,} bits of its mask."
+            )
+        packed = signs.numpy()
         if kept % 8 and packed[-1] >> kept % 8:
             raise ValueError(f"The signs of {name} are damaged: bits are set in the padding.")
         negative = np.unpackbits(packed, count=kept, bitorder="little").view(bool)
@@ -265,6 +294,9 @@ def encode(
 
     Returns:
         The tensors to store, and the metadata that :func:`decode` needs.
+
+    Raises:
+        ValueError: A seed that is none.
     """
     aliases = dict(_shared(state)) if sparse else {}
     stored: dict[str, Tensor] = {}
@@ -272,19 +304,19 @@ def encode(
     for name, tensor in state.items():
         if name in aliases:
             continue
-        tensor = tensor.detach().cpu().contiguous()
+        tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         coded = _encode_tensor(name, tensor, (seeds or {}).get(name)) if sparse else None
-        if coded is not None and not any(f"{name}.{part}" in state for part in coded[1]):
+        if coded is not None and not any(f"{name}.{part}" in state for part in _PARTS):
             codes[name] = coded[0]
             stored |= {f"{name}.{part}": value for part, value in coded[1].items()}
         else:
-            stored[name] = tensor.clone() if not sparse else tensor  # safetensors refuses shared memory
+            stored[name] = tensor.clone()  # safetensors refuses views that share memory
     facts = {"version": VERSION, "tensors": codes, "shared": aliases}
     return stored, {METADATA_KEY: json.dumps({**facts, "sha256": _digest(facts, stored)})}
 
 
 def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Decode what :func:`encode` made, in the order of the names.
+    """Decode what :func:`encode` made.
 
     Args:
         stored: Tensors of the file.
@@ -297,7 +329,8 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         facts = json.loads(metadata[METADATA_KEY])
         digest, version, codes, aliases = (facts.pop("sha256"), *(facts[k] for k in ("version", "tensors", "shared")))
         well_formed = all(isinstance(value, dict) for value in (codes, aliases, *codes.values()))
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        well_formed &= all(isinstance(first, str) for first in aliases.values())
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"Its metadata {METADATA_KEY!r} are damaged ({type(error).__name__}: {error}).") from error
     if version != VERSION:
         raise ValueError(f"It has format version {version!r}; this spikezoo reads version {VERSION}. Update spikezoo.")
@@ -306,10 +339,10 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
     state = {}
     rest = dict(stored)
     for name, code in codes.items():
-        prefix = f"{name}."
-        parts = {part: f"{prefix}{part}" for part in ("shape", "bitmask", "compressed", "gain", "signs")}
-        found = {part: rest.pop(key) for part, key in parts.items() if key in rest}
+        found = {part: rest.pop(key) for part in _PARTS if (key := f"{name}.{part}") in rest}
         state[name] = _decode_tensor(name, code, found)
+    if twice := state.keys() & rest.keys():
+        raise ValueError(f"It holds {min(twice)} twice: coded and dense.")
     state |= rest
     for name, first in aliases.items():
         if first not in state or name in state:

@@ -1,26 +1,39 @@
 """spikezoo.checkpoint: what is written comes back bit by bit or not at all, and foreign files change nothing."""
 
+import copy
+import errno
 import hashlib
+import json
+import logging
 import os
 import pickle
+import random
+import shutil
 import stat
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_models import MICRO, fill, image_for
+from timm.models import adapt_input_conv
 from torch import nn
 
+import spikezoo
 from spikezoo import checkpoint
 from spikezoo.checkpoint import (
     atomic,
     file_hash,
     find_weights,
+    load_sparse_file,
     load_state,
     load_weights,
     read_config,
     read_weights,
     save_state,
+    write_checkpoint,
 )
+from spikezoo.sparse import METADATA_KEY
+from spikezoo.transforms import TRANSFORMS, apply
 
 
 def net():
@@ -337,3 +350,480 @@ def test_config_of_a_folder_a_file_and_a_state(tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             read_config(tmp_path)
+
+
+def test_damaged_states_raise_only_value_errors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for tree in ("5", "[]", "{}", "{", '{"dict": 5}', '{"dict": [[1]]}', '{"dict": [["a", {}]]}', "[" * 10**6, None,
+                 '{"dict": [["a", {"tensor": "b"}]]}', '{"dict": [["a", {"tensor": 5}]]}'):  # fmt: skip
+        metadata = {"spikezoo.state": "spikezoo-state/1"} | ({} if tree is None else {"tree": tree})
+        save_file({"a": torch.ones(1)}, path, metadata)
+        with pytest.raises(ValueError, match=r"is damaged|Cannot read"):
+            load_state(path)
+    for recipe in (5, [["fold_bn", 5]]):
+        save_state(path, {"architecture": "x", "spikezoo": {"recipe": recipe}})
+        with pytest.raises(ValueError, match="recipe is"):
+            read_config(path)
+
+
+# ------------------------------------------------------------------------------------- checkpoints of models
+
+
+def made(name="test_mpbn_resnet", **arguments):
+    """A micro-model with every number set so that all layers fire."""
+    return fill(spikezoo.create_model(name, T=3, **arguments), gain=6).eval()
+
+
+def load(folder, **arguments):
+    return spikezoo.create_model(f"local-dir:{folder}", pretrained=True, **arguments)
+
+
+def answers(model, **size):
+    with torch.no_grad():
+        return model.eval()(image_for(model, **size))
+
+
+def pruned(model):
+    """Nine in ten weights of every convolution set to zero, the smallest ones."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                limit = module.weight.abs().flatten().quantile(0.9)
+                module.weight.masked_fill_(module.weight.abs() < limit, 0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Folders that nobody writes to: a dense, a sparse and a folded checkpoint."""
+    models = {"dense": made(), "sparse": pruned(made()), "folded": apply(made(), "fold_mpbn")}
+    root = tmp_path_factory.mktemp("checkpoints")
+    for kind, model in models.items():
+        spikezoo.save_checkpoint(model, root / kind, {"dataset": "cifar10", "top1": 12.5})
+    formats = {kind: read_config(root / kind)["sparsity_config"]["format"] for kind in models}
+    assert formats == {"dense": "dense", "sparse": "spikezoo-sparse", "folded": "dense"}
+    return root
+
+
+@pytest.fixture(params=["dense", "sparse", "folded"])
+def folder(request, checkpoints, tmp_path):
+    return shutil.copytree(checkpoints / request.param, tmp_path / "copy")
+
+
+def refused(folder, *words):
+    """Loading raises a ValueError with the words, and nothing else."""
+    with pytest.raises(ValueError) as caught:
+        load(folder)
+    for word in words:
+        assert word in str(caught.value)
+
+
+CHAINS = [(), ("fold_bn",), ("fold_mpbn",), ("fold_mpbn", "fold_bn"), ("fold_bn", "fold_mpbn")]
+ROUND_TRIPS = [
+    (name, mpbn, chain)
+    for name in MICRO
+    for mpbn in (None, "channel", "element")
+    for chain in CHAINS
+    if "fold_mpbn" not in chain or mpbn or "mpbn" in name
+]
+
+
+def test_round_trips_cover_every_transform():
+    assert {name for _, _, chain in ROUND_TRIPS for name in chain} == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize(("name", "mpbn", "chain"), ROUND_TRIPS)
+def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
+    model = pruned(made(name, **({"mpbn": mpbn} if mpbn else {})))
+    for transform in chain:
+        model = apply(model, transform)
+    before = answers(model)
+    assert (before[0] - before[1]).abs().max() > 0.05  # it fires down to the head, or all answers were equal
+    loaded = load(spikezoo.save_checkpoint(model, tmp_path))
+    same(loaded.recipe, [*model.recipe])
+    assert [name for name, _ in loaded.recipe] == list(chain)
+    assert loaded.T == 3 and loaded.mpbn == model.mpbn and loaded.neuron_config == model.neuron_config
+    same(copy_of(loaded), copy_of(model))
+    same(answers(loaded), before)
+
+
+def test_a_second_save_gives_the_same_bytes(tmp_path, folder):
+    # Metadata of safetensors files come out of a hash map: without care their order is chance.
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.keys() == {"config.json", "model.safetensors"}
+    for _ in range(8):
+        spikezoo.save_checkpoint(load(folder), tmp_path / "again", {"dataset": "cifar10", "top1": 12.5})
+        assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
+
+
+def test_half_precision_storage(tmp_path):
+    model = pruned(made())
+    spikezoo.save_checkpoint(model, tmp_path, dtype=torch.float16)
+    stored = load_sparse_file(tmp_path)
+    for name, tensor in model.state_dict().items():
+        half = tensor.is_floating_point() and tensor.dim() > 1
+        same(stored[name], tensor.half() if half else tensor)
+    loaded = load(tmp_path)
+    for name, tensor in loaded.state_dict().items():
+        same(tensor, stored[name].to(model.state_dict()[name].dtype))
+    assert answers(loaded).isfinite().all()
+    with torch.no_grad():
+        model.stem[0].conv.weight[0, 0, 0, 0] = 1e5
+    with pytest.raises(ValueError, match=r"float16 cannot hold the values of stem\.0\.conv\.weight"):
+        spikezoo.save_checkpoint(model, tmp_path, dtype=torch.float16)
+    with pytest.raises(ValueError, match="expected a floating-point type"):
+        spikezoo.save_checkpoint(model, tmp_path, dtype=torch.int8)
+    same(load_sparse_file(tmp_path), stored)
+
+
+@pytest.mark.parametrize("transforms", [(), ("fold_mpbn", "fold_bn")])
+def test_other_classes_start_the_classifier_afresh(tmp_path, caplog, transforms):
+    model = made()
+    for transform in transforms:
+        model = apply(model, transform)
+    spikezoo.save_checkpoint(model, tmp_path)
+    torch.manual_seed(5)
+    with caplog.at_level(logging.WARNING, logger="spikezoo"):
+        loaded = load(tmp_path, num_classes=7)
+    assert "classifier (head.fc.bias, head.fc.weight) starts afresh with 7 classes" in caplog.text
+    torch.manual_seed(5)
+    fresh = spikezoo.create_model(model.pretrained_cfg["architecture"], T=3, num_classes=7).state_dict()
+    for name, tensor in loaded.state_dict().items():
+        same(tensor, (fresh if name.startswith("head.") else model.state_dict())[name])
+    assert answers(loaded).shape == (2, 7)
+    caplog.clear()
+    assert load(tmp_path, num_classes=10).num_classes == 10 and not caplog.text
+    assert load(tmp_path, num_classes=0).num_classes == 0
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_other_channels_fit_the_first_convolution(tmp_path, caplog, channels):
+    model = made()
+    spikezoo.save_checkpoint(model, tmp_path)
+    with caplog.at_level(logging.WARNING, logger="spikezoo"):
+        loaded = load(tmp_path, in_chans=channels)
+    assert f"stem.0.conv.weight was fitted to {channels} channels" in caplog.text
+    wanted = copy_of(model)
+    wanted["stem.0.conv.weight"] = adapt_input_conv(channels, wanted["stem.0.conv.weight"].clone())
+    same(copy_of(loaded), wanted)
+    assert loaded.in_chans == channels
+
+
+def test_time_steps_are_the_checkpoints_unless_given(tmp_path):
+    for T in (1, 6):
+        spikezoo.save_checkpoint(fill(spikezoo.create_model("test_spiking_resnet", T=T)), tmp_path)
+        assert load(tmp_path).T == T and load(tmp_path, T=2).T == 2
+        by_path = spikezoo.create_model("test_spiking_resnet", checkpoint_path=tmp_path)
+        assert by_path.T == T
+
+
+def test_arguments_come_back(tmp_path):
+    arguments = {"neuron": "plif", "tau": 3.0, "threshold": 0.7, "reset": "soft", "num_classes": 4, "in_chans": 2}
+    model = fill(spikezoo.create_model("test_mpbn_resnet", mpbn="element", img_size=24, **arguments))
+    loaded = load(spikezoo.save_checkpoint(model, tmp_path))
+    assert loaded.neuron_config == model.neuron_config and loaded.img_size == (24, 24) and loaded.mpbn == "element"
+    same(copy_of(loaded), copy_of(model))
+
+
+def test_features_and_devices(folder):
+    model = load(folder)
+    x = image_for(model)
+    with torch.no_grad():
+        wanted = model.eval().forward_intermediates(x, indices=[0, 2], intermediates_only=True)
+        found = load(folder, features_only=True, out_indices=(0, 2)).eval()(x)
+    same(list(found), list(wanted))
+    placed = load(folder, device="cpu", dtype=torch.float64) if not model.recipe else load(folder, device="cpu")
+    assert {tensor.device.type for tensor in placed.state_dict().values()} == {"cpu"}
+    expected = torch.float32 if model.recipe else torch.float64
+    assert next(placed.parameters()).dtype == expected
+
+
+# -------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip(data, bit):
+    damaged = bytearray(data)
+    damaged[bit // 8] ^= 1 << bit % 8
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize(("file", "count"), [("model.safetensors", 200), ("config.json", 200)])
+def test_a_flipped_bit_never_loads(folder, file, count):
+    # 1,050 bits of three checkpoints; half of those in the weights' file in its header.
+    path = folder / file
+    whole, bits = path.read_bytes(), random.Random(file)
+    if file == "model.safetensors" and read_config(folder)["spikezoo"]["recipe"]:
+        count //= 4  # folding anew, before the weights are looked at, takes ten times as long as all the rest
+    header = 8 * (8 + int.from_bytes(whole[:8], "little")) if file == "model.safetensors" else 8 * len(whole)
+    for position in range(count):
+        path.write_bytes(flip(whole, bits.randrange(header if position % 2 else 8 * len(whole))))
+        refused(folder)
+    path.write_bytes(whole)
+    load(folder)
+
+
+def test_every_bit_of_a_config(checkpoints, tmp_path):
+    path = shutil.copytree(checkpoints / "sparse", tmp_path / "copy") / "config.json"
+    whole = path.read_bytes()
+    with open(path, "r+b", buffering=0) as file:
+        for bit in range(8 * len(whole)):
+            os.pwrite(file.fileno(), bytes([whole[bit // 8] ^ 1 << bit % 8]), bit // 8)
+            with pytest.raises(ValueError, match=r"config\.json"):
+                read_config(path.parent)
+            os.pwrite(file.fileno(), whole[bit // 8 : bit // 8 + 1], bit // 8)
+    assert path.read_bytes() == whole
+
+
+def test_a_flipped_bit_that_changes_no_value(tmp_path):
+    # 1e-05 and 1E-05 are one number: such a flip is no damage, and the only kind that is read.
+    spikezoo.save_checkpoint(made(), tmp_path, {"lr": 1e-05})
+    before, path = read_config(tmp_path), tmp_path / "config.json"
+    path.write_text(path.read_text().replace("1e-05", "1E-05"))
+    assert read_config(tmp_path) == before
+    path.write_text(path.read_text().replace("1E-05", "1E-04"))
+    refused(tmp_path, "not as it was written")
+
+
+def test_flipped_bits_of_weights_alone(checkpoints, tmp_path):
+    # Without a config.json the file's own hash stands for all tensors; what it does not cover changes none.
+    whole = (checkpoints / "sparse" / "model.safetensors").read_bytes()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(whole)
+    wanted, read = load_sparse_file(path), 0
+    header = 8 * (8 + int.from_bytes(whole[:8], "little"))
+    for bit in random.Random(0).sample(range(header), 300) + random.Random(1).sample(range(8 * len(whole)), 100):
+        path.write_bytes(flip(whole, bit))
+        try:
+            found = load_sparse_file(path)
+        except ValueError:
+            continue
+        read += 1
+        assert found.keys() == wanted.keys()
+        for name in found:
+            same(found[name], wanted[name])
+    assert read < 20
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_truncated_and_lengthened_checkpoints(folder, file):
+    path = folder / file
+    whole = path.read_bytes()
+    lengths = {1, 7, 8, 9, 100, len(whole) - 8, len(whole) - 2}
+    lengths |= set(range(0, len(whole) - 1, len(whole) // 6))  # without its last byte, a line end, JSON is whole
+    for length in sorted(lengths):
+        path.write_bytes(whole[:length])
+        refused(folder, file)
+    for more in (b"\0", b"x", b"}", whole):
+        path.write_bytes(whole + more)
+        refused(folder, file)
+    for other in (b"<!DOCTYPE html><html></html>", b"\n <html>"):
+        path.write_bytes(other)
+        refused(folder, file, "web page")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(folder, file, "Git LFS pointer", "git lfs pull")
+
+
+def test_weights_of_another_checkpoint(folder, tmp_path):
+    other = spikezoo.save_checkpoint(made(num_classes=10, mpbn="element"), tmp_path / "other")
+    shutil.copy(other / "model.safetensors", folder)
+    refused(folder, "model.safetensors is damaged: its sha256 is")
+
+
+def edited(folder, edit):
+    """Change the config and its hash, as whoever forges one can."""
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    if isinstance(config.get("spikezoo"), dict):
+        config["spikezoo"]["sha256"]["config.json"] = checkpoint._config_hash(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def block(**changes):
+    return lambda config: config["spikezoo"].update(changes)
+
+
+def top(**changes):
+    return lambda config: config.update(changes)
+
+
+PAIRS = "Expected pairs such as ['fold_bn', {}]"
+EDITS = {
+    "future version": (block(version=2), "format version 2; this spikezoo reads 1. Update it"),
+    "version of another type": (block(version="1"), "format version '1'"),
+    "block null": (top(spikezoo=None), "format version None"),
+    "block list": (top(spikezoo=[]), "format version None"),
+    "no block": (lambda config: config.pop("spikezoo"), "has lost its 'spikezoo' block"),
+    "unknown format": (
+        top(sparsity_config={"format": "sparse-bitmask"}),
+        "'sparse-bitmask'. Valid: dense",
+    ),
+    "format of another type": (top(sparsity_config={"format": ["dense"]}), "sparsity_config.format is ['dense']"),
+    "format null": (top(sparsity_config=None), "sparsity_config.format is None"),
+    "hash of another type": (lambda c: c["spikezoo"]["sha256"].update({"model.safetensors": 5}), "config.json says 5"),
+    "no hash": (lambda c: c["spikezoo"]["sha256"].pop("model.safetensors"), "does not hold the sha256"),
+    "unknown transform": (block(recipe=[["fold_mpnb", {}]]), "Unknown transform 'fold_mpnb'. Did you mean"),
+    "unknown argument": (block(recipe=[["fold_mpbn", {"x": 1}]]), "has no argument 'x'. It takes none"),
+    "recipe number": (block(recipe=5), PAIRS),
+    "recipe null": (block(recipe=None), PAIRS),
+    "recipe string": (block(recipe="fold_bn"), PAIRS),
+    "recipe of strings": (block(recipe=["fold_bn"]), PAIRS),
+    "recipe of lists": (block(recipe=[["fold_bn", []]]), PAIRS),
+    "recipe of triples": (block(recipe=[["fold_bn", {}, 1]]), PAIRS),
+    "recipe without a name": (block(recipe=[[["fold_bn"], {}]]), PAIRS),
+    "other transform": (block(recipe=[["fold_bn", {}]]), "does not fit SpikingResNet, nothing was loaded"),
+    "more transforms": (block(recipe=[["fold_mpbn", {}], ["fold_bn", {}]]), "does not fit SpikingResNet"),
+    "transform twice": (block(recipe=[["fold_mpbn", {}]] * 2), "fold_mpbn was applied already"),
+    "unknown architecture": (top(architecture="test_mpbn_resnett"), "Did you mean 'test_mpbn_resnet'"),
+    "other architecture": (top(architecture="test_spiking_resnet"), ""),
+    "no architecture": (lambda config: config.pop("architecture"), "no config.json that names its architecture"),
+    "architecture of another type": (top(architecture=5), "no config.json that names its architecture"),
+    "arguments list": (top(model_args=[1]), "model_args is [1]. Expected an object"),
+    "arguments null": (top(model_args=None), "model_args is None"),
+    "unknown argument of the model": (top(model_args={"bogus": 1}), "has no argument 'bogus'"),
+    "T of another type": (top(model_args={"T": "4"}), "T='4': expected an integer >= 1"),
+    "other channels": (top(model_args={"in_chans": 5}), "1 of another shape"),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_edited_configs(folder, case):
+    edit, words = EDITS[case]
+    edited(folder, lambda config: None)
+    load(folder)  # the hash that is made here is right
+    edited(folder, edit)
+    refused(folder, words)
+
+
+@pytest.mark.parametrize("text", ["[1]", "5", "null", '"x"', "[" * 10**6, '{"a": ' + "9" * 10**4 + "}", "{}", "\0"])
+def test_configs_that_are_something_else(folder, text):
+    (folder / "config.json").write_text(text)
+    refused(folder, "config.json")
+
+
+def test_recipe_lost_from_a_folded_checkpoint(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints / "folded", tmp_path / "copy")
+    edited(folder, block(recipe=[]))
+    refused(folder, "does not fit", "36 missing, 18 unexpected", "the same transforms")
+    edited(folder, block(recipe=[["fold_mpbn", {}]]))
+    assert load(folder).recipe == [("fold_mpbn", {})]
+
+
+def test_unknown_version_of_the_sparse_code(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints / "sparse", tmp_path / "copy")
+    path = folder / "model.safetensors"
+    with checkpoint._open(path) as file:
+        facts = json.loads(file.metadata()[METADATA_KEY])
+    save_file(load_file(path), path, {METADATA_KEY: json.dumps({**facts, "version": 2})})
+    refused(folder, "its sha256 is")
+    edited(folder, lambda config: config["spikezoo"]["sha256"].update({"model.safetensors": file_hash(path)}))
+    refused(folder, "format version 2; this spikezoo reads version 1. Update spikezoo")
+    save_file(load_file(path), path)  # its metadata lost, its hash forged
+    edited(folder, lambda config: config["spikezoo"]["sha256"].update({"model.safetensors": file_hash(path)}))
+    refused(folder, "holds sparse tensors (*.bitmask)")
+
+
+def test_numbers_that_are_none(tmp_path, folder):
+    model = load(folder)
+    with torch.no_grad():
+        model.stages[0][0].conv1.conv.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"not numbers \(NaN\)\. In: stages\.0\.0\.conv1\.conv\.weight"):
+        spikezoo.save_checkpoint(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    config = read_config(folder)
+    write_checkpoint(folder, model.state_dict(), config)
+    refused(folder, "not numbers (NaN)", "stages.0.0.conv1.conv.weight")
+
+
+def test_a_folder_with_only_a_pickle(tmp_path):
+    model = made()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    shown = str(tmp_path / "weights.pth")
+    for attempt in (
+        lambda: load(tmp_path),
+        lambda: spikezoo.create_model("test_mpbn_resnet", checkpoint_path=tmp_path),
+        lambda: load_sparse_file(tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError, match="a pickle can run code") as caught:
+            attempt()
+        assert shown in str(caught.value)
+    loaded = spikezoo.create_model("test_mpbn_resnet", checkpoint_path=shown)
+    same(copy_of(loaded), copy_of(model))
+
+
+# ----------------------------------------------------------------------------------------- faults in writing
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def half_a_file(error):
+    def write(_tensors, file, _metadata):
+        file.write_bytes(b"half of it")
+        raise error
+
+    return write
+
+
+FAULTS = {
+    "weights, no room": ("save_file", half_a_file(OSError(errno.ENOSPC, "No space left on device"))),
+    "weights, forbidden": ("save_file", half_a_file(PermissionError(errno.EACCES, "Permission denied"))),
+    "config, no room": ("_write_config", half_a_file(OSError(errno.ENOSPC, "No space left on device"))),
+    "interrupted": ("_write_config", half_a_file(KeyboardInterrupt())),
+}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faults_in_writing_leave_no_trace(folder, tmp_path, monkeypatch, case):
+    before, old = content(folder), answers(load(folder))
+    if case.startswith(("config", "interrupted")):
+        fault = FAULTS[case][1]
+        monkeypatch.setattr(checkpoint, FAULTS[case][0], lambda path, config, weights: fault(None, path, None))
+    else:
+        monkeypatch.setattr(checkpoint, *FAULTS[case])
+    for target in (folder, tmp_path / "new"):
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            spikezoo.save_checkpoint(made("test_spiking_vgg"), target)
+    monkeypatch.undo()
+    assert content(folder) == before and not content(tmp_path / "new")
+    same(answers(load(folder)), old)
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_crash_between_the_renames(checkpoints, tmp_path, monkeypatch, fails):
+    model, replace, calls = made("test_mpbn_resnet", mpbn="element"), os.replace, []
+
+    def crash(*paths):
+        calls.append(paths)
+        if len(calls) == fails:
+            raise OSError("power failure")
+        replace(*paths)
+
+    old = shutil.copytree(checkpoints / "dense", tmp_path / "old")
+    results = shutil.copytree(checkpoints / "dense", tmp_path / "results")
+    same_weights = load(results)
+    monkeypatch.setattr(os, "replace", crash)
+    for target, source in ((old, model), (tmp_path / "new", model), (results, same_weights)):
+        calls.clear()
+        with pytest.raises(OSError, match="power failure"):
+            spikezoo.save_checkpoint(source, target, {"top1": 99.0})
+    monkeypatch.undo()
+    assert not [name for target in (old, results) for name in content(target) if name.endswith(".tmp")]
+    # The same weights with other results: what is there is whole, and says what it said.
+    assert read_config(results)["spikezoo"]["results"] == {"top1": 12.5}
+    same(copy_of(load(results)), copy_of(same_weights))
+    if fails == 1:
+        assert content(old) == content(checkpoints / "dense") and not content(tmp_path / "new")
+        return
+    refused(old, "model.safetensors is damaged: its sha256 is")
+    refused(tmp_path / "new", "no config.json that names its architecture")
+    spikezoo.save_checkpoint(model, old)  # and saving again mends it
+    same(copy_of(load(old)), copy_of(model))
+
+
+def test_saving_changes_neither_model_nor_random_numbers(tmp_path):
+    model = made().train()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    spikezoo.save_checkpoint(model, tmp_path)
+    same(dict(model.state_dict()), dict(before))
+    assert model.training and torch.equal(torch.get_rng_state(), state)
