@@ -336,6 +336,7 @@ def load_weights(
     path: str | Path,
     ema: bool = False,
     *,
+    weights: dict[str, Tensor] | None = None,
     changed: Collection[str] = (),
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
 ) -> None:
@@ -345,6 +346,7 @@ def load_weights(
         model: The model.
         path: A file or a folder.
         ema: Take the averaged weights of a training state.
+        weights: What :func:`read_weights` read there already.
         changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
             as initialised, the first convolution fitted as timm does, and a warning says so.
         filter_fn: Translates the names of foreign weights.
@@ -353,7 +355,7 @@ def load_weights(
         FileNotFoundError: No such checkpoint.
         ValueError: Damaged, foreign, or NaN; names and counts of what differs.
     """
-    weights, own = read_weights(path, ema), model.state_dict()
+    weights, own = read_weights(path, ema) if weights is None else weights, model.state_dict()
     check_nan(weights, f"Checkpoint {path}")
     if filter_fn is not None and weights.keys() != own.keys():
         weights = filter_fn(weights, model)

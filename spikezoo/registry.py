@@ -366,7 +366,7 @@ def create_model(
     Example:
         >>> model = spikezoo.create_model('mpbn_resnet20', T=2, num_classes=100)
     """
-    from spikezoo.checkpoint import find_weights, load_weights, read_config
+    from spikezoo.checkpoint import find_weights, load_weights, read_config, read_weights
     from spikezoo.transforms import FLAGS, apply, replay
 
     path: Path | None = None
@@ -399,6 +399,13 @@ def create_model(
         elif tag:
             config = {"model_args": _rows[architecture].weights[tag].get("arguments", {})}
     stored = dict(config.get("model_args", {}))
+    if foreign := sorted(stored.keys() & (_FACTORY_ARGUMENTS | {"device", "dtype"})):
+        raise ValueError(
+            f"{path or name}: model_args holds {', '.join(foreign)}, which say where a model is made and not what it "
+            "is. Was this config.json written by spikezoo.save_checkpoint?"
+        )
+    # Read, and checked for damage, before anything is made of what the config says.
+    weights = read_weights(path, use_ema) if path is not None else None
     given = {
         "num_classes": num_classes,
         "in_chans": in_chans,
@@ -426,7 +433,7 @@ def create_model(
     model = replay(model, config.get("spikezoo", {}).get("recipe", []))
     if path is not None:
         filter_fn: Filter | None = getattr(sys.modules[_classes[architecture].__module__], "checkpoint_filter_fn", None)
-        load_weights(model, path, use_ema, changed=changed, filter_fn=filter_fn)
+        load_weights(model, path, weights=weights, changed=changed, filter_fn=filter_fn)
         model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
     for flag, value in flags.items():
         model = apply(model, flag, **value)

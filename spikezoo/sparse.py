@@ -70,7 +70,7 @@ def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     words = np.random.Philox(key=seed).random_raw(-(-count // 64)).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), count=count, bitorder="little")
-    return torch.from_numpy(bits.astype(bool)).reshape(shape)
+    return torch.from_numpy(bits.view(bool)).reshape(shape)
 
 
 def _signs_hash(negative: np.ndarray) -> str:
@@ -175,29 +175,26 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
     code, packed = _pack_mask(mask, shape)
     parts = {"shape": torch.tensor(shape), "bitmask": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
     facts: dict[str, Any] = {"code": "ticket" if ticket else "bitmask", "mask": code}
-    values = values[torch.from_numpy(mask)]
     if ticket:
-        parts["gain"] = values[:1].abs()
-        negative = values.signbit().numpy()
+        parts["gain"] = values[int(mask.argmax())].abs().reshape(1)
+        negative = bits < 0  # the sign bit of a float is that of the integer
         signs = seeded_signs(seed, shape).reshape(-1).numpy() if seed is not None else None
-        if signs is not None and np.array_equal(signs[mask], negative):
+        if signs is not None and np.array_equal(signs & mask, negative):
             facts |= {"seed": seed, "signs": _signs_hash(signs)}
         else:
-            parts["signs"] = torch.from_numpy(np.packbits(negative, bitorder="little"))
+            parts["signs"] = torch.from_numpy(np.packbits(negative[mask], bitorder="little"))
     else:
-        parts["compressed"] = values
+        parts["compressed"] = torch.from_numpy(bits[mask]).view(tensor.dtype) if kept else values[:0]
     coded = sum(part.nbytes + _ENTRY_BYTES for part in parts.values())
     return (facts, parts) if coded < tensor.nbytes + _ENTRY_BYTES else None
 
 
 def _one_magnitude(bits: np.ndarray, mask: np.ndarray) -> bool:
     """Whether there are values that are not zero, and all of them differ in their sign only."""
+    largest = np.iinfo(bits.dtype).max
+    first = bits[mask.argmax()] & largest
     few = slice(0, 4096)  # enough to tell ordinary weights
-    for part in (few, slice(None)):
-        magnitude = (bits[part] & np.iinfo(bits.dtype).max)[mask[part]]
-        if len(magnitude) and ((magnitude != magnitude[0]).any() or not magnitude[0]):
-            return False
-    return bool(len(magnitude))
+    return bool(first) and all(np.array_equal(bits[part] & largest == first, mask[part]) for part in (few, slice(None)))
 
 
 def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
@@ -228,9 +225,9 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
                 f"{name}.compressed is {tuple(values.shape)} of {values.dtype}: no values for the {kept:,} bits of its "
                 "mask."
             )
-        result = torch.zeros(mask.shape, dtype=values.dtype)
-        result[torch.from_numpy(mask)] = values
-        return result.reshape(shape)
+        result = np.zeros(mask.shape, _numpy_integer(values.dtype))
+        result[mask] = values.view(_INTEGERS[values.dtype]).numpy()
+        return torch.from_numpy(result).view(values.dtype).reshape(shape)
     gain = parts["gain"]
     if gain.dtype not in _INTEGERS or not gain.is_floating_point() or gain.shape != (1,) or not gain.item() > 0:
         raise ValueError(
@@ -241,7 +238,7 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
         negative = seeded_signs(facts["seed"], shape).reshape(-1).numpy()
         if _signs_hash(negative) != facts.get("signs"):
             raise ValueError(f"The signs that seed {facts['seed']} gives for {name} are not those that were stored.")
-        negative = negative[mask]
+        negative &= mask
     else:
         signs = parts["signs"]
         if signs.dtype != torch.uint8 or signs.shape != (-(-kept // 8),):
@@ -251,10 +248,17 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
         packed = signs.numpy()
         if kept % 8 and packed[-1] >> kept % 8:
             raise ValueError(f"The signs of {name} are damaged: bits are set in the padding.")
-        negative = np.unpackbits(packed, count=kept, bitorder="little").view(bool)
-    result = torch.zeros(mask.shape, dtype=gain.dtype)
-    result[torch.from_numpy(mask)] = torch.where(torch.from_numpy(negative), -gain, gain)
-    return result.reshape(shape)
+        negative = np.zeros(mask.shape, bool)
+        negative[mask] = np.unpackbits(packed, count=kept, bitorder="little").view(bool)
+    # On the bits: the gain where the mask is set, its sign bit where the sign is.
+    integer = _numpy_integer(gain.dtype)
+    result = mask * gain.view(_INTEGERS[gain.dtype]).numpy()
+    result |= negative * integer(np.iinfo(integer).min)
+    return torch.from_numpy(result).view(gain.dtype).reshape(shape)
+
+
+def _numpy_integer(dtype: torch.dtype) -> Any:
+    return {8: np.int64, 4: np.int32, 2: np.int16, 1: np.int8}[dtype.itemsize]
 
 
 # ---------------------------------------------------------------------------------------------- state dicts
