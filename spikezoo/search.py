@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations_with_replacement
 from pathlib import Path
@@ -298,7 +298,7 @@ def _hidden(dim: int, mlp_ratio: float) -> int:
     return max(int(dim * mlp_ratio), 1)
 
 
-def _attention(dim: int, heads: int, tokens: int) -> int:
+def _attention(dim: int, tokens: int, heads: int) -> int:
     """MACs of the two attention products in the cheaper order: tokens x tokens, or head width x head width."""
     return 2 * tokens * dim * min(tokens, dim // heads)
 
@@ -315,7 +315,7 @@ def cost(net: Net, setting: Setting) -> Cost:
     """Parameters and MACs of a net, from its architecture alone."""
     dim, tokens = net.dim, _fixed(net.dim, net.depth, setting)[3]
     hidden = sum([_hidden(dim, ratio) for ratio in net.mlp_ratios])
-    attention = sum([_attention(dim, heads, tokens) for heads in net.heads])
+    attention = sum([_attention(dim, tokens, heads) for heads in net.heads])
     return _cost(dim, net.depth, hidden, attention, setting)
 
 
@@ -683,7 +683,7 @@ def _classes(space: Space, setting: Setting) -> Iterator[tuple[Net, Cost, int]]:
         for depth in space.depths:
             tokens = _fixed(dim, depth, setting)[3]
             hidden = _multisets(space.mlp_ratios, depth, functools.partial(_hidden, dim))
-            attention = _multisets(space.heads, depth, lambda heads, d=dim, n=tokens: _attention(d, heads, n))
+            attention = _multisets(space.heads, depth, functools.partial(_attention, dim, tokens))
             for h, (ratios, ways) in hidden.items():
                 for a, (heads, more) in attention.items():
                     yield Net(dim, ratios, heads), _cost(dim, depth, h, a, setting), ways * more
@@ -717,7 +717,7 @@ def _best(found: Iterable[Found], count: int, higher_is_better: bool) -> list[Fo
 
 
 def _front(found: Iterable[Found], higher_is_better: bool) -> list[Found]:
-    """The nets that no other beats: none has at most their parameters and a better metric, or fewer and as good a one."""
+    """The nets that no other beats: a better metric takes more parameters, and as good a one no fewer."""
     front: list[Found] = []
     for item in sorted(found, key=lambda item: (item.parameters, *_rank(item, higher_is_better))):
         if not front or (item.value > front[-1].value if higher_is_better else item.value < front[-1].value):
@@ -1071,10 +1071,8 @@ RECIPE_IMAGENET: dict[str, Any] = {
 def train_config(net: Net, setting: Setting) -> dict[str, Any]:
     """The keys of a YAML file that train.py takes: the net, its data where they are plain, Spikformer's recipe."""
     config: dict[str, Any] = {"model": setting.model, "T": setting.T, "model_kwargs": net.arguments()}
-    try:
+    with suppress(ValueError):  # where no dataset has this shape, the file says that one is to be named
         config["dataset"] = natural_dataset(setting.img_size, setting.in_chans, setting.num_classes)
-    except ValueError:
-        pass  # train.py asks for it
     if config.get("dataset") == "imagenet":
         config["val_split"] = "val"
     for key in ("num_classes", "in_chans", "img_size"):
