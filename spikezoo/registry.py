@@ -106,19 +106,32 @@ _rows: dict[str, ModelRow] = {}
 _classes: dict[str, type[nn.Module]] = {}
 
 
+def _levels(arguments: Mapping[str, Any]) -> int:
+    """Feature levels of a model: its stem and its stages, which are blocks where it has a depth."""
+    depth = arguments.get("depth")
+    return 1 + (depth if isinstance(depth, int) else len(arguments.get("widths", (0, 0))))
+
+
 def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> Callable[..., nn.Module]:
-    # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
-    # model's own forward_intermediates.
-    levels = 1 + len(row.arguments["widths"]) if "widths" in row.arguments else 3
+    filter_fn = getattr(sys.modules[module], "checkpoint_filter_fn", None)
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        if kwargs.get("neuron") in ANALOG and "mpbn" not in kwargs:
-            kwargs["mpbn"] = "none"  # a twin has no membrane potential; only mpbn asked for by name is a mistake
-        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(levels))}
+        arguments = {**row.arguments, **kwargs}
+        if kwargs.get("neuron") in ANALOG:
+            # A twin has no membrane potential and no time; only what was asked for by name is a mistake.
+            if "mpbn" not in kwargs:
+                arguments["mpbn"] = "none"
+            if "T" not in kwargs:
+                arguments.pop("T", None)
+        # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
+        # model's own forward_intermediates.
+        feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(_levels(arguments)))}
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
-        kwargs.setdefault("img_size", cfg.input_size[-2:])
-        return build_model_with_cfg(cls, name, pretrained, feature_cfg=feature_cfg, **{**row.arguments, **kwargs})
+        arguments.setdefault("img_size", cfg.input_size[-2:])
+        return build_model_with_cfg(
+            cls, name, pretrained, feature_cfg=feature_cfg, pretrained_filter_fn=filter_fn, **arguments
+        )
 
     create.__name__ = create.__qualname__ = name
     create.__module__ = module
@@ -144,7 +157,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
     for name, row in rows.items():
         if timm.is_model(name):
             raise ValueError(f"Model name {name!r} is taken already: registering it again would hide the other one.")
-        imagenet = row.img_size >= 64
+        imagenet = row.img_size >= 64 and row.in_chans == 3
         cfg = {
             "input_size": (row.in_chans, row.img_size, row.img_size),
             "fixed_input_size": row.fixed_input_size,
@@ -172,6 +185,11 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
         timm.models.register_model(entry)
         _rows[name], _classes[name] = row, cls
     return dict(default_cfgs)
+
+
+def _family(architecture: str) -> str:
+    """The file whose table holds the row; its class may come from another file."""
+    return timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -273,7 +291,7 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
         pretrained: Only models with weights, with their tags.
         module: Only one family's file, for instance ``'spiking_vgg'``.
     """
-    modules = {cls.__module__.rpartition(".")[2] for cls in _classes.values()}
+    modules = set(map(_family, _rows))
     if module and module not in modules:
         raise ValueError(f"Unknown module {module!r}. {nearest(module, modules)}")
     found = timm.list_models(filter, module=module, pretrained=pretrained)
@@ -308,7 +326,7 @@ def model_info(name: str) -> ModelInfo:
     cfg: Any = timm.get_pretrained_cfg(full)
     return ModelInfo(
         name=architecture,
-        family=_classes[architecture].__module__.rpartition(".")[2],
+        family=_family(architecture),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         T=model.T,  # type: ignore[arg-type]
         neuron=model.neuron_config.kind,  # type: ignore[union-attr, arg-type]

@@ -1,4 +1,6 @@
 """Model families; importing this package registers them."""
 
+from spikezoo.models import autost as autost
+from spikezoo.models import spikformer as spikformer
 from spikezoo.models import spiking_resnet as spiking_resnet
 from spikezoo.models import spiking_vgg as spiking_vgg
