@@ -383,7 +383,8 @@ def synflow(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> float:
     total: Tensor = model(torch.ones(1, *input_size, dtype=torch.double, device=first.device)).sum()
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    return sum(float((p * g).abs().sum()) for p, g in zip(parameters, gradients, strict=True) if g is not None)
+    pairs = zip(parameters, gradients, strict=True)
+    return sum((p.detach() * g).abs().sum().item() for p, g in pairs if g is not None)
 
 
 def _finite(value: float, nan: float = 0.0) -> float:
