@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -690,39 +690,38 @@ def _classes(space: Space, setting: Setting) -> Iterator[tuple[Net, Cost, int]]:
                     yield Net(dim, ratios, heads), _cost(dim, depth, h, a, setting), ways * more
 
 
-def _rank(found: Found, higher_is_better: bool = True) -> tuple[Any, ...]:
-    # Ties: fewer parameters, a smaller dimension, fewer layers, more even ratios, more heads first.
-    value = -found.value if higher_is_better else found.value
-    even = tuple(-r for r in sorted(found.net.mlp_ratios))
-    return (
-        value,
-        found.parameters,
-        found.net.dim,
-        found.net.depth,
-        even,
-        found.net.mlp_ratios,
-        tuple(-h for h in found.net.heads),
-    )
+def _rank(found: Found) -> tuple[Any, ...]:
+    # Ties of the metric: fewer parameters, a smaller dimension, fewer layers, more even ratios, more heads first.
+    net = found.net
+    even = tuple(-ratio for ratio in sorted(net.mlp_ratios))
+    return found.parameters, net.dim, net.depth, even, net.mlp_ratios, tuple(-heads for heads in net.heads)
 
 
 def _best(found: Iterable[Found], count: int, higher_is_better: bool) -> list[Found]:
     """The best nets; of those with the same dimension, depth and parameters only the first."""
     seen: set[tuple[int, int, int]] = set()
     best: list[Found] = []
-    for item in sorted(found, key=lambda item: _rank(item, higher_is_better)):
-        key = (item.net.dim, item.net.depth, item.parameters)
-        if key not in seen and len(best) < count:
-            seen.add(key)
-            best.append(item)
+    ordered = sorted(found, key=lambda item: item.value, reverse=higher_is_better)
+    for _, equals in groupby(ordered, key=lambda item: item.value):
+        for item in sorted(equals, key=_rank):
+            key = (item.net.dim, item.net.depth, item.parameters)
+            if key not in seen:
+                seen.add(key)
+                best.append(item)
+            if len(best) == count:
+                return best
     return best
 
 
 def _front(found: Iterable[Found], higher_is_better: bool) -> list[Found]:
     """The nets that no other beats: a better metric takes more parameters, and as good a one no fewer."""
+    sign = -1 if higher_is_better else 1
     front: list[Found] = []
-    for item in sorted(found, key=lambda item: (item.parameters, *_rank(item, higher_is_better))):
-        if not front or (item.value > front[-1].value if higher_is_better else item.value < front[-1].value):
+    for item in sorted(found, key=lambda item: (item.parameters, sign * item.value)):
+        if not front or sign * item.value < sign * front[-1].value:
             front.append(item)
+        elif (item.parameters, item.value) == (front[-1].parameters, front[-1].value):
+            front[-1] = min(front[-1], item, key=_rank)
     return front
 
 
