@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from itertools import combinations_with_replacement, groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -614,8 +614,7 @@ def score(
 # --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A net of a result.
 
     Attributes:
@@ -658,18 +657,26 @@ class Result:
     proven: bool
 
 
-def _multisets(options: Sequence[float], depth: int, value: Callable[[Any], int]) -> dict[int, tuple[Any, int]]:
+@functools.lru_cache(64)
+def _choices(options: tuple[float, ...], depth: int) -> list[tuple[Any, int]]:
+    """Every choice for the layers whatever their order, in lexicographic order, and how many orders it has."""
+    found = []
+    for choice in combinations_with_replacement(sorted(options), depth):
+        orders = math.factorial(depth)
+        for option in set(choice):
+            orders //= math.factorial(choice.count(option))
+        found.append((choice, orders))
+    return found
+
+
+def _sums(options: tuple[Any, ...], depth: int, value: Callable[[Any], int]) -> dict[int, tuple[Any, int]]:
     """Sum over the layers -> (the most even choice that has it, how many ordered choices have it)."""
     found: dict[int, tuple[Any, int]] = {}
     worth = {option: value(option) for option in options}
-    orders = math.factorial(depth)
-    # Lexicographic order: of two ascending choices with the same sum the later one is the more even.
-    for choice in combinations_with_replacement(sorted(options), depth):
+    for choice, orders in _choices(options, depth):
         total = sum([worth[option] for option in choice])
-        count = orders
-        for option in set(choice):
-            count //= math.factorial(choice.count(option))
-        found[total] = (choice, count + (found[total][1] if total in found else 0))
+        # Of two choices with the same sum the later one is the more even.
+        found[total] = (choice, orders + (found[total][1] if total in found else 0))
     return found
 
 
@@ -683,8 +690,8 @@ def _classes(space: Space, setting: Setting) -> Iterator[tuple[Net, Cost, int]]:
     for dim in space.dims:
         for depth in space.depths:
             tokens = _fixed(dim, depth, setting)[3]
-            hidden = _multisets(space.mlp_ratios, depth, functools.partial(_hidden, dim))
-            attention = _multisets(space.heads, depth, functools.partial(_attention, dim, tokens))
+            hidden = _sums(space.mlp_ratios, depth, functools.partial(_hidden, dim))
+            attention = _sums(space.heads, depth, functools.partial(_attention, dim, tokens))
             for h, (ratios, ways) in hidden.items():
                 for a, (heads, more) in attention.items():
                     yield Net(dim, ratios, heads), _cost(dim, depth, h, a, setting), ways * more
@@ -822,7 +829,7 @@ def _quick_enough(found: list[Found], setting: Setting, constraints: Constraints
     limit = constraints.latency_ms
     if limit is None:
         return found
-    timed = [replace(item, latency_ms=latency_ms(item.net, setting)) for item in found]
+    timed = [item._replace(latency_ms=latency_ms(item.net, setting)) for item in found]
     kept = [item for item in timed if item.latency_ms is not None and item.latency_ms <= limit]
     if not kept:
         quickest = min(item.latency_ms or 0.0 for item in timed)
