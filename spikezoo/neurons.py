@@ -93,11 +93,17 @@ SURROGATES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 class _Spike(torch.autograd.Function):
     """Heaviside step forward, surrogate gradient backward."""
 
+    # With setup_context, torch.func takes it: gradients a sample by vmap, Jacobians.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: str, alpha: float, strict: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.surrogate, ctx.alpha = surrogate, alpha
+    def forward(x: Tensor, surrogate: str, alpha: float, strict: bool) -> Tensor:
         return (x > 0 if strict else x >= 0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, float, bool], output: Tensor) -> None:
+        x, ctx.surrogate, ctx.alpha, _ = inputs
+        ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -108,10 +114,15 @@ class _Spike(torch.autograd.Function):
 class _Sign(torch.autograd.Function):
     """Sign forward (0 at 0), 2 (1 - |x|) on [-1, 1] backward, as the binary-activation networks of biprop."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return x.sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -157,13 +157,14 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
     for name, row in rows.items():
         if timm.is_model(name):
             raise ValueError(f"Model name {name!r} is taken already: registering it again would hide the other one.")
-        imagenet = row.img_size >= 64 and row.in_chans == 3
+        imagenet = row.img_size >= 64
+        events = row.in_chans != 3  # counts of events are no colours
         cfg = {
             "input_size": (row.in_chans, row.img_size, row.img_size),
             "fixed_input_size": row.fixed_input_size,
             "pool_size": row.pool_size,
             "num_classes": row.num_classes,
-            "crop_pct": 0.875 if imagenet else 1.0,
+            "crop_pct": 0.875 if imagenet and not events else 1.0,
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406) if imagenet else (0.4914, 0.4822, 0.4465),
             "std": (0.229, 0.224, 0.225) if imagenet else (0.2023, 0.1994, 0.2010),
@@ -173,6 +174,8 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             "description": row.note,
             "paper_name": row.paper,
         }
+        if events:
+            cfg |= {"mean": (0.0,) * row.in_chans, "std": (1.0,) * row.in_chans}
         for tag in row.weights or {"": {}}:
             own = {key: value for key, value in row.weights.get(tag, {}).items() if key != "dataset"}
             cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **own}

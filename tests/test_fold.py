@@ -252,7 +252,9 @@ def test_element_threshold_of_another_map_raises_instead_of_broadcasting():
 # --------------------------------------------------------------------------------------------------- fold_bn
 
 
-@pytest.mark.parametrize("name", ["test_spiking_vgg", "test_spiking_resnet", "test_mpbn_vgg", "test_mpbn_resnet"])
+@pytest.mark.parametrize(
+    "name", ["test_spiking_vgg", "test_spiking_resnet", "test_mpbn_vgg", "test_mpbn_resnet", "test_autost"]
+)
 def test_fold_bn_in_float64_gives_the_same_spikes(name):
     model = _randomise(spikezoo.create_model(name, T=4), seed=7).double().eval()
     folded = fold_bn(model)

@@ -61,7 +61,7 @@ ROWS = {
         **EVENT_INPUT,
     ),
     "test_autost": dataclasses.replace(
-        _row(16, (1, 2), 8_340, "", heads=(2, 4), residual="membrane"),
+        _row(16, (1, 2, 1), 10_164, "", heads=(2, 4, 1), residual="membrane"),
         note="Micro-model for tests: membrane residuals.",
     ),
 }

@@ -39,8 +39,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``[..., c, n]``, float32, or float64 for float64 input.
     """
-    if torch.amp.is_autocast_available(q.device.type):  # the meta device has none
-        with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+        with torch.autocast(device, enabled=False):
             return _attend(q, k, v)
     return _attend(q, k, v)
 
@@ -180,9 +181,9 @@ def _per_layer(name: str, value: Any, depth: int) -> list[Any]:
     return list(value)
 
 
-def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ValueError(f"{name}={value!r}: expected a positive number.")
+def _positive(name: str, value: Any, hint: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a positive number{hint}.")
     return value
 
 
@@ -243,10 +244,12 @@ class Spikformer(SpikingModel):
                     f"dim={dim} is not divisible by heads={number}: take heads={' or '.join(map(str, close))}, or "
                     f"dim={-(-dim // step) * step}."
                 )
-        if isinstance(pools, str) or len(pools) != 4 or not all(isinstance(pool, bool) for pool in pools):
+        if not isinstance(pools, list | tuple) or len(pools) != 4 or {*map(type, pools)} - {bool}:
             raise ValueError(f"pools={pools!r}: expected four of True or False, one for each convolution of the stem.")
         if scale != "head_dim":
-            _positive("scale", scale)
+            _positive("scale", scale, ", or 'head_dim' for one over the root of a head's channels")
+        if not isinstance(qkv_bias, bool):  # the text "false" counts as true
+            raise ValueError(f"qkv_bias={qkv_bias!r}: expected True or False.")
         if residual not in ("spike", "membrane"):
             raise ValueError(f"residual={residual!r} does not exist. {nearest(residual, ('spike', 'membrane'))}")
         if (
@@ -287,7 +290,9 @@ class Spikformer(SpikingModel):
                 attention_neuron=behind_product,
                 dd=dd,
             )
-            hidden = max(int(dim * _positive("mlp_ratios", ratio)), 1)
+            hidden = int(dim * _positive("mlp_ratios", ratio))
+            if hidden == 0:
+                raise ValueError(f"mlp_ratios={ratio!r}: dim={dim} times that is no hidden channel; 4 is common.")
             mlp = SpikingMLP(dim, hidden, size, membrane=membrane, neuron=neurons, dd=dd)
             self._add_stage([SpikformerBlock(attn, mlp, rate)], dim, self.min_img_size)
         self._finish(dim)
