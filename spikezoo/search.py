@@ -1489,6 +1489,7 @@ def correlate(
     files = [folder / f"net_{index:03d}.json" for index in range(len(nets))]
     mine = [index for index in range(rank, len(nets), world_size) if not files[index].is_file()]
     if mine:
+        facts = environment()  # of the code that runs, whatever becomes of the checkout meanwhile
         images = images_of(
             config.dataset, config.metrics, setting, config.seed, data_dir=data_dir, download=download, device=place
         )
@@ -1496,7 +1497,7 @@ def correlate(
         net = nets[index]
         row = {**net._asdict(), **cost(net, setting)._asdict(), **_measure(config, setting, net, images)}
         row |= _train(config, setting, net, place, data_dir, download)
-        _write_json(files[index], {"index": index, **row, "environment": environment()})
+        _write_json(files[index], {"index": index, **row, "environment": facts})
     if not all(path.is_file() for path in files):
         return None
     return _summarise(config, [json.loads(path.read_text()) for path in files], folder)
