@@ -698,10 +698,11 @@ def _classes(space: Space, setting: Setting) -> Iterator[tuple[Net, Cost, int]]:
 
 
 def _rank(found: Found) -> tuple[Any, ...]:
-    # Ties of the metric: fewer parameters, a smaller dimension, fewer layers, more even ratios, more heads first.
+    # Ties of the metric: fewer parameters, a smaller dimension, fewer layers; ratios and then heads that are more even,
+    # ascending through the layers, and larger.
     net = found.net
-    even = tuple(-ratio for ratio in sorted(net.mlp_ratios))
-    return found.parameters, net.dim, net.depth, even, net.mlp_ratios, tuple(-heads for heads in net.heads)
+    even = [tuple(-value for value in sorted(values)) for values in (net.mlp_ratios, net.heads)]
+    return found.parameters, net.dim, net.depth, even[0], net.mlp_ratios, even[1], net.heads
 
 
 def _best(found: Iterable[Found], count: int, higher_is_better: bool) -> list[Found]:

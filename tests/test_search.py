@@ -91,10 +91,10 @@ def test_named_models_are_nets_of_the_search():
 def test_speed_of_scoring():
     rng = random.Random(0)
     nets = [search._random_net(SPACES["base"], rng) for _ in range(2000)]
-    started = time.perf_counter()
+    started = time.process_time()  # other processes do not count
     for net in nets:
         search.score(net, "flops", Setting())
-    assert len(nets) / (time.perf_counter() - started) > 10_000
+    assert len(nets) / (time.process_time() - started) > 10_000
 
 
 # --------------------------------------------------------------------------------------------------- exact search
@@ -115,8 +115,8 @@ def test_exact_search_equals_brute_force_on_the_tiny_space(metric, bounds, _tiny
 
 def check_against(found, nets, metric, bounds, top):
     inside = [(net, cost) for net, cost in nets if bounds is None or bounds[0] <= cost.parameters <= bounds[1]]
-    # The documented order: metric, fewer parameters, smaller dimension, fewer layers, then ratios that are more even,
-    # ascending through the layers, and more heads first.
+    # The documented order: metric, fewer parameters, smaller dimension, fewer layers, then ratios and heads that are
+    # more even, ascending through the layers.
     inside.sort(
         key=lambda item: (
             -getattr(item[1], metric),
@@ -125,15 +125,15 @@ def check_against(found, nets, metric, bounds, top):
             item[0].depth,
             [-r for r in sorted(item[0].mlp_ratios)],
             item[0].mlp_ratios,
-            [-h for h in item[0].heads],
+            [-h for h in sorted(item[0].heads)],
+            item[0].heads,
         )
     )
     expected = {}
     for net, cost in inside:
         expected.setdefault((net.dim, net.depth, cost.parameters), (net, cost))
     expected = list(expected.values())[:top]
-    assert [item.net.dim for item in found.found] == [net.dim for net, _ in expected]
-    assert [item.net.mlp_ratios for item in found.found] == [net.mlp_ratios for net, _ in expected]
+    assert [item.net for item in found.found] == [net for net, _ in expected]
     assert [(item.value, item.parameters, item.flops) for item in found.found] == [
         (getattr(cost, metric), cost.parameters, cost.flops) for _, cost in expected
     ]
@@ -174,8 +174,9 @@ def test_window_of_macs():
 
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces_are_searched_in_a_second(name):
+    started = time.process_time()  # other processes do not count
     result = search.exact(SPACES[name], "flops", constraints=Constraints(parameters=WINDOWS[name]))
-    assert result.seconds < 1 and result.looked_at == SPACES[name].size
+    assert time.process_time() - started < 1 and result.looked_at == SPACES[name].size
 
 
 def test_what_the_metrics_reward():
@@ -240,10 +241,11 @@ def test_no_net_is_scored_twice_and_a_small_space_ends(monkeypatch):
     scored = []
     plain = search.score
     monkeypatch.setattr(search, "score", lambda net, *args, **kw: scored.append(net) or plain(net, *args, **kw))
-    space = Space("few", (32, 64), (1, 2), (1, 2), (1, 2))
-    result = search.evolve(space)
+    space = Space("few", (32, 64), (1, 2), (1, 2, 3), (1, 2))
+    result = search.evolve(space, top=100)
     assert len(scored) == len(set(scored)) == space.size == result.looked_at
-    assert result.found[0].value == search.exact(space).found[0].value
+    # It has seen everything, so it has the answer of the exact search; of nets that tie, the same ones.
+    assert [item.net for item in result.found] == [item.net for item in search.exact(space, top=100).found]
 
 
 def test_an_interrupted_evolution_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
