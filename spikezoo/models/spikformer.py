@@ -230,9 +230,10 @@ class Spikformer(SpikingModel):
         _positive_int("dim", dim)
         _positive_int("depth", depth)
         if dim % 8:
+            near = " or ".join(str(8 * eighth) for eighth in (dim // 8, dim // 8 + 1) if eighth)
             raise ValueError(
                 f"dim={dim}: the first convolution has dim / 8 channels, so dim must be a multiple of 8, for instance "
-                f"{max(dim // 8, 1) * 8} or {(dim // 8 + 1) * 8}."
+                f"{near}."
             )
         all_heads, ratios = _per_layer("heads", heads, depth), _per_layer("mlp_ratios", mlp_ratios, depth)
         for number in all_heads:
