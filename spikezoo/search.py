@@ -1222,7 +1222,7 @@ def _plot_search(result: Result, path: Path, space: Space, metric: str, constrai
         [item.value / scale for item in result.found],
         s=28,
         color="#d1603d",
-        label=f"the {len(result.found)} best in the window",
+        label=f"the {len(result.found)} best",
     )
     best = result.found[0]
     axes.annotate(str(best.net), (best.parameters / 1e6, best.value / scale), (8, -12), textcoords="offset points")
