@@ -1,13 +1,17 @@
 """Command line of the library: ``python -m spikezoo``.
 
-    count    what a model costs, layer by layer
-    push     publish a checkpoint on the Hugging Face Hub
+    count          what a model costs, layer by layer
+    push           publish a checkpoint on the Hugging Face Hub
+    search         find AutoST architectures
+    correlation    train a sample of them and see how well the metrics rank them
 
 Example:
     python -m spikezoo count mpbn_resnet20
     python -m spikezoo count test_spiking_vgg --dataset none --images 4 --json
     python -m spikezoo count --checkpoint output/quickstart --plot bars.png
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
+    python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
+    python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
 """
 # ruff: noqa: T201
 
@@ -16,12 +20,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from spikezoo import search
 from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader
@@ -141,6 +147,97 @@ def _push(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_search(commands: Any) -> None:
+    parser = commands.add_parser("search", help="find AutoST architectures: exactly, or by the paper's evolution")
+    parser.add_argument("--space", default="tiny", help="tiny, small, base, or a YAML file (default: %(default)s)")
+    parser.add_argument("--params", metavar="LO:HI", help="window of trainable parameters, for instance 4.0e6:4.22e6")
+    parser.add_argument("--macs", metavar="LO:HI", help="window of the MACs of all time steps")
+    parser.add_argument("--latency", type=float, metavar="MS", help="largest time of an image, measured on the best")
+    parser.add_argument("--metric", default="flops", help=f"{', '.join(search.METRICS)} (default: %(default)s)")
+    parser.add_argument(
+        "--method", choices=("exact", "evolution"), help="(default: exact for metrics of the architecture alone)"
+    )
+    parser.add_argument("--T", type=int, default=4, help="time steps (default: %(default)s)")
+    parser.add_argument("--num-classes", type=int, default=10)
+    parser.add_argument("--img-size", type=int, default=32)
+    parser.add_argument("--in-chans", type=int, default=3)
+    parser.add_argument("--dataset", default="none", help="images for metrics that read a network (default: noise)")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--top", type=int, default=10, help="how many nets to show (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", metavar="DIR", help="write search.csv, best.yaml and search.png there")
+    parser.set_defaults(run=_search)
+
+    parser = commands.add_parser("correlation", help="train a sample of nets and see how well the metrics rank them")
+    parser.add_argument("--config", required=True, metavar="FILE", help="see configs/autost/correlation_small.yaml")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", required=True, metavar="DIR", help="one file a net; run again to go on")
+    parser.add_argument("--device", help="(default: a GPU where there is one)")
+    parser.set_defaults(run=_correlation)
+
+
+def _search(args: argparse.Namespace) -> int:
+    if args.top < 1:
+        raise ValueError(f"--top {args.top}: expected at least 1.")
+    space = search.Space.of(args.space)
+    setting = search.Setting(args.T, args.num_classes, args.img_size, args.in_chans)
+    constraints = search.Constraints(
+        parameters=search.window(args.params) if args.params else None,
+        flops=search.window(args.macs) if args.macs else None,
+        latency_ms=args.latency,
+    )
+    method = args.method or ("evolution" if args.metric in search.MEASURED else "exact")
+    if method == "exact":
+        result = search.exact(space, args.metric, setting, constraints, top=args.top)
+        print(f"Space {space.name}: all {space.size:,} nets covered in {result.seconds:.2f} s, exact")
+    else:
+        images = None
+        if args.dataset != "none" and args.metric in search.MEASURED:
+            images = search.images_of(args.dataset, args.metric, setting, args.seed, data_dir=args.data_dir)
+        log = f"{args.output}/evolution.jsonl" if args.output else None
+        result = search.evolve(
+            space,
+            args.metric,
+            setting,
+            constraints,
+            settings=search.Evolution(seed=args.seed),
+            images=images,
+            top=args.top,
+            log=log,
+            progress=True,
+        )
+        print(f"Space {space.name}: {result.looked_at:,} of {space.size:,} nets in {result.seconds:.2f} s, evolution")
+    print(f"\n{search.table(result, args.metric)}")
+    if args.latency:
+        print("\nLatency was measured on these only: a quicker net of the space may have been passed over.")
+    if args.output:
+        paths = search.write(
+            result,
+            args.output,
+            space=space,
+            metric=args.metric,
+            setting=setting,
+            constraints=constraints,
+            command=args.command,
+        )
+        print(f"\nWritten: {', '.join(map(str, paths))}")
+    return 0
+
+
+def _correlation(args: argparse.Namespace) -> int:
+    rows = search.correlate(
+        search.CorrelationConfig.read(args.config),
+        args.output,
+        data_dir=args.data_dir,
+        download=args.dataset_download,
+        device=args.device,
+        progress=True,
+    )
+    print(search.correlation_table(rows) if rows else f"Other processes still train; see {args.output}.")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns 0, or 2 where the arguments make no sense."""
     parser = argparse.ArgumentParser(
@@ -149,7 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_count(commands)
     _add_push(commands)
+    _add_search(commands)
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "-m", "spikezoo", *(sys.argv[1:] if argv is None else argv)])
     try:
         result: int = args.run(args)
     except (ValueError, OSError) as error:

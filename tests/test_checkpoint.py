@@ -452,7 +452,9 @@ def test_round_trips_cover_every_transform():
 def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
     model = pruned(made(name, **({"mpbn": mpbn} if mpbn else {})))
     for transform in chain:
-        model = apply(model, transform)
+        # Signed constants have no mean, and TET's linear layer no norm that would lift it to the threshold.
+        exempt = {"exempt": ["neck.*"]} if transform == "ticket" and name == "test_spiking_resnet" else {}
+        model = apply(model, transform, **exempt)
         if transform == "ticket":
             settle(model)  # other weights want other statistics, or nothing fires
     before = answers(model)
