@@ -124,7 +124,8 @@ def activation_maps(model: nn.Module, image: Tensor, layer: str | None = None) -
     Args:
         model: The model; it is run in evaluation mode.
         image: ``[C, H, W]`` as the model takes it.
-        layer: Name of a module. None takes the neuron in the middle of those whose output is a map.
+        layer: Name of a module; of a sequence its last one is taken. None takes the neuron in the middle of those whose
+            output is a map.
 
     Returns:
         The name of the layer, and its output ``[C', h, w]``.
@@ -136,6 +137,8 @@ def activation_maps(model: nn.Module, image: Tensor, layer: str | None = None) -
     neurons = [name for name, module in named.items() if isinstance(module, SpikingNeuron | ReLU | Sign)]
     if layer is not None and layer not in named:
         raise ValueError(f"layer={layer!r} is no layer of this {type(model).__name__}. {nearest(layer, named)}")
+    while layer is not None and isinstance(named[layer], nn.Sequential):  # a stage runs its blocks, not itself
+        layer = f"{layer}.{len(named[layer]) - 1}"
     found: dict[str, Tensor] = {}
     handles = [
         named[name].register_forward_hook(lambda _module, _inputs, out, name=name: found.update({name: out}))
