@@ -19,6 +19,7 @@ import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
@@ -92,6 +93,15 @@ NOT_RECIPE = {
 Switch = argparse.BooleanOptionalAction
 
 
+class Arguments(ParseKwargs):
+    """timm's K=V pairs, with true and false as YAML has them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the pairs as a dict."""
+        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in values]
+        super().__call__(parser, namespace, spelled, option_string)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags, named as in timm's train.py where timm has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=Arguments,
         metavar="K=V",
         help="further arguments of create_model: decay=0.5 surrogate=triangle ...",
     )
@@ -142,9 +152,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--ticket",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=Arguments,
         metavar="K=V",
         help="train a lottery ticket: kind=mpslt (lt, slt, mplt) sparsity=0.4 (the fraction removed) scope=layer ...",
+    )
+    group.add_argument(
+        "--multisp",
+        nargs="*",
+        action=Arguments,
+        metavar="K=V",
+        help="MultiSp on Spikformer and AutoST models: pep_sparsity=0.4 (removed from the patch embedding's weights) "
+        "patch_ratio=0.3 (of the patches removed) binary_pep=true fixed=false ...",
     )
     group.add_argument("--pretrained", action=Switch, default=False)
     group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
@@ -160,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on norms and biases")
     group.add_argument("--layer-decay", type=float)
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=Arguments, metavar="K=V")
     group.add_argument("--clip-grad", type=float)
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
     group.add_argument("--epochs", type=int, default=10)
@@ -516,6 +534,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "neuron": args.neuron,
         "drop_rate": args.drop or None,
         "ticket": args.ticket or None,
+        "multisp": args.multisp,
         **args.model_kwargs,
     }
     return {key: value for key, value in arguments.items() if value is not None}

@@ -498,7 +498,7 @@ def _whole(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     "pixel_unshuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d amax amin max min maximum minimum cat "
     "stack select_scatter slice_scatter channel_shuffle native_channel_shuffle im2col unfold_copy detach_copy "
     "view_copy reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d tril triu",
+    "replication_pad3d tril triu topk cumsum",
 )
 def _kept(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Signal:
     return mode.common(list(_tensors(args)))

@@ -202,6 +202,50 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def check_seed(seed: Any) -> None:
+    """Raise where a seed is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
+
+
+def parametrise(
+    layers: Mapping[str, nn.Conv2d | nn.Linear],
+    binary: bool,
+    sparsity: float,
+    *,
+    scope: str = "layer",
+    init: str = "signed_constant",
+    scale_fan: bool = False,
+    seed: int = 0,
+) -> None:
+    """Turn the weights of layers into tickets, in place.
+
+    Args:
+        layers: The layers, by name.
+        binary: Whether the weights are signs times a gain.
+        sparsity: Fraction removed.
+        scope: As the arguments below, that of :func:`ticket`.
+        init: Frozen weights.
+        scale_fan: Whether only kept inputs count for their size.
+        seed: Their seed.
+
+    Raises:
+        ValueError: A layer that is a ticket already, or that would keep no weight.
+    """
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(f"Layer {name!r} is a ticket already: make tickets once, of the model as created.")
+    shared = _Ranking(sparsity) if scope == "global" else None
+    for index, layer in enumerate(layers.values()):
+        ranking = shared or _Ranking(sparsity)
+        own = (seed << 16) + index
+        frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
+        parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
+        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
+    if shared is not None and shared.layers[0].original.device.type != "meta":
+        _check_none_empty(layers)
+
+
 def ticket(
     model: nn.Module,
     kind: str = "mpslt",
@@ -244,8 +288,7 @@ def ticket(
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         if value not in valid:
             raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
+    check_seed(seed)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
     exempt = [exempt] if isinstance(exempt, str) else list(exempt)
@@ -261,19 +304,7 @@ def ticket(
     layers = _layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
-    for layer_name, layer in layers.items():
-        if parametrize.is_parametrized(layer):
-            raise ValueError(f"Layer {layer_name!r} is a ticket already: apply 'ticket' once, to the model as created.")
-    shared = _Ranking(sparsity) if scope == "global" else None
-    for index, layer in enumerate(layers.values()):
-        ranking = shared or _Ranking(sparsity)
-        own = (seed << 16) + index
-        frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
-        parametrization = Ticket(frozen, binary, ranking, own)
-        parametrize.register_parametrization(layer, "weight", parametrization)
-        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
-    if shared is not None and shared.layers[0].original.device.type != "meta":
-        _check_none_empty(layers)
+    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, seed=seed)
     arguments = {
         "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
         "seed": seed, "exempt": exempt,
@@ -343,6 +374,7 @@ def bake(model: nn.Module) -> nn.Module:
         layer.__class__ = layer.__class__.__bases__[0]
         del layer.parametrizations
         layer.weight = nn.Parameter(weight)
+        layer.baked = True  # for tune
         if isinstance(parametrization, Ticket):
             layer.sign_seeds = {"weight": parametrization.seed}  # for the checkpoint
     return _record(copied, "bake").train(model.training)
@@ -368,12 +400,13 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
     """
     if not isinstance(binary, bool):
         raise ValueError(f"binary={binary!r}: expected True or False.")
-    applied = [name for name, _ in getattr(model, "recipe", [])]
-    if tickets(model) or "bake" not in applied:
+    copied = copy.deepcopy(model)
+    baked = [module for module in copied.modules() if getattr(module, "baked", False)]
+    if tickets(model) or not baked:
+        applied = [name for name, _ in getattr(model, "recipe", [])]
         raise ValueError(f"Fine-tuning starts from a baked ticket and the recipe is {applied}: spikezoo.bake it first.")
-    copied: Any = copy.deepcopy(model)
-    arguments = next(arguments for name, arguments in reversed(copied.recipe) if name == "ticket")
-    for layer in _layers(copied, arguments["exempt"]).values():
+    layer: Any
+    for layer in baked:
         layer.__dict__.pop("sign_seeds", None)
         parametrize.register_parametrization(layer, "weight", Tuned(layer.weight, binary))
     return _record(copied, "tune", binary=binary).train(model.training)
