@@ -766,6 +766,7 @@ class Run:
             autocast=self.autocast,
             progress=self.main and sys.stderr.isatty(),
         )
+        set_epoch(self.model, math.inf)  # a ticket at its final sparsity, at which it is delivered
         results = measure(self.model, compiled=compiled)
         if self.ema:
             results["ema"] = measure(self.ema.module)
