@@ -175,8 +175,8 @@ def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop)
     assert f"3 left: a (epoch {epoch} of 2, batch {batch} of 4), b (not started in this budget), c (not" in out
     assert clock[0] == 60 * stop and not (tmp_path / "parts/out/queue/results.csv").exists()
     for left in (True, False):  # 22 or 16 minutes are left
-        assert train.main([*argv, "--time-budget", "780s"]) == 0
-        assert ("Time is over, 1 left: c (epoch" in capsys.readouterr().out) == left or stop == 8
+        assert train.main([*argv, "--time-budget", "900s"]) == 0
+        assert ("Time is over, 1 left: c (epoch" in capsys.readouterr().out) == left
     assert [row["name"] for row in rows(tmp_path / "parts")] == ["a", "b", "c"]
     assert train.main(write(tmp_path / "whole", THREE)) == 0
     for name in "abc":
@@ -263,6 +263,7 @@ CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(PLANS))
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_our_plans_make_models(train, path):
     runs, chart = train.read_plan(path, "output", [])
+    assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
     for run in runs:
         facts = {"cifar10": 10, "cifar100": 100}
         train_args = {
