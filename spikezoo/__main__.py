@@ -171,7 +171,8 @@ def _patches(args: argparse.Namespace) -> int:
     loader = _loader(args, dataset, model, args.images)
     images = next(iter(loader))[0]
     pixels = pictures.to_pixels(images, loader.info.mean, loader.info.std)
-    title = f"{name} ({'random weights' if weights == 'random' else weights}), {dataset}/{args.split}"
+    made = pictures.caption(model).replace("\n", ", ") + (", random weights" if weights == "random" else "")
+    title = f"{made}; {dataset}/{args.split}"
     mask = kept_patches(model.eval(), images)
     pictures.draw_patches(pixels, mask, args.plot, title)
     kept, total = int(mask[0].sum()), mask[0].numel()
