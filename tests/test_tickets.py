@@ -241,7 +241,7 @@ NETS = [
 def create(model="test_spiking_vgg", neuron="lif", **more):
     """A net whose neurons fire."""
     neurons = {"T": 3, "threshold": 0.25} if neuron in ("lif", "if", "plif") else {}
-    return spikezoo.create_model(model, neuron=neuron, img_size=16, **neurons, **more)
+    return spikezoo.create_model(model, neuron=neuron, img_size=16, **{**neurons, **more})
 
 
 def trained(model="test_spiking_vgg", kind="mpslt", neuron="lif", **options):
@@ -426,7 +426,7 @@ def test_compiled_steps_equal_eager_ones():
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = create(ticket={"kind": "mpslt", "sparsity": 0.7, "scope": "global", "anneal": True})
+        model = create(T=1, ticket={"kind": "mpslt", "sparsity": 0.7, "scope": "global", "anneal": True})
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         x = images()
         optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -518,6 +518,19 @@ def test_train_delivers_the_baked_ticket_that_it_measured(train, tmp_path, ema):
     back = spikezoo.create_model("test_spiking_vgg", checkpoint_path=folder / "last.safetensors", use_ema=bool(ema))
     for name, (layer, _) in tickets(back).items():  # the gain is summed in another order in another memory format
         torch.testing.assert_close(layer.weight, net.get_submodule(name).weight, rtol=1e-6, atol=0)
+
+
+def test_train_fine_tunes_a_tuned_folder(train, tmp_path):
+    model = {"T": 2, "in_chans": 1, "img_size": 8, "threshold": 0.3}
+    tuned = tune(spikezoo.bake(spikezoo.create_model("test_spiking_vgg", **model, ticket={"sparsity": 0.5})))
+    spikezoo.save_checkpoint(tuned, tmp_path / "tuned")
+    more = ["--initial-checkpoint", str(tmp_path / "tuned"), "--output", str(tmp_path), "--lr", "0.01"]
+    train.main([*FLAGS.split(), *more])
+    net = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert [name for name, _ in net.recipe] == ["ticket", "bake", "tune", "bake"]
+    for name, (layer, _) in tickets(tuned).items():
+        found = net.get_submodule(name).weight
+        assert torch.equal(found != 0, layer.weight != 0) and not torch.equal(found, layer.weight), name
 
 
 # ------------------------------------------------------------------------------------------------------- counting
