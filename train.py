@@ -44,10 +44,9 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -1011,8 +1010,7 @@ SET_BY_PLAN = {*NOT_IN_CONFIGS, "output", "experiment", "resume", "no_resume_opt
 MEASURES = ("top1", "top5", "loss", "firing_rate", "seconds")
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """One run of a plan: its name, the row it comes from, what the plan says of it, and its parsed flags."""
 
     name: str

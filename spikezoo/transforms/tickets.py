@@ -46,11 +46,12 @@ ANNEALED_FROM, ANNEALED_EPOCHS = 0.5, 10
 
 
 @torch.library.custom_op("spikezoo::top_mask", mutates_args=())
-def _top_mask(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
-    """Mask of one of the layers: where its |score| is among the ``kept`` largest of all layers given."""
+def _top_mask(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
+    """Mask of one of the layers: where its |score| is not in the lowest fraction ``removed`` of all layers given."""
     magnitudes = [score.detach().abs().flatten() for score in scores]
     ranked = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
-    place = ranked.numel() - kept
+    place = int(round(removed.item() * ranked.numel(), 6))  # 0.29 of 100 is 29, not 28
+    kept = ranked.numel() - place
     if ranked.dtype not in (torch.float32, torch.float64):
         ranked = ranked.float()
     # Equal scores at the threshold are common among millions of floats: the first ones are kept.
@@ -70,7 +71,7 @@ def _top_mask(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
 
 
 @_top_mask.register_fake
-def _(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
+def _(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
     return torch.empty_like(scores[index], dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
@@ -98,16 +99,15 @@ class _Ranking:
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
         self.layers: list[parametrize.ParametrizationList] = []
-        self.annealed: float | None = None  # a fraction kept that stands in for the final one
+        # On the CPU, and a tensor: a number that a schedule changes would compile the model anew in every epoch.
+        self.removed = torch.tensor(sparsity, dtype=torch.float64, device="cpu")
 
     def mask(self, index: int, own: Tensor) -> Tensor:
         """The mask of one layer, whose scores are ``own``."""
         scores: list[Any] = [layer.original for layer in self.layers]
         if index == len(scores):  # while it is being registered
             scores.append(own)
-        total = sum(score.numel() for score in scores)
-        kept = total - int(round(self.sparsity * total, 6))  # 0.29 of 100 is 29, not 28
-        return _top_mask(scores, index, kept if self.annealed is None else max(1, round(self.annealed * total)))
+        return _top_mask(scores, index, self.removed)
 
 
 class Ticket(nn.Module):
@@ -345,7 +345,8 @@ def set_epoch(model: nn.Module, epoch: float) -> None:
     for _, parametrization in tickets(model).values():
         if isinstance(parametrization, Ticket):
             kept = final + (ANNEALED_FROM - final) * rest
-            parametrization.ranking.annealed = kept if final < ANNEALED_FROM and rest else None
+            ranking = parametrization.ranking
+            ranking.removed.fill_(1 - kept if final < ANNEALED_FROM and rest else ranking.sparsity)
 
 
 @torch.no_grad()
