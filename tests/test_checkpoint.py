@@ -386,7 +386,7 @@ def answers(model, **size):
 
 def settle(model):
     """Take the statistics of the norms, layer after layer, from random images, with moderate scales and shifts."""
-    images = torch.randn(16, *image_for(model).shape[1:])
+    images = torch.randn(4, *image_for(model).shape[1:])
     model.train()
     with torch.no_grad():
         for module in model.modules():
