@@ -78,7 +78,7 @@ import spikezoo
 from spikezoo.checkpoint import atomic, load_state, read_config, save_state
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate, write_rows
-from spikezoo.hub import describe
+from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates, nearest
 from spikezoo.transforms.tickets import set_epoch, tickets
 
@@ -376,6 +376,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise ValueError(f"--opt {args.opt!r} does not exist. {nearest(args.opt, list_optimizers())}")
     if args.sched not in SCHEDULES:
         raise ValueError(f"--sched {args.sched!r} does not exist. {nearest(args.sched, SCHEDULES)}")
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
     return args
 
 

@@ -31,7 +31,7 @@ from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.evaluation import check_results_file, environment, evaluate, open_model, write_rows
-from spikezoo.hub import describe
+from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates
 from spikezoo.registry import is_reference, locate
 
@@ -244,6 +244,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_results_file(args.results_file)
     config = read_config(args.checkpoint) if args.checkpoint else {}
     names = select(args, config)
+    if args.push_to_hub:
+        check_repo_id(args.push_to_hub)
     if args.push_to_hub and len(names) > 1:
         raise ValueError(f"--push-to-hub publishes one model and --model {args.model!r} names {len(names)}.")
     if args.checkpoint and len(names) > 1:

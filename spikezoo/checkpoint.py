@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that takes its name when the block ends well, and vanishes otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two savers never share it
     try:
         yield temporary
         mask = os.umask(0)
@@ -166,12 +167,18 @@ def _hint(path: Path, otherwise: str) -> str:
         return "It is a Git LFS pointer, not the weights: fetch the real file with 'git lfs pull'."
     if head[:1] == b"<":
         return "It is a web page, not weights: the download went wrong."
+    if head.startswith((b"PK\x03\x04", b"\x80\x02")) and path.suffix.lower() not in _PICKLES:
+        return f"It is a pickle: give it the name {path.stem}.pth to have it read, as weights only."
+    if head[8:9] == b"{" and path.suffix.lower() in _PICKLES:
+        return f"It is no pickle but a safetensors file: give it the name {path.stem}.safetensors."
     return f"{otherwise}: fetch or write it again."
 
 
 def _check_file(path: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"No checkpoint at {path}. Give a .safetensors file or a folder that holds one.")
+    if path.name == CONFIG_NAME:
+        raise ValueError(f"{path} describes a checkpoint and holds no weights: give its folder, {path.parent}.")
     return path
 
 
@@ -193,7 +200,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
         hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
-        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
+        first = str(error).partition("\n")[0].partition(". ")[0]  # the rest advises to run whatever the file says
+        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({first})") from error
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -265,7 +273,7 @@ def find_weights(path: str | Path) -> Path:
     for name in (WEIGHTS_NAME, "model_best.safetensors", "last.safetensors"):
         if (path / name).is_file():
             return path / name
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
+    if pickles := sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICKLES):
         raise FileNotFoundError(
             f"No {WEIGHTS_NAME} in {path}, only {', '.join(pickles)}: a pickle can run code, so it is read (as "
             f"weights only) when you name it: {path / pickles[0]}."
@@ -289,7 +297,7 @@ def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path} holds one set of weights, not a training state: give last.safetensors, or leave --use-ema out."
             )
-        return _read_pickle(path) if path.suffix in _PICKLES else load_sparse_file(path)
+        return _read_pickle(path) if path.suffix.lower() in _PICKLES else load_sparse_file(path)
     key = "ema" if ema else "model"
     weights = load_state(path, key).get(key)
     if weights is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 import tempfile
 import threading
@@ -11,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from huggingface_hub import (
@@ -35,6 +38,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from timm.models import PretrainedCfg
 from torch import nn
 
@@ -51,10 +55,19 @@ from spikezoo.checkpoint import (
     read_config,
     write_checkpoint,
 )
-from spikezoo.registry import create_model, model_info
+from spikezoo.registry import FACTORY_ARGUMENTS, create_model, locate, model_info
 from spikezoo.transforms import replay
 
-__all__ = ["HubError", "describe", "pull", "push_folder", "push_to_hub", "save_checkpoint", "write_card"]
+__all__ = [
+    "HubError",
+    "check_repo_id",
+    "describe",
+    "pull",
+    "push_folder",
+    "push_to_hub",
+    "save_checkpoint",
+    "write_card",
+]
 
 # Of a live hub this is plenty, and nobody waits long for a dead one.
 TIMEOUT_S = 4.5
@@ -81,15 +94,19 @@ def describe(model: nn.Module) -> dict[str, Any]:
     """
     cfg = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if isinstance(cfg, Mapping) else None
-    if not architecture or not hasattr(model, "neuron_config"):
+    wrapped = hasattr(model, "_orig_mod")  # torch.compile's wrapper passes every attribute on
+    if not architecture or not hasattr(model, "neuron_config") or wrapped:
         raise ValueError(
             f"This {type(model).__name__} was not made by spikezoo.create_model, so its name is unknown and nothing "
             "could rebuild it. Save the model itself, not a wrapper of it (DistributedDataParallel, torch.compile, "
             "features_only)."
         )
     size: Any = model.img_size
+    pool = model.head.global_pool.pool_type  # type: ignore[union-attr]
+    made: Any = {key: value for key, value in getattr(model, "_model_args", {}).items() if key not in FACTORY_ARGUMENTS}
     arguments = {
-        **getattr(model, "_model_args", {}),
+        **made,
+        **({"global_pool": pool} if pool != made.get("global_pool", "avg") else {}),  # reset_classifier sets it, too
         "num_classes": model.num_classes,
         "in_chans": model.in_chans,
         "img_size": size[0] if size[0] == size[1] else list(size),
@@ -106,14 +123,59 @@ def _check_rebuilds(model: nn.Module, facts: Mapping[str, Any]) -> None:
     """Raise where name, arguments and recipe do not give a model that takes this one's weights."""
     with torch.random.fork_rng(devices=[]):  # nobody's next random number depends on having saved
         fresh = replay(create_model(facts["architecture"], **facts["model_args"]), facts["recipe"])
-    ours, theirs = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (model, fresh))
-    different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if different:
-        raise ValueError(
-            f"This {facts['architecture']} cannot be rebuilt from its arguments {facts['model_args']} and recipe "
-            f"{facts['recipe']}: {len(different)} tensors differ, the first {different[0]!r}. Modules were changed by "
-            "hand; change models with create_model's arguments and spikezoo.transforms."
-        )
+    for what, facts_of in (("tensors", _shapes), ("modules", _settings)):
+        ours, theirs = facts_of(model), facts_of(fresh)
+        different = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if different:
+            first = different[0]
+            raise ValueError(
+                f"This {facts['architecture']} cannot be rebuilt from its arguments {facts['model_args']} and recipe "
+                f"{facts['recipe']}: {len(different)} {what} differ, the first {first!r}: {ours.get(first)} instead of "
+                f"{theirs.get(first)}. Modules were changed by hand; change models with create_model's arguments and "
+                "spikezoo.transforms."
+            )
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """What modules say of themselves, without what matters in training only."""
+    return {
+        name: re.sub(r"momentum=[^,]*", "", module.extra_repr())
+        for name, module in model.named_modules()
+        if "Drop" not in type(module).__name__
+    }
+
+
+def _plain(value: Any, path: str = "results") -> Any:
+    """A result as JSON has it: scalars of NumPy and PyTorch become numbers, and NaN and infinity None."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{path}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, torch.Tensor | np.generic) and math.prod(value.shape) == 1:
+        value = value.item()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise ValueError(f"{path} is a {type(value).__name__}: expected numbers, strings, lists and dicts of them.")
+
+
+def _plain_results(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    if results is not None and not isinstance(results, Mapping):
+        raise ValueError(f"results={results!r}: expected a mapping such as {{'dataset': 'cifar10', 'top1': 92.2}}.")
+    plain: dict[str, Any] = _plain(results or {})
+    wrong = [
+        k for k, _, form in _FIGURES if form != "{}" and form != "`{}`" and isinstance(plain.get(k), str | list | dict)
+    ]
+    if wrong:
+        raise ValueError(f"results[{wrong[0]!r}] is {plain[wrong[0]]!r}: expected a number.")
+    return plain
 
 
 def save_checkpoint(
@@ -133,7 +195,7 @@ def save_checkpoint(
         model: A model of :func:`spikezoo.create_model`, transformed or not.
         folder: Where to; made if it is not there.
         results: What was measured of these very weights: top1, dataset, split, T, MACs, energy, command, ... as
-            ``validate.py`` writes its rows. ``dataset`` is what the checkpoint is for.
+            ``validate.py`` writes its rows; NaN is stored as None. ``dataset`` is what the checkpoint is for.
         sparse: Store each tensor in its smallest code (see :mod:`spikezoo.sparse`), which only spikezoo reads.
             Otherwise dense, which ``timm.create_model('hf-hub:...')`` reads, too.
         dtype: Round weights of two and more dimensions to this type, for instance ``torch.float16``: measure the
@@ -143,24 +205,28 @@ def save_checkpoint(
         The folder.
 
     Raises:
-        ValueError: A model that cannot be rebuilt from its name, or that holds NaN.
+        ValueError: A model that cannot be rebuilt from its name, or that holds NaN; results that are no plain data.
         OSError: No room or no permission; nothing half-written stays.
 
     Example:
         >>> spikezoo.save_checkpoint(model, 'checkpoints/mine', {'dataset': 'cifar10', 'top1': 92.2})
     """
+    if Path(folder).suffix == ".safetensors":
+        raise ValueError(f"{folder}: expected a folder, in which {WEIGHTS_NAME} and {CONFIG_NAME} are written.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a floating-point type such as torch.float16.")
+    results = _plain_results(results)
     facts = describe(model)
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError(f"This {facts['architecture']} is on the device 'meta' and has no weights to save.")
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     check_nan(state, f"This {facts['architecture']}")
     _check_rebuilds(model, facts)
     if dtype is not None:
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype}: expected a floating-point type such as torch.float16.")
         many = {name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dim() > 1}
         state |= {name: state[name].to(dtype) for name in many}
         if lost := [name for name in sorted(many) if not state[name].isfinite().all()]:
             raise ValueError(f"dtype={dtype} cannot hold the values of {lost[0]}. Store it as it is (dtype=None).")
-    results = dict(results or {})
     size: Any = model.img_size
     cfg: Any = model.pretrained_cfg
     # timm knows these fields and no others; where the weights are is not a fact of theirs.
@@ -245,13 +311,12 @@ def _explained(repo_id: str, revision: str | None, doing: str) -> Iterator[None]
     except ConnectionError as error:
         advice = " Set HF_HUB_DISABLE_XET=1 for hubs that do not speak Xet." if "xet" in str(error).lower() else ""
         raise HubError(f"{what}: the connection to {endpoint} failed ({error}).{advice}") from error
-    except ValueError:
-        raise
     except PermissionError as error:
         raise HubError(f"{what}: no permission to write {error.filename}. HF_HOME says where the cache is.") from error
     except Exception as error:  # the client's transport raises its own kinds, which differ between its versions
+        cause = error.__cause__ or error
         raise HubError(
-            f"{what}: {endpoint} does not answer as it should ({type(error).__name__}: {error}). Check the network, "
+            f"{what}: {endpoint} does not answer as it should ({type(cause).__name__}: {cause}). Check the network, "
             "HF_ENDPOINT and proxies; models in the cache need no network."
         ) from error
 
@@ -279,14 +344,30 @@ def _ask(repo_id: str, revision: str | None = None) -> ModelInfo:
     return found
 
 
+def check_repo_id(repo_id: str) -> str:
+    """The name of a repository, checked before anything is trained, measured or written for it.
+
+    Raises:
+        ValueError: Not ``organisation/name``.
+    """
+    try:
+        validate_repo_id(repo_id)
+        well_formed = "/" in repo_id
+    except HFValidationError:
+        well_formed = False
+    if not well_formed:
+        raise ValueError(
+            f"{repo_id!r} is no repository name: expected 'organisation/name' of letters, digits, '-', '_' and '.'."
+        )
+    return repo_id
+
+
 def _split_revision(reference: str) -> tuple[str, str | None]:
     repo_id, _, revision = reference.partition("@")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"hf-hub:{reference}: expected hf-hub:organisation/name or hf-hub:organisation/name@revision.")
-    return repo_id, revision or None
+    return check_repo_id(repo_id), revision or None
 
 
-def pull(reference: str, *, refresh: bool = False) -> Path:
+def pull(reference: str, *, refresh: bool = False, cache_dir: str | Path | None = None) -> Path:
     """Fetch a checkpoint from the Hugging Face Hub into its cache.
 
     What is in the cache is used without any request, also where the branch has moved on since; ``refresh=True`` or a
@@ -296,6 +377,7 @@ def pull(reference: str, *, refresh: bool = False) -> Path:
     Args:
         reference: ``organisation/name`` or ``organisation/name@revision``: branch, tag or commit.
         refresh: Ask the Hub for the newest commit of the branch.
+        cache_dir: Folder of the cache; None is huggingface_hub's.
 
     Returns:
         The folder with config.json and model.safetensors.
@@ -309,7 +391,7 @@ def pull(reference: str, *, refresh: bool = False) -> Path:
     with _explained(repo_id, revision, "Fetching"):
         if not refresh:
             try:
-                folder = snapshot_download(repo_id, revision=revision, local_files_only=True)
+                folder = snapshot_download(repo_id, revision=revision, cache_dir=cache_dir, local_files_only=True)
                 if all((Path(folder) / file).is_file() for file in files):
                     return Path(folder)
             except LocalEntryNotFoundError:
@@ -324,7 +406,7 @@ def pull(reference: str, *, refresh: bool = False) -> Path:
             )
         for attempt in (refresh, True):
             # The first file settles the commit that the branch stands at, the second comes from that very commit.
-            options: dict[str, Any] = {"etag_timeout": TIMEOUT_S, "force_download": attempt}
+            options: dict[str, Any] = {"etag_timeout": TIMEOUT_S, "force_download": attempt, "cache_dir": cache_dir}
             first = Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, **options))
             hf_hub_download(repo_id, WEIGHTS_NAME, revision=first.parent.name, **options)
             try:
@@ -416,7 +498,9 @@ _FIGURES = (
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    """A table of Markdown; what is in a cell ends neither the cell nor its row."""
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
 
 
 def _literal(value: Any) -> str:
@@ -438,10 +522,13 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
     """
     folder = Path(folder)
     config = read_config(folder)
+    if not config.get("spikezoo", {}).get("version"):
+        raise ValueError(f"{folder} is no checkpoint of spikezoo.save_checkpoint, which a card could describe.")
     block, name = config["spikezoo"], config["architecture"]
     results, dataset = block.get("results", {}), block.get("dataset")
     info = model_info(name)
     T = config["model_args"].get("T")
+    split = f", {block['split']} split" if block.get("split") else ""
     sparsity = config["sparsity_config"]
     weights = folder / WEIGHTS_NAME
     facts = [
@@ -451,7 +538,7 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         ("Time steps T", str(T)),
         ("Parameters", f"{block['parameters']:,}"),
         ("Sparsity (zeros among all stored numbers)", f"{100 * sparsity['global_sparsity']:.2f} %"),
-        ("Dataset", f"{dataset}, {block.get('split')} split" if dataset else "not said"),
+        ("Dataset", f"{dataset}{split}" if dataset else "not said"),
         ("Weights file", f"{weights.stat().st_size:,} bytes, {sparsity['format']}"),
         ("sha256", f"`{block['sha256'][WEIGHTS_NAME]}`"),
     ]
@@ -470,7 +557,6 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         model_name=repo_id.partition("/")[2],
         eval_results=metrics,
     )
-    dense = sparsity["format"] == "dense"
     card = ModelCard.from_template(
         data,
         template_str=_CARD,
@@ -480,7 +566,9 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         repo_id=repo_id,
         reading=(
             "The weights are dense: `timm.create_model('hf-hub:...')` reads them too, after `import spikezoo`."
-            if dense and not block["recipe"]
+            if sparsity["format"] == "dense" and not block["recipe"]
+            else "The weights are dense and belong to a transformed model, which timm cannot make."
+            if sparsity["format"] == "dense"
             else "The tensors are stored in spikezoo's sparse code: without the model, "
             "`spikezoo.load_sparse_file('model.safetensors')` gives them as a state dict."
         ),
@@ -491,14 +579,14 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         version=block.get("spikezoo_version", __version__),
     )
     with atomic(folder / "README.md") as temporary:
-        temporary.write_text(str(card))
+        temporary.write_text(str(card), encoding="utf-8")
     if metrics and hub_dataset:
         entry = EvalResultEntry(
             dataset_id=hub_dataset,
             task_id="image_classification",
             value=results["top1"],
             date=str(results["date"]).partition(" ")[0] if results.get("date") else None,
-            notes=f"top-1 in per cent, T={T}, {block.get('split')} split",
+            notes=f"top-1 in per cent, T={T}{split}",
         )
         with atomic(folder / ".eval_results" / f"{dataset}.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
@@ -523,7 +611,8 @@ def push_folder(
     Pushing the same content again makes no commit.
 
     Args:
-        checkpoint: A folder that :func:`save_checkpoint` or train.py wrote, or a weights file or training state.
+        checkpoint: A folder that :func:`save_checkpoint` or train.py wrote, a weights file or training state, or
+            'local-dir:FOLDER' or 'hf-hub:ORG/NAME'.
         repo_id: ``organisation/name``; made if it is not there.
         results: New measurements of these very weights, in place of the checkpoint's.
         private: Make a new repository private.
@@ -541,6 +630,8 @@ def push_folder(
     Example:
         >>> spikezoo.push_folder('output/quickstart', 'me/quickstart', dry_run='card')
     """
+    check_repo_id(repo_id)
+    checkpoint = locate(str(checkpoint))
     source = find_weights(checkpoint)
     config = read_config(checkpoint)
     if "architecture" not in config:
@@ -551,7 +642,7 @@ def push_folder(
     stored = config.get("spikezoo", {})
     with _staging(repo_id, dry_run) as folder:
         if source.name == WEIGHTS_NAME and stored.get("version"):
-            copy_checkpoint(source.parent, folder, results)
+            copy_checkpoint(source.parent, folder, None if results is None else _plain_results(results))
         else:  # a training state, or weights without hashes
             known = {**stored.get("results", {}), **{key: stored.get(key) for key in ("dataset", "split")}}
             model = create_model(config["architecture"], checkpoint_path=checkpoint)
@@ -601,11 +692,12 @@ def push_to_hub(
 
 @contextmanager
 def _staging(repo_id: str, dry_run: str | Path | None) -> Iterator[Path]:
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")):
-        raise ValueError(f"{repo_id!r} is no repository name: expected 'organisation/name'.")
+    check_repo_id(repo_id)
     if dry_run is not None:
-        if Path(dry_run).exists() and any(Path(dry_run).iterdir()):
-            raise ValueError(f"{dry_run} is not empty: give a new folder, so that nothing of yours is mixed in.")
+        if Path(dry_run).is_file() or (Path(dry_run).exists() and any(Path(dry_run).iterdir())):
+            raise ValueError(
+                f"{dry_run} is not empty, or a file: give a new folder, so that nothing of yours is mixed in."
+            )
         Path(dry_run).mkdir(parents=True, exist_ok=True)
         yield Path(dry_run)
         return
@@ -626,5 +718,11 @@ def _publish(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Upload with spikezoo")
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message="Upload with spikezoo",
+            delete_patterns=".eval_results/*",  # figures of other weights must not outlive them
+        )
     return f"{constants.ENDPOINT}/{repo_id}" + (f"/tree/{revision}" if revision else "")

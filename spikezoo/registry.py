@@ -18,6 +18,7 @@ from torch import nn
 from spikezoo.neurons import ANALOG, NeuronConfig, UnknownArgumentError, nearest
 
 __all__ = [
+    "FACTORY_ARGUMENTS",
     "ModelInfo",
     "ModelRow",
     "Pretrained",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 # What every model takes besides its constructor's own arguments: timm's construction switches.
-_FACTORY_ARGUMENTS = {
+FACTORY_ARGUMENTS = {
     "cache_dir",
     "feature_cls",
     "features_only",
@@ -282,6 +283,11 @@ def _split(name: str) -> tuple[str, str]:
     if not isinstance(name, str):
         raise ValueError(f"Model name {name!r}: expected a string such as 'mpbn_resnet20'.")
     architecture, _, tag = name.partition(".")
+    if architecture not in _rows and any(mark in name for mark in "/\\:"):
+        raise ValueError(
+            f"Model name {name!r}: for a checkpoint in a folder write 'local-dir:FOLDER', for one on the Hugging Face "
+            "Hub 'hf-hub:ORG/NAME'; names without prefix are those of spikezoo.list_models()."
+        )
     if architecture not in _rows:
         raise ValueError(f"Unknown model {architecture!r}. {nearest(architecture, _rows)} See spikezoo.list_models().")
     tags = _rows[architecture].weights
@@ -297,7 +303,7 @@ def _check_arguments(architecture: str, arguments: Mapping[str, Any], transforms
     parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
     layout = set(_rows[architecture].arguments) - {"mpbn"}
     known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = (known - {"self"}) | _NEURON_ARGUMENTS | _FACTORY_ARGUMENTS | set(transforms)
+    known = (known - {"self"}) | _NEURON_ARGUMENTS | FACTORY_ARGUMENTS | set(transforms)
     for name in arguments:
         if name not in known:
             valid = known - layout - {"neuron_defaults"}
@@ -351,8 +357,8 @@ def create_model(
         use_ema: Take the averaged weights, where ``checkpoint_path`` is a training state.
         **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
             ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
-            ``features_only``, ``out_indices``; and transforms with their arguments, applied last:
-            ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``.
+            ``features_only``, ``out_indices``, ``cache_dir`` (of the Hub); and transforms with their arguments, applied
+            last: ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``.
 
     Returns:
         The model, in training mode; in evaluation mode where a transform that ends training was applied.
@@ -371,10 +377,13 @@ def create_model(
 
     path: Path | None = None
     config: dict[str, Any] = {}
+    cache_dir = kwargs.get("cache_dir")
+    if use_ema and checkpoint_path is None and not (pretrained and is_reference(name)):
+        raise ValueError("use_ema=True: averaged weights are in a training state, so give checkpoint_path=.")
     if is_reference(name):
         if checkpoint_path is not None:
             raise ValueError(f"name={name!r} and checkpoint_path={str(checkpoint_path)!r}: give one of them.")
-        path = locate(name)
+        path = locate(name, cache_dir)
         config = read_config(path)
         if not isinstance(config.get("architecture"), str):
             raise ValueError(
@@ -394,12 +403,12 @@ def create_model(
                     f"{path} is a checkpoint of {own!r} and was asked to load into {architecture!r}: create {own!r}."
                 )
         elif pretrained and "pretrained_cfg_overlay" not in kwargs:
-            path = locate(_pretrained_reference(architecture, tag))
+            path = locate(_pretrained_reference(architecture, tag), cache_dir)
             config = read_config(path)
         elif tag:
             config = {"model_args": _rows[architecture].weights[tag].get("arguments", {})}
     stored = dict(config.get("model_args", {}))
-    if foreign := sorted(stored.keys() & (_FACTORY_ARGUMENTS | {"device", "dtype"})):
+    if foreign := sorted(stored.keys() & (FACTORY_ARGUMENTS | {"device", "dtype"})):
         raise ValueError(
             f"{path or name}: model_args holds {', '.join(foreign)}, which say where a model is made and not what it "
             "is. Was this config.json written by spikezoo.save_checkpoint?"
@@ -464,14 +473,18 @@ def is_reference(name: object) -> bool:
     return isinstance(name, str) and name.partition(":")[0] in _SCHEMES and ":" in name
 
 
-def locate(reference: str) -> Path:
+def locate(reference: str, cache_dir: str | Path | None = None) -> Path:
     """The folder or file of a reference, fetched where it is on the Hub; a path stands for itself."""
     scheme, colon, rest = reference.partition(":")
     if colon and scheme in ("hf-hub", "hf_hub"):
         from spikezoo.hub import pull
 
-        return pull(rest)
-    return Path(rest if colon and scheme == "local-dir" else reference)
+        return pull(rest, cache_dir=cache_dir)
+    if not is_reference(reference):
+        return Path(reference)
+    if not rest:
+        raise ValueError(f"{reference!r}: expected a folder after the colon, as in 'local-dir:output/quickstart'.")
+    return Path(rest)
 
 
 def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, module: str = "") -> list[str]:

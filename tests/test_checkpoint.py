@@ -849,3 +849,30 @@ def test_saving_changes_neither_model_nor_random_numbers(tmp_path):
     spikezoo.save_checkpoint(model, tmp_path)
     same(dict(model.state_dict()), dict(before))
     assert model.training and torch.equal(torch.get_rng_state(), state)
+
+
+def test_messages_tell_what_a_file_is(tmp_path):
+    model = spikezoo.create_model("test_spiking_vgg")
+    spikezoo.save_checkpoint(model, tmp_path)
+
+    def load(path, **kwargs):
+        return spikezoo.create_model("test_spiking_vgg", checkpoint_path=path, **kwargs)
+
+    torch.save(model.state_dict(), tmp_path / "W.PTH")
+    assert load(tmp_path / "W.PTH").T == model.T
+    (tmp_path / "W.PTH").rename(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"It is a pickle: give it the name w\.pth"):
+        load(tmp_path / "w.safetensors")
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"no pickle but a safetensors file") as caught:
+        load(tmp_path / "x.pth")
+    assert "weights_only" not in str(caught.value)  # torch's advice to run whatever the file says
+    with pytest.raises(ValueError, match="holds no weights: give its folder"):
+        load(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="give checkpoint_path="):
+        spikezoo.create_model("test_spiking_vgg", use_ema=True)
+    with pytest.raises(ValueError, match="expected a folder after the colon"):
+        spikezoo.create_model("local-dir:", pretrained=True)
+    for name in ("./run", "org/name", "HF-HUB:org/name", "https://huggingface.co/org/name"):
+        with pytest.raises(ValueError, match=r"local-dir:FOLDER.*hf-hub:ORG/NAME"):
+            spikezoo.create_model(name, pretrained=True)

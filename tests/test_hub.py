@@ -6,8 +6,10 @@ import logging
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -100,6 +102,67 @@ def test_a_model_changed_by_hand_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_settings_changed_by_hand_are_refused(tmp_path):
+    model = make()
+    model.stem[0].norm.momentum = 0.5  # of training only
+    spikezoo.save_checkpoint(model, tmp_path / "a")
+    model.stem[0].norm.eps = 0.3
+    with pytest.raises(ValueError, match=r"1 modules differ, the first 'stem.0.norm'.*eps=0.3.*instead of.*eps=1e-05"):
+        spikezoo.save_checkpoint(model, tmp_path / "b")
+
+
+def test_a_head_that_was_reset_travels(tmp_path):
+    for classes, pool in ((5, "max"), (0, ""), (0, None)):
+        model = make()
+        model.reset_classifier(classes, pool)
+        spikezoo.save_checkpoint(model, tmp_path)
+        assert same(model, spikezoo.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    model = make(global_pool="max", cache_dir="somewhere", pretrained_strict=False)
+    model.reset_classifier(4, "avg")
+    spikezoo.save_checkpoint(model, tmp_path)
+    assert same(model, spikezoo.create_model(f"local-dir:{tmp_path}", pretrained=True))
+
+
+def test_compiled_wrappers_and_meta_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not a wrapper"):
+        spikezoo.save_checkpoint(torch.compile(make()), tmp_path / "a")
+    with pytest.raises(ValueError, match="device 'meta'"):
+        spikezoo.save_checkpoint(spikezoo.create_model("test_mpbn_resnet", device="meta"), tmp_path / "a")
+    with pytest.raises(ValueError, match="expected a folder"):
+        spikezoo.save_checkpoint(make(), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"torch\.float16"):
+        spikezoo.save_checkpoint(make(), tmp_path / "a", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_become_plain_data(tmp_path):
+    results = {
+        "top1": np.float32(61.5), "loss": torch.tensor(0.25), "top5": float("nan"), "log": tmp_path,
+        "rates": (1, np.int64(2)),
+    }  # fmt: skip
+    spikezoo.save_checkpoint(make(), tmp_path / "a", results)
+    stored = json.loads((tmp_path / "a" / "config.json").read_text(), parse_constant=pytest.fail)
+    found = stored["spikezoo"]["results"]
+    assert found == {"top1": 61.5, "loss": 0.25, "top5": None, "log": str(tmp_path), "rates": [1, 2]}
+    for bad, message in (
+        ({"x": {"y": [b"1"]}}, r"results\['x'\]\['y'\]\[0\] is a bytes"),
+        ([1], "expected a mapping"),
+        ({"top1": "92"}, r"results\['top1'\] is '92': expected a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            spikezoo.save_checkpoint(make(), tmp_path / "b", bad)
+        with pytest.raises(ValueError, match=message):
+            spikezoo.push_folder(tmp_path / "a", "org/net", results=bad, dry_run=tmp_path / "dry")
+    assert not (tmp_path / "b").exists()
+
+
+def test_two_threads_save_into_one_folder(tmp_path):
+    models = [make(T=2), make(T=3)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda i: spikezoo.save_checkpoint(models[i % 2], tmp_path / f"{i // 2 % 2}"), range(8)))
+    assert all(sorted(p.name for p in tmp_path.glob(f"{i}/*")) == ["config.json", "model.safetensors"] for i in (0, 1))
+
+
 def test_saving_does_not_touch_the_random_state(tmp_path):
     model = make()
     state = torch.get_rng_state()
@@ -171,6 +234,22 @@ def test_timm_reads_dense_uploads_and_refuses_sparse_ones(hub):
         timm.create_model("hf-hub:org/sparse", pretrained=True)
 
 
+def test_figures_of_other_weights_do_not_stay(hub):
+    spikezoo.push_to_hub(make(), "org/net", RESULTS)
+    spikezoo.push_to_hub(make(), "org/net", RESULTS | {"dataset": "cifar100"})
+    files = hub.repos["org/net"].branches["main"].files
+    assert [name for name in files if name.startswith(".eval")] == [".eval_results/cifar100.yaml"]
+
+
+def test_references_are_pushed_and_the_cache_may_be_elsewhere(hub, tmp_path):
+    model = make()
+    spikezoo.push_to_hub(model, "org/net", RESULTS)
+    spikezoo.push_folder("hf-hub:org/net", "org/copy")
+    assert hub.file("org/copy", "config.json") == hub.file("org/net", "config.json")
+    assert same(model, spikezoo.create_model("hf-hub:org/copy", pretrained=True, cache_dir=tmp_path / "here"))
+    assert list((tmp_path / "here").glob("models--org--copy/snapshots/*/model.safetensors"))
+
+
 def test_private_and_gated(hub, monkeypatch):
     spikezoo.push_to_hub(make(), "org/secret", private=True)
     assert hub.repos["org/secret"].private
@@ -204,12 +283,15 @@ def test_foreign_repositories(hub, files, message):
         pull("org/other")
 
 
-@pytest.mark.parametrize("name", ["net", "org/", "a/b/c", "org/net name", ""])
+@pytest.mark.parametrize("name", ["net", "org/", "a/b/c", "org/net name", "org/n*t", "https://x.co/org/net", ""])
 def test_names_that_are_none(hub, name):
     with pytest.raises(ValueError, match="organisation/name"):
         pull(name)
     with pytest.raises(ValueError, match="organisation/name"):
         spikezoo.push_to_hub(make(), name)
+    for scheme in ("train", "validate"):  # before hours of work, not after them
+        with pytest.raises(ValueError, match="organisation/name"):
+            script(scheme).main(["--model", "test_spiking_vgg", "--push-to-hub", name or "org"])
 
 
 # ------------------------------------------------------------------------------------------------------- faults
@@ -247,6 +329,14 @@ def test_a_hub_with_faults(hub, status, advice):
         pull("org/net")
     with pytest.raises(HubError, match=f"Pushing org/net: .*{status}"):
         spikezoo.push_to_hub(pruned(make()), "org/net")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_fetch_that_the_hub_refuses(hub, status):
+    spikezoo.push_to_hub(make(), "org/net")
+    hub.fail("/resolve/", status)
+    with pytest.raises(HubError, match=f"Fetching org/net: .*{status}"):
+        pull("org/net", refresh=True)
 
 
 def test_a_connection_that_breaks_once(hub):
@@ -349,10 +439,24 @@ def test_a_card_without_results_claims_nothing(tmp_path):
     assert "Nothing was measured" in text and "model-index" not in text and not (tmp_path / ".eval_results").exists()
 
 
+def test_a_card_of_odd_values_stays_a_card(tmp_path):
+    results = {"dataset": "mine", "top1": 1.0, "command": "a | b\n| c"}
+    spikezoo.push_to_hub(spikezoo.fold_bn(make()), "o/n", results, sparse=False, dry_run=tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| Command | `a \\| b \\| c` |" in text and "| Dataset | mine |" in text
+    assert "sparse code" not in text and "a transformed model, which timm cannot make" in text
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('{"architecture": "test_mpbn_resnet"}')
+    with pytest.raises(ValueError, match="is no checkpoint of spikezoo"):
+        write_card(tmp_path / "foreign", "o/n")
+
+
 def test_dry_run_wants_a_new_folder(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not empty, or a file: give a new folder"):
         spikezoo.push_to_hub(make(), "org/net", dry_run=tmp_path)
+    with pytest.raises(ValueError, match="give a new folder"):
+        spikezoo.push_to_hub(make(), "org/net", dry_run=tmp_path / "mine.txt")
 
 
 # ------------------------------------------------------------------------------------------------------ scripts
