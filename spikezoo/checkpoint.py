@@ -6,6 +6,7 @@ A checkpoint is a folder of ``model.safetensors`` (see :mod:`spikezoo.sparse` fo
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -190,7 +191,9 @@ def _open(path: Path) -> Iterator[Any]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # timm's saver puts the command line's arguments beside the weights: plain values in a Namespace, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
         hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
         raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
