@@ -1250,9 +1250,9 @@ def _plot_search(result: Result, path: Path, space: Space, metric: str, constrai
         label=f"the {len(result.found)} best",
     )
     best = result.found[0]
-    axes.annotate(str(best.net), (best.parameters / 1e6, best.value / scale), (8, -12), textcoords="offset points")
+    axes.scatter(best.parameters / 1e6, best.value / scale, s=130, color="#d1603d", edgecolor="black", marker="*")
     axes.set(
-        title=f"Space {space.name}: {metric} against parameters",
+        title=f"Space {space.name}: {metric} against parameters\nbest: {best.net}",
         xlabel="parameters (millions)",
         ylabel=f"{metric} (millions)" if scale > 1 else metric,
     )
