@@ -4,30 +4,49 @@
     python train.py --config configs/quickstart.yaml
     python train.py --model mpbn_resnet20 --T 1 --dataset cifar10 --data-dir DATA --epochs 10 --lr 0.1
     torchrun --nproc-per-node 2 train.py --config configs/quickstart.yaml
+    python train.py --plan configs/tickets/sparsity.yaml --data-dir DATA --time-budget 9m
 
 Flags on the command line win over the config. Writes to OUTPUT/EXPERIMENT: args.yaml, metadata.json, summary.csv,
 curves.png, last.safetensors (everything that --resume needs), model_best.safetensors and, at the end, the folder's
 model.safetensors and config.json, which validate.py --checkpoint takes.
+
+A plan is a queue of such runs in OUTPUT/PLAN/NAME, with OUTPUT/PLAN/results.csv and a picture. Start it again to go on
+where it was stopped or killed; what is finished is skipped. Other flags hold for all its runs. Under torchrun each
+process takes whole runs. Its YAML:
+
+    runs:                                # each row: flags by name, over those of its config
+      - name: ticket
+        config: base.yaml                # beside the plan
+        ticket.kind: mpslt               # a dot reaches into a mapping
+        grid: {ticket.sparsity: [0.2, 0.4], T: [1, 4]}   # every combination
+        seeds: [1, 2, 3]
+    plot: {x: ticket.sparsity, y: top1, by: T}
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import functools
+import gc
+import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
 import shlex
 import shutil
 import sys
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -46,17 +65,19 @@ from timm.utils import (
     distribute_bn,
     get_outdir,
     init_distributed_device,
+    is_distributed_env,
     random_seed,
     trim_summary,
     update_summary,
+    world_info_from_env,
 )
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import spikezoo
-from spikezoo.checkpoint import atomic, load_state, save_state
+from spikezoo.checkpoint import atomic, load_state, read_config, save_state
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate
+from spikezoo.evaluation import environment, evaluate, write_rows
 from spikezoo.hub import describe
 from spikezoo.neurons import WithRates, nearest
 from spikezoo.transforms.tickets import set_epoch, tickets
@@ -81,15 +102,28 @@ NOT_RECIPE = {
     "device",
     "output",
     "experiment",
+    "plan",
+    "time_budget",
     "recovery_interval",
     "checkpoint_hist",
     "log_interval",
     "push_to_hub",
 }
 
+NOT_IN_CONFIGS = {"help", "config", "plan", "time_budget"}
+
 
 # --amp, and --no-amp where a config has it: the command line wins.
 Switch = argparse.BooleanOptionalAction
+
+
+class Arguments(ParseKwargs):
+    """timm's K=V pairs, with true and false as YAML has them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the pairs as a dict."""
+        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in values]
+        super().__call__(parser, namespace, spelled, option_string)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -134,7 +168,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=Arguments,
         metavar="K=V",
         help="further arguments of create_model: decay=0.5 surrogate=triangle ...",
     )
@@ -142,9 +176,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--ticket",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=Arguments,
         metavar="K=V",
         help="train a lottery ticket: kind=mpslt (lt, slt, mplt) sparsity=0.4 (the fraction removed) scope=layer ...",
+    )
+    group.add_argument(
+        "--multisp",
+        nargs="*",
+        action=Arguments,
+        metavar="K=V",
+        help="MultiSp on Spikformer and AutoST models: pep_sparsity=0.4 (removed from the patch embedding's weights) "
+        "patch_ratio=0.3 (of the patches removed) binary_pep=true fixed=false ...",
     )
     group.add_argument("--pretrained", action=Switch, default=False)
     group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
@@ -160,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=5e-4, help="on weights, not on norms and biases")
     group.add_argument("--layer-decay", type=float)
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="K=V")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=Arguments, metavar="K=V")
     group.add_argument("--clip-grad", type=float)
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
     group.add_argument("--epochs", type=int, default=10)
@@ -199,6 +241,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--model-ema-warmup", action=Switch, default=False)
 
     group = parser.add_argument_group("run")
+    group.add_argument("--plan", metavar="FILE", help="work through a queue of runs, see above")
+    group.add_argument(
+        "--time-budget", metavar="TIME", help="with --plan: save and stop after 30s, 9m, 2h; start again to go on"
+    )
     group.add_argument("--seed", type=int, default=42)
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     group.add_argument("--output", default="output", metavar="DIR")
@@ -263,6 +309,25 @@ def convert(action: argparse.Action, key: str, value: Any) -> Any:
     return converted
 
 
+def read_yaml(path: Path, kind: str) -> dict[str, Any]:
+    """Read the mapping in a config or a plan.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No YAML, or no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"No {kind} at {path}. The configs and plans that come with spikezoo are in configs/.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = {} if content is None else content  # an empty file
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: expected 'key: value' lines.")
+    return content
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line over config over defaults.
 
@@ -274,16 +339,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     first, _ = parser.parse_known_args(argv)
     if first.config:
         path = Path(first.config)
-        if not path.is_file():
-            raise FileNotFoundError(f"No config at {path}. The configs that come with spikezoo are in configs/.")
-        try:
-            config = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
-        config = {} if config is None else config  # an empty file
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} holds a {type(config).__name__}: expected 'key: value' lines.")
-        actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+        config = read_yaml(path, "config")
+        actions = {action.dest: action for action in parser._actions if action.dest not in NOT_IN_CONFIGS}
         defaults = {}
         for key, value in config.items():
             dest = str(key).replace("-", "_")
@@ -456,8 +513,6 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
         print("No pictures: pip install 'spikezoo-snn[plot]' brings matplotlib.")
         return []
     matplotlib.use("Agg")
-    import csv
-
     from matplotlib import pyplot as plt
 
     summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
@@ -516,16 +571,26 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "neuron": args.neuron,
         "drop_rate": args.drop or None,
         "ticket": args.ticket or None,
+        "multisp": args.multisp,
         **args.model_kwargs,
     }
     return {key: value for key, value in arguments.items() if value is not None}
 
 
-class Run:
-    """One training run: everything that is built once, and the loop over it."""
+class OutOfTime(Exception):
+    """The time budget of a plan is over; what is needed to go on is saved."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+
+class Run:
+    """One training run: everything that is built once, and the loop over it.
+
+    Args:
+        args: Parsed flags.
+        deadline: When to save and raise :class:`OutOfTime`, by ``time.monotonic()``; of one process only.
+    """
+
+    def __init__(self, args: argparse.Namespace, deadline: float = math.inf) -> None:
+        self.args, self.deadline = args, deadline
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
@@ -648,7 +713,7 @@ class Run:
         if self.main:
             trim_summary(folder / "summary.csv", self.epoch)
             with atomic(folder / "args.yaml") as temporary:
-                known = {a.dest for a in build_parser()._actions} - {"help", "config", "resume", "no_resume_opt"}
+                known = {a.dest for a in build_parser()._actions} - {*NOT_IN_CONFIGS, "resume", "no_resume_opt"}
                 kept = {key: value for key, value in vars(args).items() if key in known and value is not None}
                 temporary.write_text(yaml.safe_dump(kept, sort_keys=True))
             write_json(folder / "metadata.json", {"command": args.command, "seed": args.seed, **environment()})
@@ -766,6 +831,7 @@ class Run:
             autocast=self.autocast,
             progress=self.main and sys.stderr.isatty(),
         )
+        set_epoch(self.model, math.inf)  # a ticket at its final sparsity, at which it is delivered
         results = measure(self.model, compiled=compiled)
         if self.ema:
             results["ema"] = measure(self.ema.module)
@@ -857,11 +923,14 @@ class Run:
                     print(f"epoch {self.epoch + 1}/{self.epochs} batch {self.batch}/{total}: {line}", flush=True)
                 shown, since = now, 0
             interval = args.recovery_interval
-            if interval and update and self.batch < total and self.batch % interval == 0:
+            over = time.monotonic() >= self.deadline
+            if update and (over or (interval and self.batch < total and self.batch % interval == 0)):
                 self._check_finite()
                 self._collect_rng()
                 if self.saver:
                     self.saver.save_recovery(self.epoch, self.batch)
+                if over:
+                    raise OutOfTime(f"epoch {self.epoch + 1} of {self.epochs}, batch {self.batch} of {total}")
         bar.close()
 
     def _stop(self, what: str, batch: int, layer: str) -> NoReturn:
@@ -910,6 +979,7 @@ class Run:
             "dataset": self.args.dataset,
             "split": self.args.val_split,
             **measured,
+            "epochs": self.epochs,
             "T": self.model.T,
             "precision": self.args.amp_dtype if self.args.amp else "float32",
             "train_command": self.args.command,
@@ -933,20 +1003,275 @@ class Run:
         print(f"Validate it     python validate.py --checkpoint {shlex.quote(str(self.folder))}{data}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse, train, write."""
+# ------------------------------------------------------------------------------------------------------- plans
+
+# Flags that a plan sets itself for each of its runs.
+SET_BY_PLAN = {*NOT_IN_CONFIGS, "output", "experiment", "resume", "no_resume_opt"}
+MEASURES = ("top1", "top5", "loss", "firing_rate", "seconds")
+
+
+class Planned(NamedTuple):
+    """One run of a plan: its name, the row it comes from, what the plan says of it, and its parsed flags."""
+
+    name: str
+    row: str
+    settings: dict[str, Any]
+    args: argparse.Namespace
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return Path(self.args.output) / self.args.experiment
+
+    def get(self, key: str) -> Any:
+        """A flag of the run, 'name' (of its row) or what a dotted key reaches; None where there is none."""
+        value: Any = {**vars(self.args), "name": self.row}
+        for part in key.replace("-", "_").split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def result(self) -> dict[str, Any] | None:
+        """The row of results.csv, None where the run has not ended.
+
+        Raises:
+            ValueError: It ended with other flags than the plan's, or its files are damaged.
+        """
+        if not (self.folder / "config.json").is_file():
+            return None
+        results = read_config(self.folder)["spikezoo"]["results"]
+        last = self.folder / "last.safetensors"
+        if last.is_file() and load_state(last, "epoch")["epoch"] != results.get("epochs"):
+            return None  # it was started anew since
+        then, now = read_yaml(self.folder / "args.yaml", "record"), vars(self.args)
+        keys = {action.dest for action in build_parser()._actions} - NOT_RECIPE
+        if set(self.args.model) & set(":."):  # a checkpoint, and the record names its architecture
+            keys.remove("model")
+        if changed := [f"{k} is {now[k]!r} and was {then.get(k)!r}" for k in sorted(keys) if now[k] != then.get(k)]:
+            raise ValueError(f"{self.folder} holds a finished run of other flags: {'; '.join(changed)}. Move it away.")
+        with open(self.folder / "summary.csv", newline="") as file:
+            seconds = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results}
+
+
+def seconds(text: str) -> float:
+    """Read a time: 90, 30s, 9m or 2h."""
+    try:
+        value = float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1:], 1)
+        if text[-2:-1].isalpha() or not 0 < value < math.inf:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--time-budget {text!r}: expected a time such as 90, 30s, 9m or 2h.") from None
+    return value
+
+
+def to_flags(settings: Mapping[str, Any], config: Path | None) -> list[str]:
+    """The command line of a row's settings; a mapping with dotted keys starts from the config's."""
+    base = {str(k).replace("-", "_"): v for k, v in (read_yaml(config, "config") if config else {}).items()}
+    actions = {action.dest: action for action in build_parser()._actions if action.dest not in SET_BY_PLAN}
+    wanted: dict[str, Any] = {}
+    for key, value in settings.items():
+        flag, dot, inner = str(key).partition(".")
+        dest = flag.replace("-", "_")
+        if dest not in actions:
+            raise ValueError(f"Unknown key {key!r}. {nearest(dest, actions)}")
+        if not dot:
+            wanted[dest] = value
+        elif isinstance(actions[dest], ParseKwargs):
+            wanted[dest] = {**(wanted.get(dest, base.get(dest)) or {}), inner: value}
+        else:
+            raise ValueError(f"Key {key!r}: {flag!r} is no mapping.")
+    flags = []
+    for dest, value in wanted.items():
+        if value is None:
+            raise ValueError(f"Key {dest!r} has no value.")
+        value, name = convert(actions[dest], dest, value), dest.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, Mapping):
+            flags += [f"--{name}", *(f"{k}={v if isinstance(v, str) else repr(v)}" for k, v in value.items())]
+        else:
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return flags
+
+
+def read_plan(path: Path, output: str, more: Sequence[str]) -> tuple[list[Planned], dict[str, str] | None]:
+    """Read and check a whole plan: its runs in order, and what to plot.
+
+    Raises:
+        FileNotFoundError: No such plan or config.
+        ValueError: Unknown keys, values of another type, two runs of one name.
+    """
+    plan = read_yaml(path, "plan")
+    rows, chart = plan.pop("runs", None), plan.pop("plot", None)
+    if plan or not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected 'runs', a list of rows, and perhaps 'plot'; other keys: {sorted(plan)}.")
+    known = {"x", "y", "by"}
+    if chart is not None and not (isinstance(chart, dict) and {"x", "y"} <= chart.keys() <= known):
+        raise ValueError(f"{path}: plot={chart!r}, expected for instance {{x: ticket.sparsity, y: top1, by: neuron}}.")
+    if chart is not None and chart["y"] not in MEASURES:
+        raise ValueError(f"{path}: plot.y={chart['y']!r} is not measured. {nearest(chart['y'], MEASURES)}")
+    runs: dict[str, Planned] = {}
+    for number, row in enumerate(rows, 1):
+        own = dict(row)
+        grid, config = own.pop("grid", {}), own.pop("config", None)
+        source = path.parent / config if config else None
+        name = str(own.pop("name", None) or (source.stem if source else own.get("model", f"run{number}")))
+        where = f"{path}, row {number} ({name})"
+        axes = (
+            {**grid, **({"seed": own.pop("seeds")} if "seeds" in own else {})} if isinstance(grid, dict) else {"": ""}
+        )
+        if not all(isinstance(values, list) and values for values in axes.values()):
+            raise ValueError(f"{where}: grid={grid!r} and seeds: expected lists of values, {{T: [1, 2, 4]}}, [1, 2].")
+        for values in itertools.product(*axes.values()):
+            settings = {**own, **dict(zip(axes, values, strict=True))}
+            full = "-".join([name, *(f"{str(k).rpartition('.')[2]}{v}" for k, v in zip(axes, values, strict=True))])
+            if full in runs or not full or full != Path(full).name or full.startswith("."):
+                raise ValueError(f"{where}: the name {full!r} is taken, or no name of a folder. Give 'name:'.")
+            try:
+                argv = [*(["--config", str(source)] if source else []), *to_flags(settings, source), *more]
+                argv += ["--output", str(Path(output) / path.stem), "--experiment", full, "--resume", "auto"]
+                args = parse_args(argv)
+                if not spikezoo.is_model(args.model) and ":" not in args.model:
+                    raise ValueError(f"Unknown model {args.model!r}. {nearest(args.model, spikezoo.list_models())}")
+            except (ValueError, FileNotFoundError) as error:
+                raise type(error)(f"{where}: {error}") from error
+            runs[full] = Planned(full, name, settings, args)
+    return list(runs.values()), chart
+
+
+def write_results(folder: Path, runs: Sequence[Planned], chart: Mapping[str, str] | None) -> None:
+    """Write results.csv, and the picture, of all runs that have ended, whoever ran them."""
+
+    def ended() -> dict[str, dict[str, Any]]:
+        found = {}
+        for run in runs:
+            try:
+                if row := run.result():
+                    found[run.name] = row
+            except (ValueError, OSError):
+                pass  # reported when its turn comes
+        return found
+
+    rows = ended()
+    while rows:
+        write_rows(folder / "results.csv", list(rows.values()))
+        if chart:
+            plot_results(folder / f"{folder.name}.png", runs, rows, chart)
+        before, rows = rows, ended()
+        if rows.keys() == before.keys():  # else another process ended a run meanwhile
+            return
+
+
+def plot_results(
+    path: Path, runs: Sequence[Planned], rows: Mapping[str, Mapping[str, Any]], chart: Mapping[str, str]
+) -> None:
+    """Draw a measure over a swept flag, mean and range over seeds, a line per ``by``; level for runs without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    groups: dict[Any, dict[Any, list[float]]] = {}
+    for run in runs:
+        if run.name in rows and rows[run.name].get(chart["y"]) is not None:
+            label = run.get(chart["by"]) if "by" in chart else chart["y"]
+            groups.setdefault(label, {}).setdefault(run.get(chart["x"]), []).append(rows[run.name][chart["y"]])
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for number, (label, points) in enumerate(groups.items()):
+        level = points.pop(None, None)
+        if level:
+            mean = sum(level) / len(level)
+            axis.axhline(mean, color=f"C{number}", linestyle="--", label=f"{label}, {mean:.4g}")
+        if points:
+            found = sorted(points.items()) if all(isinstance(x, int | float) for x in points) else list(points.items())
+            means = [sum(values) / len(values) for _, values in found]
+            low, high = ([abs(f(v) - m) for (_, v), m in zip(found, means, strict=True)] for f in (min, max))
+            axis.errorbar([x for x, _ in found], means, [low, high], fmt="o-", color=f"C{number}", label=str(label))
+    axis.set(xlabel=chart["x"], ylabel=chart["y"], title=path.stem)
+    axis.legend(frameon=False, title=chart.get("by"))
+    axis.grid(alpha=0.3)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    plt.close(figure)
+
+
+def run_plan(argv: Sequence[str]) -> int:
+    """Work through a plan; returns how many runs failed."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--plan", required=True)
+    parser.add_argument("--time-budget")
+    parser.add_argument("--output", default="output")
+    own, more = parser.parse_known_args(argv)
+    if taken := [f for f in more if f.partition("=")[0] in ("-c", "--config", "--experiment", "--resume")]:
+        raise ValueError(f"{' '.join(taken)} with --plan: the plan says that for each of its runs.")
+    deadline = time.monotonic() + seconds(own.time_budget) if own.time_budget else math.inf
+    local_rank, rank, world = world_info_from_env() if is_distributed_env() else (0, 0, 1)
+    launched = {name: os.environ.pop(name, None) for name in ("WORLD_SIZE", "SLURM_NTASKS")}  # each run is on its own
+    runs, chart = read_plan(Path(own.plan), own.output, more)
+    folder = Path(own.output) / Path(own.plan).stem
+    failed, left = 0, []
+    for number, planned in enumerate(runs[rank::world], 1):
+        told = f"[{number}/{len(runs[rank::world])}] {planned.name}"
+        try:
+            if planned.result():
+                print(f"{told}: finished before.", flush=True)
+                continue
+            if time.monotonic() >= deadline:
+                raise OutOfTime("not started in this budget")
+            print(f"{told}: {planned.args.command}", flush=True)
+            if world > 1 and planned.args.device is None and torch.cuda.is_available():
+                planned.args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
+            run = Run(planned.args, deadline)
+            run.finish(run.train())
+            del run
+        except OutOfTime as stopped:
+            left.append(f"{planned.name} ({stopped})")
+        except (Exception, SystemExit) as error:
+            failed += 1
+            if not isinstance(error, ValueError | OSError | SystemExit):
+                traceback.print_exc()
+            print(f"{told}: failed. {type(error).__name__}: {error}", flush=True)
+        write_results(folder, runs, chart)
+        gc.collect()
+        torch.compiler.reset()  # or the next nets would count as recompilations of this one
+    write_results(folder, runs, chart)
+    if left:
+        print(f"Time is over, {len(left)} left: {', '.join(left)}. Give the same command again to go on.", flush=True)
+    if failed:
+        print(f"{failed} of {len(runs[rank::world])} runs failed.", flush=True)
+    print(f"Results         {folder / 'results.csv'}", flush=True)
+    if world > 1:  # torchrun would end the others with the first process that fails
+        os.environ.update({name: value for name, value in launched.items() if value is not None})
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=30))
+        total = torch.tensor(failed)
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return int(total)
+    return failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train, write; returns the exit code, of a plan how many of its runs failed."""
     logging.getLogger("timm").setLevel(logging.WARNING)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if any(flag.partition("=")[0] == "--plan" for flag in argv):
+        return run_plan(argv)
     args = parse_args(argv)
+    if args.time_budget:
+        raise ValueError("--time-budget is for --plan FILE; a single run saves with --recovery-interval N.")
     try:
         run = Run(args)
         run.finish(run.train())
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(min(main(), 100))
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

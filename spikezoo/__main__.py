@@ -1,6 +1,8 @@
 """Command line of the library: ``python -m spikezoo``.
 
     count          what a model costs, layer by layer
+    patches        a picture of the patches that MultiSp keeps
+    activations    a picture of the activation maps of several checkpoints
     push           publish a checkpoint on the Hugging Face Hub
     search         find AutoST architectures
     correlation    train a sample of them and see how well the metrics rank them
@@ -9,6 +11,8 @@ Example:
     python -m spikezoo count mpbn_resnet20
     python -m spikezoo count test_spiking_vgg --dataset none --images 4 --json
     python -m spikezoo count --checkpoint output/quickstart --plot bars.png
+    python -m spikezoo patches --checkpoint output/multisp --plot patches.png
+    python -m spikezoo activations --checkpoint output/ann output/bnn output/ticket --plot maps.png
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
     python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
     python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
@@ -27,12 +31,49 @@ from typing import Any
 
 import torch
 
-from spikezoo import search
+from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import open_model
 from spikezoo.hub import push_folder
+from spikezoo.transforms import apply
+from spikezoo.transforms.multisp import PatchSelection, kept_patches
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
+    parser.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--seed", type=int, default=42, help="of random weights and noise")
+
+
+def _loader(args: argparse.Namespace, dataset: str, model: Any, images: int) -> Any:
+    """Batches of a dataset's images as a model takes them."""
+    return create_loader(
+        dataset,
+        args.split,
+        data_dir=args.data_dir,
+        download=args.dataset_download,
+        batch_size=images,
+        img_size=model.img_size[0],
+        in_chans=model.in_chans,
+        num_workers=0,
+    )
+
+
+def _open(
+    args: argparse.Namespace, name: str | None, checkpoint: str | None, given: dict[str, Any], dataset: str | None
+) -> tuple[str, Any, str, str]:
+    """Name, model, dataset and where the weights come from, of a name or a checkpoint."""
+    name = name or (read_config(checkpoint).get("architecture") if checkpoint else None)
+    if not name:
+        raise ValueError(
+            "Which model? Give its name, such as spikformer_tiny, or a --checkpoint with a config.json that names it."
+        )
+    return name, *open_model(
+        name, given, checkpoint=checkpoint, dataset=dataset, data_dir=args.data_dir, seed=args.seed
+    )
 
 
 def _add_count(commands: Any) -> None:
@@ -45,9 +86,7 @@ def _add_count(commands: Any) -> None:
     parser.add_argument(
         "--dataset", help="(default: the checkpoint's, else what fits the model's input; none is random noise)"
     )
-    parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
-    parser.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--split", default="test")
+    _add_data(parser)
     parser.add_argument("--images", type=int, default=32, help="average over so many images (default: %(default)s)")
     parser.add_argument(
         "-b", "--batch-size", type=int, default=1, help="images counted at once; the spread is between such batches"
@@ -58,7 +97,6 @@ def _add_count(commands: Any) -> None:
     parser.add_argument("--norm-ops", type=int, default=0, help="operations per element of a norm (default: none)")
     parser.add_argument("--neuron-ops", action="store_true", help="also a MAC per neuron and step")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=42, help="of random weights and noise")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--plot", metavar="FILE", help="draw where the operations are")
     parser.set_defaults(run=_count)
@@ -67,13 +105,8 @@ def _add_count(commands: Any) -> None:
 def _count(args: argparse.Namespace) -> int:
     if args.images < 1 or args.batch_size < 1:
         raise ValueError(f"images={args.images}, batch-size={args.batch_size}: expected integers >= 1.")
-    name = args.name or (read_config(args.checkpoint).get("architecture") if args.checkpoint else None)
-    if not name:
-        raise ValueError("Which model? Give its name, as in: python -m spikezoo count mpbn_resnet20")
     given = {key: getattr(args, key) for key in ("T", "neuron", "mpbn") if getattr(args, key) is not None}
-    model, dataset, weights = open_model(
-        name, given, checkpoint=args.checkpoint, dataset=args.dataset, data_dir=args.data_dir, seed=args.seed
-    )
+    name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
     try:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA in it
@@ -82,16 +115,7 @@ def _count(args: argparse.Namespace) -> int:
     if dataset == "none":
         loader = [torch.randn(args.images, model.in_chans, *model.img_size)]
     else:
-        loader = create_loader(
-            dataset,
-            args.split,
-            data_dir=args.data_dir,
-            download=args.dataset_download,
-            batch_size=min(args.images, 64),
-            img_size=model.img_size[0],
-            in_chans=model.in_chans,
-            num_workers=0,
-        )
+        loader = _loader(args, dataset, model, min(args.images, 64))
     summary = count_loader(
         model,
         loader,
@@ -118,6 +142,82 @@ def _count(args: argparse.Namespace) -> int:
     between = "images" if summary.piece == 1 else f"batches of {summary.piece} images"
     spread = ", ".join(f"{key} {value:.4g}" for key, value in summary.std.items())
     print(f"\nStandard deviation between {between}: {spread}")
+    return 0
+
+
+def _add_patches(commands: Any) -> None:
+    parser = commands.add_parser("patches", help="draw which patches of real images MultiSp keeps")
+    parser.add_argument("name", nargs="?", help="a Spikformer or AutoST model (default: the checkpoint's)")
+    parser.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    parser.add_argument(
+        "--patch-ratio", type=float, help="fraction of the patches removed, for a model that keeps all (default: 0.3)"
+    )
+    parser.add_argument("--dataset", help="(default: the checkpoint's, else what fits the model's input)")
+    _add_data(parser)
+    parser.add_argument("--images", type=int, default=8, help="the first so many (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", required=True, help="picture to write: .png, .pdf or .svg")
+    parser.set_defaults(run=_patches)
+
+
+def _patches(args: argparse.Namespace) -> int:
+    pictures.check_picture(args.plot)
+    if args.images < 1:
+        raise ValueError(f"images={args.images}: expected an integer >= 1.")
+    name, model, dataset, weights = _open(args, args.name, args.checkpoint, {}, args.dataset)
+    selects = any(isinstance(module, PatchSelection) for module in model.modules())
+    if args.patch_ratio is not None or not selects:
+        ratio = 0.3 if args.patch_ratio is None else args.patch_ratio
+        model = apply(model, "multisp", pep_sparsity=0, binary_pep=False, patch_ratio=ratio)
+    loader = _loader(args, dataset, model, args.images)
+    images = next(iter(loader))[0]
+    pixels = pictures.to_pixels(images, loader.info.mean, loader.info.std)
+    made = pictures.caption(model).replace("\n", ", ") + (", random weights" if weights == "random" else "")
+    title = f"{made}; {dataset}/{args.split}"
+    mask = kept_patches(model.eval(), images)
+    pictures.draw_patches(pixels, mask, args.plot, title)
+    kept, total = int(mask[0].sum()), mask[0].numel()
+    print(f"{name} keeps {kept} of {total} patches. Wrote {args.plot}")
+    if mask.flatten(1)[:, :kept].all() and kept < total:
+        print(
+            "It keeps the first patches of every image, since all of them are equally strong: an embedding that is not "
+            "trained puts out no spikes in evaluation mode."
+        )
+    return 0
+
+
+def _add_activations(commands: Any) -> None:
+    parser = commands.add_parser("activations", help="draw the activation maps of checkpoints side by side")
+    parser.add_argument(
+        "--checkpoint", metavar="FILE_OR_DIR", nargs="+", required=True, help="folders that train.py wrote"
+    )
+    parser.add_argument("--layer", help="such as stages.0.0 (default: of each the neuron in the middle)")
+    parser.add_argument("--dataset", help="(default: the first checkpoint's)")
+    _add_data(parser)
+    parser.add_argument("--image", type=int, default=0, help="number of the image in the split (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=4, help="single channels to draw (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", required=True, help="picture to write: .png, .pdf or .svg")
+    parser.set_defaults(run=_activations)
+
+
+def _activations(args: argparse.Namespace) -> int:
+    pictures.check_picture(args.plot)
+    if args.image < 0 or args.channels < 0:
+        raise ValueError(f"image={args.image}, channels={args.channels}: expected integers >= 0.")
+    columns = []
+    pixels: Any = None
+    dataset = args.dataset
+    for checkpoint in args.checkpoint:
+        _, model, dataset, _ = _open(args, None, checkpoint, {}, dataset)
+        loader = _loader(args, dataset, model, 1)
+        if args.image >= len(loader):
+            raise ValueError(f"image={args.image}: {dataset}/{args.split} has images 0 to {len(loader) - 1}.")
+        image = next(iter(loader.iterate(args.image)))[0]
+        layer, maps = pictures.activation_maps(model, image[0], args.layer)
+        columns.append((f"{pictures.caption(model)}\n{layer}", maps))
+        pixels = pictures.to_pixels(image, loader.info.mean, loader.info.std)[0]
+    title = f"Activations (mean over time), image {args.image} of {dataset}/{args.split}"
+    pictures.draw_activations(columns, pixels, args.plot, args.channels, title)
+    print(f"Wrote {args.plot}")
     return 0
 
 
@@ -249,6 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_count(commands)
+    _add_patches(commands)
+    _add_activations(commands)
     _add_push(commands)
     _add_search(commands)
     args = parser.parse_args(argv)

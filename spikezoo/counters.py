@@ -450,13 +450,14 @@ _TABLE: dict[str, tuple[str, _Rule]] = {}
 
 
 def _register(kind: str, names: str) -> Callable[[_Rule], _Rule]:
-    """Enter a function in the table for operations of aten; a name that is there already raises."""
+    """Enter a function in the table for operations, of aten unless said; a name that is there already raises."""
 
     def enter(rule: _Rule) -> _Rule:
         for name in names.split():
-            if f"aten.{name}" in _TABLE:
-                raise ValueError(f"Operation aten.{name} has a rule already: two would hide one another.")
-            _TABLE[f"aten.{name}"] = (kind, rule)
+            full = name if "." in name else f"aten.{name}"
+            if full in _TABLE:
+                raise ValueError(f"Operation {full} has a rule already: two would hide one another.")
+            _TABLE[full] = (kind, rule)
         return rule
 
     return enter
@@ -486,7 +487,7 @@ def _analog(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     "free",
     "gt ge lt le eq ne logical_and logical_or logical_not logical_xor isnan isinf isfinite sign sgn round floor ceil "
     "trunc heaviside bernoulli bitwise_and bitwise_or bitwise_xor bitwise_not any all argmax argmin one_hot __and__ "
-    "__or__ __xor__",
+    "__or__ __xor__ spikezoo.top_mask",
 )
 def _whole(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Signal:
     return _SPIKES
@@ -498,7 +499,7 @@ def _whole(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
     "pixel_unshuffle upsample_nearest1d upsample_nearest2d upsample_nearest3d amax amin max min maximum minimum cat "
     "stack select_scatter slice_scatter channel_shuffle native_channel_shuffle im2col unfold_copy detach_copy "
     "view_copy reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-    "replication_pad3d tril triu",
+    "replication_pad3d tril triu topk cumsum",
 )
 def _kept(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Signal:
     return mode.common(list(_tensors(args)))

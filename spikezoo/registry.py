@@ -352,7 +352,7 @@ def create_model(
         **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
             ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
             ``features_only``, ``out_indices``; and transforms with their arguments, applied last:
-            ``ticket=dict(kind='mpslt', sparsity=0.4)``.
+            ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``.
 
     Returns:
         The model, in training mode; in evaluation mode where a transform that ends training was applied.

@@ -212,6 +212,8 @@ class Spikformer(SpikingModel):
             that the total stride does not divide.
     """
 
+    has_patches = True  # the stem is a patch embedding
+
     def __init__(
         self,
         dim: int,
@@ -364,7 +366,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     if not any(name.startswith(("patch_embed.", "block.")) for name in state):
         return state
     layers = model.get_submodule("stem").named_children()
-    stem = [f"stem.{name}" for name, layer in layers if not isinstance(layer, Pool)]
+    stem = [f"stem.{name}" for name, layer in layers if isinstance(layer, ConvNormNeuron | PositionEncoding)]
     out: dict[str, Any] = {}
     for name, value in state.items():
         new = _renamed(name, stem)

@@ -7,6 +7,7 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     fold_mpbn   membrane normalisation into a threshold and a polarity per channel or element; exact
     fold_bn     batch norm into the convolution or linear layer before it; equal up to rounding
     ticket      lottery ticket: frozen weights, learned scores, a mask of the best (LT, SLT, MPLT, MPSLT)
+    multisp     a ticket in the patch embedding, and only the strongest patches for the blocks (MultiSp, PEPSp)
     bake        tickets into plain weights; exact
     tune        baked tickets with their zeros fixed, to train the other weights
 
@@ -24,19 +25,33 @@ from torch import nn
 
 from spikezoo.neurons import UnknownArgumentError, nearest
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
+from spikezoo.transforms.multisp import multisp
 from spikezoo.transforms.tickets import bake, set_epoch, ticket, tune
 
-__all__ = ["FLAGS", "TRANSFORMS", "apply", "bake", "fold_bn", "fold_mpbn", "replay", "set_epoch", "ticket", "tune"]
+__all__ = [
+    "FLAGS",
+    "TRANSFORMS",
+    "apply",
+    "bake",
+    "fold_bn",
+    "fold_mpbn",
+    "multisp",
+    "replay",
+    "set_epoch",
+    "ticket",
+    "tune",
+]
 
 TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
     "fold_mpbn": fold_mpbn,
     "fold_bn": fold_bn,
     "ticket": ticket,
+    "multisp": multisp,
     "bake": bake,
     "tune": tune,
 }
 # What create_model takes as arguments, to apply them to what it made.
-FLAGS = ("ticket",)
+FLAGS = ("ticket", "multisp")
 
 
 def apply(model: nn.Module, name: str, **arguments: Any) -> nn.Module:

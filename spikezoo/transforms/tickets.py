@@ -46,29 +46,32 @@ ANNEALED_FROM, ANNEALED_EPOCHS = 0.5, 10
 
 
 @torch.library.custom_op("spikezoo::top_mask", mutates_args=())
-def _top_mask(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
-    """Mask of one of the layers: where its |score| is among the ``kept`` largest of all layers given."""
+def _top_mask(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
+    """Mask of one of the layers: where its |score| is not in the lowest fraction ``removed`` of all layers given."""
     magnitudes = [score.detach().abs().flatten() for score in scores]
     ranked = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
-    place = ranked.numel() - kept
+    place = int(round(removed.item() * ranked.numel(), 6))  # 0.29 of 100 is 29, not 28
+    kept = ranked.numel() - place
     if ranked.dtype not in (torch.float32, torch.float64):
         ranked = ranked.float()
-    if ranked.device.type == "cpu":
-        # NumPy selects ten times as fast as torch, which in turn beats a sort by as much.
-        threshold = float(np.partition(ranked.numpy(), place)[place])
-    else:
-        threshold = ranked.kthvalue(place + 1).values.item()
-    above = ranked > threshold
-    missing = kept - int(above.sum())
     # Equal scores at the threshold are common among millions of floats: the first ones are kept.
-    ties = (ranked == threshold).nonzero().flatten()[:missing]
-    above[ties] = True
+    if ranked.device.type == "cpu":
+        # NumPy selects ten times as fast as torch, which in turn beats a sort by as much, and counts as well.
+        values = ranked.numpy()
+        threshold = np.partition(values, place)[place]
+        chosen = values > threshold
+        chosen[np.flatnonzero(values == threshold)[: kept - np.count_nonzero(chosen)]] = True
+        above = torch.from_numpy(chosen)
+    else:
+        threshold = ranked.kthvalue(place + 1).values
+        above = ranked > threshold
+        above[(ranked == threshold).nonzero().flatten()[: kept - int(above.sum())]] = True
     start = sum(m.numel() for m in magnitudes[:index])
     return above[start : start + magnitudes[index].numel()].clone().reshape(scores[index].shape)
 
 
 @_top_mask.register_fake
-def _(scores: Sequence[Tensor], index: int, kept: int) -> Tensor:
+def _(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
     return torch.empty_like(scores[index], dtype=torch.bool, memory_format=torch.contiguous_format)
 
 
@@ -96,16 +99,15 @@ class _Ranking:
     def __init__(self, sparsity: float) -> None:
         self.sparsity = sparsity
         self.layers: list[parametrize.ParametrizationList] = []
-        self.annealed: float | None = None  # a fraction kept that stands in for the final one
+        # On the CPU, and a tensor: a number that a schedule changes would compile the model anew in every epoch.
+        self.removed = torch.tensor(sparsity, dtype=torch.float64, device="cpu")
 
     def mask(self, index: int, own: Tensor) -> Tensor:
         """The mask of one layer, whose scores are ``own``."""
         scores: list[Any] = [layer.original for layer in self.layers]
         if index == len(scores):  # while it is being registered
             scores.append(own)
-        total = sum(score.numel() for score in scores)
-        kept = total - int(self.sparsity * total)
-        return _top_mask(scores, index, kept if self.annealed is None else max(1, round(self.annealed * total)))
+        return _top_mask(scores, index, self.removed)
 
 
 class Ticket(nn.Module):
@@ -202,6 +204,50 @@ def check_number(name: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
+def check_seed(seed: Any) -> None:
+    """Raise where a seed is no seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
+
+
+def parametrise(
+    layers: Mapping[str, nn.Conv2d | nn.Linear],
+    binary: bool,
+    sparsity: float,
+    *,
+    scope: str = "layer",
+    init: str = "signed_constant",
+    scale_fan: bool = False,
+    seed: int = 0,
+) -> None:
+    """Turn the weights of layers into tickets, in place.
+
+    Args:
+        layers: The layers, by name.
+        binary: Whether the weights are signs times a gain.
+        sparsity: Fraction removed.
+        scope: As the arguments below, that of :func:`ticket`.
+        init: Frozen weights.
+        scale_fan: Whether only kept inputs count for their size.
+        seed: Their seed.
+
+    Raises:
+        ValueError: A layer that is a ticket already, or that would keep no weight.
+    """
+    for name, layer in layers.items():
+        if parametrize.is_parametrized(layer):
+            raise ValueError(f"Layer {name!r} is a ticket already: make tickets once, of the model as created.")
+    shared = _Ranking(sparsity) if scope == "global" else None
+    for index, layer in enumerate(layers.values()):
+        ranking = shared or _Ranking(sparsity)
+        own = (seed << 16) + index
+        frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
+        parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
+        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
+    if shared is not None and shared.layers[0].original.device.type != "meta":
+        _check_none_empty(layers)
+
+
 def ticket(
     model: nn.Module,
     kind: str = "mpslt",
@@ -244,8 +290,7 @@ def ticket(
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         if value not in valid:
             raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
+    check_seed(seed)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
     exempt = [exempt] if isinstance(exempt, str) else list(exempt)
@@ -261,19 +306,7 @@ def ticket(
     layers = _layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
-    for layer_name, layer in layers.items():
-        if parametrize.is_parametrized(layer):
-            raise ValueError(f"Layer {layer_name!r} is a ticket already: apply 'ticket' once, to the model as created.")
-    shared = _Ranking(sparsity) if scope == "global" else None
-    for index, layer in enumerate(layers.values()):
-        ranking = shared or _Ranking(sparsity)
-        own = (seed << 16) + index
-        frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
-        parametrization = Ticket(frozen, binary, ranking, own)
-        parametrize.register_parametrization(layer, "weight", parametrization)
-        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
-    if shared is not None and shared.layers[0].original.device.type != "meta":
-        _check_none_empty(layers)
+    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, seed=seed)
     arguments = {
         "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
         "seed": seed, "exempt": exempt,
@@ -312,7 +345,8 @@ def set_epoch(model: nn.Module, epoch: float) -> None:
     for _, parametrization in tickets(model).values():
         if isinstance(parametrization, Ticket):
             kept = final + (ANNEALED_FROM - final) * rest
-            parametrization.ranking.annealed = kept if final < ANNEALED_FROM and rest else None
+            ranking = parametrization.ranking
+            ranking.removed.fill_(1 - kept if final < ANNEALED_FROM and rest else ranking.sparsity)
 
 
 @torch.no_grad()
@@ -343,6 +377,7 @@ def bake(model: nn.Module) -> nn.Module:
         layer.__class__ = layer.__class__.__bases__[0]
         del layer.parametrizations
         layer.weight = nn.Parameter(weight)
+        layer.baked = True  # for tune
         if isinstance(parametrization, Ticket):
             layer.sign_seeds = {"weight": parametrization.seed}  # for the checkpoint
     return _record(copied, "bake").train(model.training)
@@ -368,12 +403,13 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
     """
     if not isinstance(binary, bool):
         raise ValueError(f"binary={binary!r}: expected True or False.")
-    applied = [name for name, _ in getattr(model, "recipe", [])]
-    if tickets(model) or "bake" not in applied:
+    copied = copy.deepcopy(model)
+    baked = [module for module in copied.modules() if getattr(module, "baked", False)]
+    if tickets(model) or not baked:
+        applied = [name for name, _ in getattr(model, "recipe", [])]
         raise ValueError(f"Fine-tuning starts from a baked ticket and the recipe is {applied}: spikezoo.bake it first.")
-    copied: Any = copy.deepcopy(model)
-    arguments = next(arguments for name, arguments in reversed(copied.recipe) if name == "ticket")
-    for layer in _layers(copied, arguments["exempt"]).values():
+    layer: Any
+    for layer in baked:
         layer.__dict__.pop("sign_seeds", None)
         parametrize.register_parametrization(layer, "weight", Tuned(layer.weight, binary))
     return _record(copied, "tune", binary=binary).train(model.training)

@@ -1,0 +1,149 @@
+"""Pictures: what is greyed out, which maps are drawn, the two commands, bad input."""
+
+import sys
+
+import pytest
+import torch
+from test_models import image_for, make
+from test_spikformer import create
+
+import spikezoo
+from spikezoo import pictures
+from spikezoo.__main__ import main
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The arrays that were drawn, in order."""
+    from matplotlib.axes import Axes
+
+    found, imshow = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, x, **kw: found.append((x, kw)) or imshow(self, x, **kw))
+    return found
+
+
+def test_pixels():
+    pixels = torch.rand(2, 3, 4, 4)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    images = (pixels - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    found = pictures.to_pixels(images, mean.tolist(), std.tolist())
+    torch.testing.assert_close(found, pixels.permute(0, 2, 3, 1))
+    assert pictures.to_pixels(torch.full((1, 1, 2, 2), 9.0), (0.5,), (1.0,)).tolist() == [[[[1.0] * 3] * 2] * 2]
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        pictures.to_pixels(torch.zeros(1, 2, 4, 4), (0, 0), (1, 1))
+
+
+@pytest.mark.parametrize("images", [1, 9])
+def test_removed_patches_are_grey(images, drawn, tmp_path):
+    pixels, mask = torch.rand(images, 8, 4, 3), torch.rand(images, 4, 2) < 0.5
+    mask[0] = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]])
+    path = tmp_path / "new" / "patches.png"
+    pictures.draw_patches(pixels, mask, path, "title")
+    assert path.read_bytes()[:4] == b"\x89PNG" and [p.name for p in path.parent.iterdir()] == ["patches.png"]
+    shown = [torch.as_tensor(array) for array, _ in drawn]
+    assert len(shown) == 2 * images
+    for index in range(images):
+        whole, rest = shown[2 * index : 2 * index + 2]
+        assert torch.equal(whole, pixels[index])
+        for row in range(8):
+            for column in range(4):
+                pixel = rest[row, column]
+                if mask[index, row // 2, column // 2]:
+                    assert torch.equal(pixel, pixels[index, row, column])
+                else:
+                    assert pixel.unique().numel() == 1 and 0.5 < pixel[0] < 0.85
+
+
+@torch.no_grad()
+def test_activation_maps():
+    model = make("test_spikformer", T=3)
+    image = image_for(model)[0]
+    seen = []
+    handle = model.stages[0][0].register_forward_hook(lambda _module, _inputs, out: seen.append(out))
+    layer, maps = pictures.activation_maps(model, image, "stages.0")
+    handle.remove()
+    assert layer == "stages.0.0" and model.training and torch.equal(maps, seen[0][:, 0].mean(0))
+    assert maps.shape == (16, 8, 8) and maps.std() > 0
+    # The middle of 5 neurons of the stem and 7 a block.
+    layer, maps = pictures.activation_maps(model, image)
+    names = [name for name, m in model.named_modules() if isinstance(m, spikezoo.neurons.SpikingNeuron)]
+    assert layer == names[26 // 2] and maps.shape[1:] == (8, 8)
+    # Vectors have no map: the neurons of the linear layers do not count.
+    vgg = make("test_spiking_vgg", neuron="sign")
+    layer, maps = pictures.activation_maps(vgg, image_for(vgg)[0])
+    assert min(maps.shape[1:]) > 1 and {-1.0, 1.0} >= set(maps.unique().tolist())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [("stages.0.0.mpl", "stages.0.0.mlp"), ("head.fc", "expected a map"), ("head", r"\(1, 10\): expected a map")],
+)
+def test_layers_without_a_map(layer, message):
+    model = make("test_spikformer")
+    with pytest.raises(ValueError, match=message):
+        pictures.activation_maps(model, image_for(model)[0], layer)
+
+
+def test_maps_of_selected_patches_are_no_maps():
+    model = make("test_spikformer", multisp={})
+    with pytest.raises(ValueError, match=r"expected a map.*'stem\."):
+        pictures.activation_maps(model, image_for(model)[0], "stages.0")
+    assert pictures.activation_maps(model, image_for(model)[0])[0].startswith("stem.")
+
+
+def test_commands(tmp_path, capsys, drawn):
+    folders = []
+    for index, kwargs in enumerate(({"neuron": "relu"}, {"neuron": "sign"}, {"multisp": {"patch_ratio": 0.5}})):
+        model = make("test_spikformer", in_chans=1, img_size=8, **kwargs)
+        folders.append(str(tmp_path / str(index)))
+        spikezoo.save_checkpoint(model, folders[-1], {"dataset": "digits"})
+    path = tmp_path / "patches.png"
+    assert main(["patches", "--checkpoint", folders[2], "--images", "3", "--plot", str(path)]) == 0
+    assert "keeps 2 of 4 patches" in capsys.readouterr().out and len(drawn) == 6 and path.is_file()
+    assert main(["patches", "--checkpoint", folders[0], "--images", "3", "--plot", str(path)]) == 0
+    assert "keeps 3 of 4 patches" in capsys.readouterr().out
+    words = ["patches", "test_autost", "--dataset", "digits", "--patch-ratio", "0.75", "--plot", str(path)]
+    assert main(words) == 0  # untrained, so silent: it says so
+    assert "keeps 1 of 4 patches" in (said := capsys.readouterr().out) and "not trained" in said
+    drawn.clear()
+    path = tmp_path / "maps.svg"
+    words = ["activations", "--checkpoint", *folders, "--channels", "2", "--image", "7", "--plot", str(path)]
+    assert main([*words, "--layer", "stem.4"]) == 0
+    text = path.read_text()
+    assert len(drawn) == 1 + 3 * 3 and text.startswith("<?xml")
+    scales = [(kw["cmap"], kw["vmin"] < 0) for _, kw in drawn[1:]]
+    assert scales == [("magma", False)] * 3 + [("RdBu_r", True)] * 3 + [("magma", False)] * 3
+    assert [array.shape for array, _ in drawn] == [(8, 8, 3)] + [(4, 4)] * 9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["patches", "test_spikformer", "--plot", "p.gif"], "ends in .png"),
+        (["patches", "--plot", "p.png"], "Which model"),
+        (["patches", "test_spiking_vgg", "--dataset", "digits", "--plot", "p.png"], "spikformer_tiny"),
+        (["patches", "test_spikformer", "--dataset", "digits", "--patch-ratio", "1", "--plot", "p.png"], "[0, 1)"),
+        (["patches", "test_spikformer", "--dataset", "digits", "--images", "0", "--plot", "p.png"], "images=0"),
+        (["activations", "--checkpoint", "nowhere", "--plot", "p.png"], "No checkpoint at nowhere"),
+        (["activations", "--checkpoint", "nowhere", "--image", "-1", "--plot", "p.png"], "image=-1"),
+    ],
+)
+def test_bad_commands(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_image_beyond_the_split(tmp_path, capsys):
+    spikezoo.save_checkpoint(create(in_chans=1, img_size=8), tmp_path / "c", {"dataset": "digits"})
+    words = ["activations", "--checkpoint", str(tmp_path / "c"), "--image", "360", "--plot", str(tmp_path / "p.png")]
+    assert main(words) == 2
+    assert "images 0 to 359" in capsys.readouterr().err
+
+
+def test_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r"pip install 'spikezoo-snn\[plot\]'"):
+        pictures.check_picture(tmp_path / "p.png")

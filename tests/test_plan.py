@@ -1,0 +1,290 @@
+"""train.py --plan: rows become runs, results and pictures; kills, time budgets, failures and processes."""
+
+import csv
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import spikezoo
+from spikezoo.checkpoint import load_state
+
+ROOT = Path(__file__).parents[1]
+BASE = {
+    "model": "test_spiking_vgg", "dataset": "digits", "subset": 64, "batch_size": 16, "epochs": 2, "T": 2, "lr": 5e-2,
+    "model_kwargs": {"threshold": 0.3, "surrogate": "triangle"}, "workers": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def train():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.plot = lambda *_: []  # of single runs, which takes longer than they do
+    return module
+
+
+def write(folder, plan, base=BASE):
+    """A plan and its config; returns the flags of both."""
+    folder.mkdir(exist_ok=True)
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    (folder / "queue.yaml").write_text(plan if isinstance(plan, str) else yaml.safe_dump(plan))
+    return ["--plan", str(folder / "queue.yaml"), "--output", str(folder / "out")]
+
+
+def rows(folder):
+    with open(folder / "out" / "queue" / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(folder, name):
+    return (folder / "out" / "queue" / name / "model.safetensors").read_bytes()
+
+
+SWEEP = """
+    runs:
+      - {name: dense, config: base.yaml}
+      - name: ticket
+        config: base.yaml
+        opt: adam
+        weight-decay: 0
+        ticket: {kind: mpslt}
+        grid: {ticket.sparsity: [0.3, 0.6], model-kwargs.decay: [0.5, 0.9]}
+      - {name: twin, config: base.yaml, neuron: relu, T: 1, model_kwargs: {}, seeds: [1, 2], epochs: 1}
+    plot: {x: ticket.sparsity, y: top1, by: model-kwargs.decay}
+"""
+
+
+def test_rows_become_runs(train, tmp_path):
+    argv = write(tmp_path, SWEEP)
+    runs, _ = train.read_plan(tmp_path / "queue.yaml", "out", ["--data-dir", "DATA", "--lr", "0.01"])
+    assert [run.name for run in runs] == [
+        "dense", "ticket-sparsity0.3-decay0.5", "ticket-sparsity0.3-decay0.9", "ticket-sparsity0.6-decay0.5",
+        "ticket-sparsity0.6-decay0.9", "twin-seed1", "twin-seed2",
+    ]  # fmt: skip
+    third = runs[3].args
+    assert third.ticket == {"kind": "mpslt", "sparsity": 0.6} and (third.opt, third.weight_decay) == ("adam", 0)
+    # A dotted key keeps what else the config says, and the row's mapping replaces the config's.
+    assert third.model_kwargs == {"threshold": 0.3, "surrogate": "triangle", "decay": 0.5}
+    assert runs[5].args.model_kwargs == {} and (runs[5].args.seed, runs[5].args.epochs) == (1, 1)
+    assert {(run.args.lr, run.args.data_dir) for run in runs} == {(0.01, "DATA")}  # the command line wins
+    assert runs[0].args.ticket == {} and str(runs[0].folder) == "out/queue/dense"
+    assert train.parse_args(runs[3].args.command.split()[2:]).ticket == third.ticket  # it can be typed again
+    assert argv[0] == "--plan"
+
+
+def test_a_plan_runs_and_is_not_run_twice(train, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    argv = write(tmp_path, SWEEP)
+    assert train.main(argv) == 0
+    found = rows(tmp_path)
+    assert [row["name"] for row in found][:2] == ["dense", "ticket-sparsity0.3-decay0.5"] and len(found) == 7
+    for row in found:
+        config = json.loads((tmp_path / "out" / "queue" / row["name"] / "config.json").read_text())
+        assert float(row["top1"]) == config["spikezoo"]["results"]["top1"]
+        assert float(row["seconds"]) >= 0 and row["commit"] and row["machine"]
+        assert (row["firing_rate"] == "") == row["name"].startswith("twin")
+    assert json.loads(found[1]["overrides"])["ticket.sparsity"] == 0.3
+    assert (tmp_path / "out" / "queue" / "queue.png").read_bytes().startswith(b"\x89PNG")
+    baked = spikezoo.create_model(f"local-dir:{tmp_path / 'out' / 'queue' / found[3]['name']}", pretrained=True)
+    assert (baked.head.fc.weight == 0).float().mean() == 0.6
+    # The same as the run alone.
+    capsys.readouterr()
+    argv_alone = found[1]["train_command"].split()[2:]
+    train.main([*argv_alone, "--output", str(tmp_path / "alone")])
+    assert (
+        weights(tmp_path, found[1]["name"])
+        == (tmp_path / "alone" / found[1]["name"] / "model.safetensors").read_bytes()
+    )
+    states = sorted((tmp_path / "out").rglob("last.safetensors"))
+    states[0].unlink()  # what is finished does not need its state
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*/*") if path.is_file()}
+    (tmp_path / "out" / "queue" / "results.csv").unlink()
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert capsys.readouterr().out.count("finished before") == 7 and rows(tmp_path) == found
+    after = {path: path.stat().st_mtime_ns for path in before}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"results.csv", "queue.png"}
+
+
+def test_a_finished_run_of_other_flags_is_not_taken_for_this_one(train, tmp_path, capsys):
+    argv = write(tmp_path, {"runs": [{"name": "a", "config": "base.yaml", "epochs": 1}]})
+    assert train.main(argv) == 0
+    before = weights(tmp_path, "a")
+    write(tmp_path, {"runs": [{"name": "a", "config": "base.yaml", "epochs": 1, "lr": 0.3}]})
+    assert train.main(argv) == 1
+    assert "lr is 0.3 and was 0.05" in capsys.readouterr().out and weights(tmp_path, "a") == before
+    assert train.main([*argv, "--lr", "0.05"]) == 0
+
+
+THREE = {"runs": [{"name": name, "config": "base.yaml", "seed": seed} for name, seed in (("a", 1), ("b", 2), ("c", 3))]}
+
+
+def test_killed_at_any_moment(train, tmp_path):
+    argv = write(tmp_path / "killed", THREE)
+    # In the middle of writing the first epoch of the second run, after its recovery file of batch 2.
+    code = f"""
+        import importlib.util, os, signal
+        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
+        train = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(train)
+        original = train.save_state
+        def save(path, state):
+            if "/b/" in str(path) and state["epoch"] == 1:
+                open(str(path) + ".tmp", "w").write("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(path, state)
+        train.save_state, train.plot = save, lambda *_: []
+        train.main({[*argv, "--recovery-interval", "2"]!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [row["name"] for row in rows(tmp_path / "killed")] == ["a"]
+    assert load_state(tmp_path / "killed/out/queue/b/recovery-0-2.safetensors")["batch"] == 2
+    assert train.main(argv) == 0
+    assert [row["name"] for row in rows(tmp_path / "killed")] == ["a", "b", "c"]
+    assert train.main(write(tmp_path / "whole", THREE)) == 0
+    for name in "abc":
+        assert weights(tmp_path / "killed", name) == weights(tmp_path / "whole", name)
+
+
+@pytest.mark.parametrize("stop", [2, 8])  # within an epoch, and before the last evaluation of 'a'
+def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop):
+    argv = write(tmp_path / "parts", THREE)
+    clock, step = [0.0], train.Objective.__call__
+
+    def count(self, *args):  # a batch takes a minute
+        clock[0] += 60
+        return step(self, *args)
+
+    monkeypatch.setattr(train.Objective, "__call__", count)
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    assert train.main([*argv, "--time-budget", f"{stop}m"]) == 0
+    out = capsys.readouterr().out
+    epoch, batch = (stop - 1) // 4 + 1, (stop - 1) % 4 + 1
+    assert f"3 left: a (epoch {epoch} of 2, batch {batch} of 4), b (not started in this budget), c (not" in out
+    assert clock[0] == 60 * stop and not (tmp_path / "parts/out/queue/results.csv").exists()
+    for left in (True, False):  # 22 or 16 minutes are left
+        assert train.main([*argv, "--time-budget", "900s"]) == 0
+        assert ("Time is over, 1 left: c (epoch" in capsys.readouterr().out) == left
+    assert [row["name"] for row in rows(tmp_path / "parts")] == ["a", "b", "c"]
+    assert train.main(write(tmp_path / "whole", THREE)) == 0
+    for name in "abc":
+        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+    assert not list((tmp_path / "parts").rglob("recovery-*"))
+
+
+def test_a_failed_run_does_not_stop_the_others(train, tmp_path, capsys):
+    bad = {"name": "bad", "config": "base.yaml", "lr": 1e30, "sched": "none"}
+    wrong = {"name": "wrong", "config": "base.yaml", "ticket": {"kind": "lt"}}
+    good = {"name": "good", "config": "base.yaml", "epochs": 1}
+    assert train.main(write(tmp_path, {"runs": [bad, wrong, good]})) == 2
+    out = capsys.readouterr().out
+    assert "bad: failed. SystemExit: Stopped: " in out and "2 of 3 runs failed" in out
+    assert "wrong: failed. ValueError: kind='lt' is for neuron='relu'" in out
+    assert [row["name"] for row in rows(tmp_path)] == ["good"]
+
+
+def test_processes_share_a_plan(tmp_path):
+    runs = [{"name": n, "config": "base.yaml", "epochs": 1, "seed": i} for i, n in enumerate("abcd")]
+    runs[1] |= {"lr": 1e30, "sched": "none"}  # the second process fails first, and the others go on
+    argv = write(tmp_path, {"runs": runs})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(ROOT / "train.py"), *argv], capture_output=True, text=True, env=environ)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "[1/2] b: failed." in done.stdout and "[1/2] a: " in done.stdout and "[2/2] d: " in done.stdout
+    assert [row["name"] for row in rows(tmp_path)] == ["a", "c", "d"]
+    assert json.loads((tmp_path / "out/queue/c/config.json").read_text())["spikezoo"]["results"]["samples"] == 360
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"runs": []}, "expected 'runs', a list of rows"),
+        ({"run": [{}]}, r"expected 'runs', .* other keys: \['run'\]"),
+        ({"runs": [{"lrr": 0.1}]}, r"row 1 \(run1\): Unknown key 'lrr'\. Did you mean 'lr'"),
+        ({"runs": [{"grid": {"ticket.sparsity": 0.4}}]}, "expected lists of values"),
+        ({"runs": [{"grid": {"tickets.sparsity": [0.4]}}]}, r"Unknown key 'tickets\.sparsity'\. Did you mean 'ticket'"),
+        ({"runs": [{"lr.x": 1}]}, "Key 'lr.x': 'lr' is no mapping"),
+        ({"runs": [{"seeds": 3}]}, "expected lists of values"),
+        ({"runs": [{"epochs": "many"}]}, "Config key 'epochs': 'many', expected int"),
+        ({"runs": [{"T": None}]}, "Key 'T' has no value"),
+        ({"runs": [{"epochs": 0}]}, "--epochs 0: expected a number of at least 1"),
+        ({"runs": [{"experiment": "x"}]}, "Unknown key 'experiment'"),
+        ({"runs": [{"model": "spiking_vgg"}]}, r"Unknown model 'spiking_vgg'\. Did you mean"),
+        ({"runs": [{"name": "a"}, {"name": "b"}, {"name": "a"}]}, r"row 3 \(a\): the name 'a' is taken"),
+        ({"runs": [{"name": "a/b"}]}, "or no name of a folder"),
+        ({"runs": [{}], "plot": {"x": "T"}}, "plot=.*expected for instance"),
+        ({"runs": [{}], "plot": {"x": "T", "y": "acc"}}, r"plot\.y='acc' is not measured"),
+        ("runs: [", "is not valid YAML"),
+        ("- 3", "holds a list"),
+    ],
+)
+def test_bad_plans_start_nothing(train, tmp_path, plan, words):
+    argv = write(tmp_path, plan)
+    with pytest.raises(ValueError, match=words):
+        train.main(argv)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_command_lines(train, tmp_path):
+    argv = write(tmp_path, {"runs": [{"name": "a", "config": "base.yaml"}, {"config": "other.yaml"}]})
+    with pytest.raises(FileNotFoundError, match=r"row 2 \(other\): No config at .*other\.yaml"):
+        train.main(argv)
+    with pytest.raises(FileNotFoundError, match="No plan at nowhere"):
+        train.main(["--plan", "nowhere"])
+    argv = write(tmp_path, THREE)
+    for budget in ("9x", "0", "-3m", "9mm", "m", "nan", "inf"):
+        with pytest.raises(ValueError, match="expected a time such as 90, 30s, 9m or 2h"):
+            train.main([*argv, f"--time-budget={budget}"])
+    assert [train.seconds(text) for text in ("90", "30s", "1.5m", "2h")] == [90, 30, 90, 7200]
+    with pytest.raises(ValueError, match="--time-budget is for --plan"):
+        train.main(["--time-budget", "9m"])
+    with pytest.raises(ValueError, match=r"--experiment with --plan"):
+        train.main([*argv, "--experiment", "x"])
+    assert not (tmp_path / "out").exists()
+
+
+PLANS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "runs" in (yaml.safe_load(path.read_text()) or {}))
+# The correlation experiment of the search has a form of its own, and tests of its own.
+CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(PLANS) - set(ROOT.glob("configs/autost/correlation*.yaml")))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_our_plans_make_models(train, path):
+    runs, chart = train.read_plan(path, "output", [])
+    assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
+    for run in runs:
+        facts = {"cifar10": 10, "cifar100": 100}
+        train_args = {
+            "num_classes": facts[run.args.dataset], "in_chans": 3, "img_size": 32, "T": run.args.T,
+            "neuron": run.args.neuron, "ticket": run.args.ticket or None, **run.args.model_kwargs,
+        }  # fmt: skip
+        model = spikezoo.create_model(run.args.model, device="meta", **train_args)
+        assert bool(run.args.ticket) == (model.recipe != [])
+        assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_our_configs_parse(train, path):
+    args = train.parse_args(["--config", str(path)])
+    assert spikezoo.is_model(args.model)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and path.name in first
+
+
+def test_tables_have_every_cell(train):
+    found = {path.stem: len(train.read_plan(path, "output", [])[0]) for path in PLANS if path.parent.name == "tickets"}
+    # BinW-SLT: four nets and kinds on CIFAR-10, two nets on CIFAR-100. SLT: two nets, six kinds, two datasets.
+    assert found["binw_slt_table1"] + found["binw_slt_table2"] == 16 + 8 and found["slt_table"] == 24
+    assert found["conv4_cpu"] == 4
