@@ -1,6 +1,7 @@
 """spikezoo: named spiking neural networks, with weights that load and numbers that can be trusted."""
 
 from spikezoo import models as models
+from spikezoo import search as search
 from spikezoo._version import __version__ as __version__
 from spikezoo.checkpoint import load_sparse_file as load_sparse_file
 from spikezoo.counters import Count as Count

@@ -34,7 +34,7 @@ import torch
 from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
-from spikezoo.data import create_loader
+from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import open_model
 from spikezoo.hub import push_folder
 from spikezoo.transforms import apply
@@ -258,10 +258,11 @@ def _add_search(commands: Any) -> None:
         "--method", choices=("exact", "evolution"), help="(default: exact for metrics of the architecture alone)"
     )
     parser.add_argument("--T", type=int, default=4, help="time steps (default: %(default)s)")
-    parser.add_argument("--num-classes", type=int, default=10)
-    parser.add_argument("--img-size", type=int, default=32)
-    parser.add_argument("--in-chans", type=int, default=3)
-    parser.add_argument("--dataset", default="none", help="images for metrics that read a network (default: noise)")
+    parser.add_argument(
+        "--dataset", default="none", help="sets the three below; metrics that read a network see it (default: noise)"
+    )
+    for flag in ("--num-classes", "--img-size", "--in-chans"):
+        parser.add_argument(flag, type=int, help="(default: the dataset's, without one CIFAR-10's)")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the dataset")
     parser.add_argument("--top", type=int, default=10, help="how many nets to show (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -278,10 +279,12 @@ def _add_search(commands: Any) -> None:
 
 
 def _search(args: argparse.Namespace) -> int:
-    if args.top < 1:
-        raise ValueError(f"--top {args.top}: expected at least 1.")
     space = search.Space.of(args.space)
-    setting = search.Setting(args.T, args.num_classes, args.img_size, args.in_chans)
+    dataset = None if args.dataset == "none" else args.dataset
+    info = dataset_info(dataset or "cifar10", args.data_dir)
+    shape = {key: getattr(args, key) for key in ("num_classes", "img_size", "in_chans")}
+    shape = {key: getattr(info, key) if value is None else value for key, value in shape.items()}
+    setting = search.Setting(args.T, **shape)
     constraints = search.Constraints(
         parameters=search.window(args.params) if args.params else None,
         flops=search.window(args.macs) if args.macs else None,
@@ -293,8 +296,8 @@ def _search(args: argparse.Namespace) -> int:
         print(f"Space {space.name}: all {space.size:,} nets covered in {result.seconds:.2f} s, exact")
     else:
         images = None
-        if args.dataset != "none" and args.metric in search.MEASURED:
-            images = search.images_of(args.dataset, args.metric, setting, args.seed, data_dir=args.data_dir)
+        if dataset and args.metric in search.MEASURED:
+            images = search.images_of(dataset, args.metric, setting, args.seed, data_dir=args.data_dir)
         log = f"{args.output}/evolution.jsonl" if args.output else None
         result = search.evolve(
             space,
@@ -319,6 +322,7 @@ def _search(args: argparse.Namespace) -> int:
             metric=args.metric,
             setting=setting,
             constraints=constraints,
+            dataset=dataset,
             command=args.command,
         )
         print(f"\nWritten: {', '.join(map(str, paths))}")

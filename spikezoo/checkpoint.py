@@ -6,6 +6,7 @@ A checkpoint is a folder of ``model.safetensors`` (see :mod:`spikezoo.sparse` fo
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -197,7 +198,9 @@ def _open(path: Path) -> Iterator[Any]:
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     _check_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # timm's saver puts the command line's arguments beside the weights: plain values in a Namespace, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
         hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
         first = str(error).partition("\n")[0].partition(". ")[0]  # the rest advises to run whatever the file says

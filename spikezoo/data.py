@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from timm.utils.misc import natural_key
@@ -146,7 +147,7 @@ def natural_dataset(img_size: int, in_chans: int, num_classes: int) -> str:
         return "mnist"
     if img_size == 32 and num_classes in (10, 100):
         return f"cifar{num_classes}"
-    if img_size >= 64:
+    if img_size >= 64 and in_chans == 3:  # two channels are event frames
         return "imagenet"
     raise ValueError(
         f"no dataset is the natural one for img_size={img_size}, in_chans={in_chans}, num_classes={num_classes}; name "
@@ -477,10 +478,20 @@ def _policy(name: str, img_size: int, mean: Sequence[float]) -> Callable[[Image.
     rgb = tuple(mean) if len(mean) == 3 else tuple(mean[:1]) * 3
     options: dict[str, Any] = {"color_jitter": None, "mean": rgb, "interpolation": "random", "separate": True}
     try:
-        return create_transform(img_size, is_training=True, auto_augment=name, **options)[1]
+        policy = create_transform(img_size, is_training=True, auto_augment=name, **options)[1]
     except (AssertionError, ValueError, KeyError) as error:
         wanted = f"one of {', '.join(_POLICIES)}, trivial, or a configuration of timm's, which refuses it ({error})"
         _bad("auto_augment", name, wanted, "--aa cifar10 or --aa rand-m9-mstd0.5-inc1")
+    for step in policy.transforms:
+        for op in getattr(step, "ops", ()):
+            if op.aug_fn is posterize:
+                op.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, with black for 0 bits: its 'inc1' asks for them at the top magnitude, and Pillow 13 raises there."""
+    return posterize(image, bits_to_keep) if bits_to_keep else image.point([0] * 256 * len(image.getbands()))
 
 
 def _apply_policy(policy: Callable[[Image.Image], Any], images: Tensor) -> Tensor:

@@ -111,6 +111,11 @@ class Space:
                     wanted = "positive integers" if whole else "positive numbers"
                     raise ValueError(f"Space {self.name!r}: {key}={list(values)!r}, expected {wanted}.")
             object.__setattr__(self, key, tuple(sorted(set(values))))
+        if self.dims[0] * self.mlp_ratios[0] < 1:
+            raise ValueError(
+                f"Space {self.name!r}: an MLP ratio of {self.mlp_ratios[0]:g} leaves an embedding dimension of "
+                f"{self.dims[0]} no hidden channel; 3, 4 and 5 are common."
+            )
         for dim in self.dims:
             for heads in self.heads:
                 _check_divisible(dim, heads)
@@ -295,7 +300,7 @@ def _fixed(dim: int, depth: int, setting: Setting) -> tuple[int, int, int, int]:
 
 def _hidden(dim: int, mlp_ratio: float) -> int:
     """Hidden width of an MLP."""
-    return max(int(dim * mlp_ratio), 1)
+    return int(dim * mlp_ratio)
 
 
 def _attention(dim: int, tokens: int, heads: int) -> int:
@@ -572,7 +577,7 @@ def images_of(dataset: str, metrics: str | Sequence[str], setting: Setting, seed
         **options: Of :func:`spikezoo.data.create_loader`.
     """
     names = [metrics] if isinstance(metrics, str) else metrics
-    count = max(1, *(_metric(name).images for name in names))
+    count = max([1, *(_metric(name).images for name in names)])
     shape: dict[str, Any] = {"img_size": setting.img_size, "in_chans": setting.in_chans}
     loader = create_loader(
         dataset, "train", train=True, batch_size=count, drop_last=False, seed=seed, **shape, **options
@@ -742,6 +747,11 @@ def _covered(space: Space, metric: str, setting: Setting) -> list[Found]:
     ]
 
 
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top={top}: expected at least 1.")
+
+
 def _inside(covered: Sequence[Found], space: Space, constraints: Constraints) -> list[Found]:
     """The classes that keep the constraints; raises where there are none."""
     inside = [item for item in covered if constraints.allow(Cost(item.parameters, item.flops, 0))]
@@ -789,6 +799,7 @@ def exact(
             the smallest and largest counts.
     """
     setting, constraints = setting or Setting(), constraints or Constraints()
+    _check_top(top)
     chosen = _metric(metric)
     if not chosen.analytic:
         analytic = ", ".join(name for name, other in METRICS.items() if other.analytic)
@@ -869,6 +880,17 @@ class Evolution:
     m_prob: float = 0.2
     s_prob: float = 0.4
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"population": 1, "generations": 0, "parents": 1, "mutations": 0, "crossovers": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r}: expected an integer >= {low}.")
+        for name in ("m_prob", "s_prob"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r}: expected a probability, from 0 to 1.")
 
 
 class _Log:
@@ -970,6 +992,7 @@ def evolve(
         ValueError: An unknown metric; windows that no net keeps to; a log of another search.
     """
     setting, constraints, settings = setting or Setting(), constraints or Constraints(), settings or Evolution()
+    _check_top(top)
     chosen = _metric(metric)
     started = time.perf_counter()
     covered = _covered(space, metric, setting)
@@ -1076,11 +1099,11 @@ RECIPE_IMAGENET: dict[str, Any] = {
 }
 
 
-def train_config(net: Net, setting: Setting) -> dict[str, Any]:
+def train_config(net: Net, setting: Setting, dataset: str | None = None) -> dict[str, Any]:
     """The keys of a YAML file that train.py takes: the net, its data where they are plain, Spikformer's recipe."""
     config: dict[str, Any] = {"model": setting.model, "T": setting.T, "model_kwargs": net.arguments()}
     with suppress(ValueError):  # where no dataset has this shape, the file says that one is to be named
-        config["dataset"] = natural_dataset(setting.img_size, setting.in_chans, setting.num_classes)
+        config["dataset"] = dataset or natural_dataset(setting.img_size, setting.in_chans, setting.num_classes)
     if config.get("dataset") == "imagenet":
         config["val_split"] = "val"
     for key in ("num_classes", "in_chans", "img_size"):
@@ -1145,6 +1168,7 @@ def write(
     metric: str,
     setting: Setting,
     constraints: Constraints | None = None,
+    dataset: str | None = None,
     command: str = "",
 ) -> list[Path]:
     """Write search.csv, best.yaml and, where matplotlib is installed, search.png.
@@ -1156,6 +1180,7 @@ def write(
         metric: Likewise.
         setting: Likewise.
         constraints: Likewise; the window of parameters is shaded in the picture.
+        dataset: What best.yaml trains on; None takes the one of this shape.
         command: How the search was called, for the comment in best.yaml.
 
     Returns:
@@ -1165,7 +1190,7 @@ def write(
     paths = [folder / "search.csv", folder / "best.yaml"]
     write_rows(paths[0], _rows(result))
     best = result.found[0]
-    config = train_config(best.net, setting)
+    config = train_config(best.net, setting, dataset)
     said = "the optimum of the space, proven" if result.proven else f"the best of {result.looked_at:,} nets"
     lines = [
         f"# python train.py --config {paths[1].name} --data-dir DATA",
@@ -1212,9 +1237,9 @@ def _plot_search(result: Result, path: Path, space: Space, metric: str, constrai
     axes.plot(
         [item.parameters / 1e6 for item in result.front],
         [item.value / scale for item in result.front],
-        "-",
         color="#1f6f8b",
         linewidth=1,
+        drawstyle="steps-post",  # between two nets of the front there is none
         label="Pareto front",
     )
     axes.scatter(
@@ -1225,9 +1250,9 @@ def _plot_search(result: Result, path: Path, space: Space, metric: str, constrai
         label=f"the {len(result.found)} best",
     )
     best = result.found[0]
-    axes.annotate(str(best.net), (best.parameters / 1e6, best.value / scale), (8, -12), textcoords="offset points")
+    axes.scatter(best.parameters / 1e6, best.value / scale, s=130, color="#d1603d", edgecolor="black", marker="*")
     axes.set(
-        title=f"Space {space.name}: {metric} against parameters",
+        title=f"Space {space.name}: {metric} against parameters\nbest: {best.net}",
         xlabel="parameters (millions)",
         ylabel=f"{metric} (millions)" if scale > 1 else metric,
     )
@@ -1316,6 +1341,8 @@ class CorrelationConfig:
             if not number or not low <= value < math.inf:
                 kind = "a number" if real else "an integer"
                 raise ValueError(f"{name}={value!r}: expected {kind} of at least {low}.")
+        if isinstance(self.metrics, str) or not self.metrics:
+            raise ValueError(f"metrics={self.metrics!r}: expected a list of {', '.join(METRICS)}.")
         for name in self.metrics:
             _metric(name)
 
@@ -1347,11 +1374,16 @@ def sample(space: Space, count: int, setting: Setting, constraints: Constraints,
             f"The space {space.name!r} has {possible:,} nets inside the window, and {count} are asked for."
         )
     nets: dict[Net, None] = {}
-    while len(nets) < count:
+    for _ in range(max(_RANDOM_DRAWS, 100 * count)):
         net = _random_net(space, rng)
         if constraints.allow(cost(net, setting)):
             nets[net] = None
-    return list(nets)
+        if len(nets) == count:
+            return list(nets)
+    raise ValueError(
+        f"Random nets of the space {space.name!r} hardly hit the window: {len(nets)} of the {count} that are asked for "
+        f"were found, of {possible:,} that there are. Widen it."
+    )
 
 
 def _train(

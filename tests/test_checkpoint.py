@@ -1,5 +1,6 @@
 """spikezoo.checkpoint: what is written comes back bit by bit or not at all, and foreign files change nothing."""
 
+import argparse
 import copy
 import errno
 import hashlib
@@ -297,7 +298,11 @@ def test_long_lists_of_names_are_cut_and_counted(tmp_path):
         load_weights(net(), tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"model": w}])
+def as_timm_saves(weights):
+    return {"epoch": 3, "arch": "net", "args": argparse.Namespace(lr=0.1, mean=(0.5,)), "state_dict": weights}
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, as_timm_saves, lambda w: {"model": w}])
 def test_pickles_of_weights_load(tmp_path, wrap):
     source, model = net(), net()
     weights = {f"module.{name}": tensor for name, tensor in copy_of(source).items()}  # as DataParallel names them

@@ -140,7 +140,7 @@ def test_natural_dataset(shape, name):
     assert natural_dataset(*shape) == name
 
 
-@pytest.mark.parametrize("shape", [(32, 3, 7), (28, 3, 10), (16, 3, 10)])
+@pytest.mark.parametrize("shape", [(32, 3, 7), (28, 3, 10), (16, 3, 10), (128, 2, 10)])
 def test_natural_dataset_unknown(shape):
     with pytest.raises(ValueError, match="--dataset digits"):
         natural_dataset(*shape)
@@ -267,6 +267,21 @@ def test_cutout_hole(size, row, column, rows, columns):
     wanted[:, :, rows.start : rows.stop, columns.start : columns.stop] = 0
     assert torch.equal(got, wanted)
     assert (got == 0).sum() == 2 * len(rows) * len(columns)
+
+
+@pytest.mark.parametrize("magnitude", range(11))
+def test_policies_work_at_every_magnitude(magnitude):
+    # The Spikformer recipes reach magnitude 10 by chance, where timm posterizes to 0 bits and Pillow raises.
+    policy = data._policy(f"rand-m{magnitude}-inc1-p1.0", 8, (0.5, 0.5, 0.5))
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    ops = policy.transforms[0].ops
+    assert len(ops) == 15
+    for op in ops:
+        out = op(image)
+        assert (out.size, out.mode) == ((8, 8), "RGB")
+        if op.name == "PosterizeIncreasing":
+            mask = 256 - 2 ** (8 - (4 - int(magnitude * 0.4)))  # keeps 4 down to 0 bits
+            assert np.array_equal(np.array(out), np.array(image) & mask)
 
 
 def test_loader_augments_like_a_loop(npz):

@@ -419,6 +419,7 @@ def test_score_is_reproducible_and_leaves_the_random_state():
         ({"depths": ()}, r"depths=\(\), expected a list"),
         ({"depths": (0, 1)}, r"depths=\[0, 1\], expected positive integers"),
         ({"mlp_ratios": ("4",)}, "expected positive numbers"),
+        ({"mlp_ratios": (0.02, 4)}, "an MLP ratio of 0.02 leaves an embedding dimension of 32 no hidden channel"),
         ({"heads": "48"}, "expected a list"),
         ({"heads": (True,)}, "expected positive integers"),
     ],
@@ -475,11 +476,28 @@ def test_other_bad_input():
         (lambda: Setting(img_size=30), "30 is not divisible by the patch, 4: take 32"),
         (lambda: Setting(img_size=100), "not divisible by the patch, 16: take 96"),
         (lambda: Setting(T=0), "T=0: expected an integer >= 1"),
+        (lambda: search.exact(SHRUNKEN, top=0), "top=0: expected at least 1"),
+        (lambda: search.evolve(SHRUNKEN, top=0), "top=0: expected at least 1"),
         (lambda: search.exact(SHRUNKEN, "flops", Setting(1, 10, 8), too_quick, top=1), "None of the 1 best nets takes"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
     assert search.window(":5") == (0, 5) and search.window("4:") == (4, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"population": 0}, "population=0: expected an integer >= 1"),
+        ({"parents": 0}, "parents=0: expected an integer >= 1"),
+        ({"mutations": -3}, "mutations=-3: expected an integer >= 0"),
+        ({"generations": 2.0}, "generations=2.0: expected an integer"),
+        ({"m_prob": 3}, "m_prob=3: expected a probability"),
+    ],
+)
+def test_bad_settings_of_the_evolution(change, words):
+    with pytest.raises(ValueError, match=words):
+        Evolution(**change)
 
 
 def test_latency_is_measured_on_the_shortlist():
@@ -523,10 +541,17 @@ def test_command_line(tmp_path, capsys):
 def test_command_line_with_a_metric_on_images(tmp_path, capsys):
     path = tmp_path / "one.yaml"
     path.write_text("dims: [8]\ndepths: [1]\nmlp_ratios: [1, 2]\nheads: [1]\n")
-    call = ["search", "--space", str(path), "--metric", "linear_regions", "--T", "1", "--img-size", "8"]
-    assert main([*call, "--in-chans", "1", "--dataset", "digits"]) == 0
+    call = ["search", "--space", str(path), "--metric", "linear_regions", "--T", "1"]
+    # The dataset says what the nets are made for; it is not CIFAR-10 because nobody gave numbers.
+    assert main([*call, "--dataset", "digits", "--output", str(tmp_path / "digits")]) == 0
     assert "2 of 2 nets" in capsys.readouterr().out
-    assert main(call) == 0  # noise
+    config = yaml.safe_load((tmp_path / "digits" / "best.yaml").read_text())
+    assert [config[k] for k in ("dataset", "num_classes", "in_chans", "img_size")] == ["digits", 10, 1, 8]
+    assert main([*call[:4], "flops", "--dataset", "cifar100", "--output", str(tmp_path / "exact")]) == 0
+    config = yaml.safe_load((tmp_path / "exact" / "best.yaml").read_text())
+    assert (config["dataset"], config["num_classes"], config["in_chans"]) == ("cifar100", 100, 3)
+    capsys.readouterr()
+    assert main([*call, "--img-size", "8"]) == 0  # noise
     assert "linear_regions (higher is better)" in capsys.readouterr().out
 
 
@@ -668,7 +693,7 @@ def test_correlations_by_hand():
     assert wide["kendall_high"] - wide["kendall_low"] < few["kendall_high"] - few["kendall_low"]
 
 
-def test_sample_is_seeded_and_keeps_the_window():
+def test_sample_is_seeded_and_keeps_the_window(monkeypatch):
     bounds = Constraints(parameters=(11e6, 12e6))
     nets = search.sample(SPACES["small"], 30, Setting(), bounds, 0)
     assert len(set(nets)) == 30 and nets == search.sample(SPACES["small"], 30, Setting(), bounds, 0)
@@ -677,6 +702,12 @@ def test_sample_is_seeded_and_keeps_the_window():
     few = Space("few", (8,), (1,), (1, 2), (1,))
     with pytest.raises(ValueError, match="has 2 nets inside the window, and 3 are asked for"):
         search.sample(few, 3, Setting(), Constraints(), 0)
+    # A window of 2^15 nets, the largest, that one random net in 10^11 hits: said, not waited for.
+    monkeypatch.setattr(search, "_RANDOM_DRAWS", 100)
+    most = search.exact(SPACES["base"], "parameters", top=1).found[0]
+    assert most.nets == 2**15
+    with pytest.raises(ValueError, match="hardly hit the window: 0 of the 3 that are asked for were found, of 32,768"):
+        search.sample(SPACES["base"], 3, Setting(), Constraints(parameters=(most.parameters, math.inf)), 0)
 
 
 @pytest.mark.parametrize(
@@ -687,6 +718,8 @@ def test_sample_is_seeded_and_keeps_the_window():
         ("epochs: 1.5", "epochs=1.5: expected an integer"),
         ("lr: -1", "lr=-1: expected a number of at least 0"),
         ("metrics: [flop]", "Unknown metric 'flop'"),
+        ("metrics: flops", "metrics='flops': expected a list of flops, "),
+        ("metrics: []", r"metrics=\[\]: expected a list"),
         ("[", "is not valid YAML"),
     ],
 )

@@ -1,5 +1,6 @@
 """Tests of the Spikformer family and the AutoST models: layouts, attention, official state dicts, drop path, counts."""
 
+import argparse
 import itertools
 import math
 import warnings
@@ -349,6 +350,29 @@ def test_official_state_dicts_give_the_same_logits(kind, membrane, wrap, tmp_pat
         torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("spikformer_4_384", "cifar"), ("spikformer_in_6_256", "imagenet")])
+def test_official_checkpoint_of_a_named_model_loads_by_path(name, kind, tmp_path):
+    row = ROWS[name]
+    layout = {key: row.arguments[key] for key in ("dim", "depth", "heads")}
+    official = Official(kind, ratio=4, classes=row.num_classes, **layout)
+    path = tmp_path / "model_best.pth.tar"
+    torch.save({"epoch": 3, "args": argparse.Namespace(T=4), "state_dict": official.state_dict()}, path)
+    model = create(name, checkpoint_path=path)
+    for ours, theirs in ((model.head.fc, official.head), (model.stem[0].conv, official.patch_embed.proj_conv)):
+        assert torch.equal(ours.weight, theirs.weight)
+    last = getattr(official.block[-1].mlp, f"fc2_{official.word}").weight
+    assert torch.equal(model.stages[-1][0].mlp.fc2.conv.weight, last.reshape(*last.shape[:2], 1, 1))
+    with pytest.raises(ValueError, match="does not fit Spikformer, nothing was loaded"):
+        create("autost_tiny", checkpoint_path=path)
+
+
+def test_attention_of_two_tokens_by_hand():
+    # Channels first: token 0 asks (1, 1), token 1 (0, 1); keys (1, 0) and (1, 1); values (1, 1) and (0, 1).
+    q, k, v = torch.tensor([[1.0, 0], [1, 1]]), torch.tensor([[1.0, 1], [0, 1]]), torch.tensor([[1.0, 0], [1, 1]])
+    # Products of the first token with the keys: 1 and 2, so 1 (1, 1) + 2 (0, 1); of the second: 0 and 1.
+    assert attend(q, k, v).T.tolist() == [[1, 3], [0, 1]]
+
+
 def test_filter_leaves_our_names_alone():
     model = create()
     state = model.state_dict()
@@ -555,6 +579,8 @@ def test_autocast_changes_roundings_only(residual):
         ({"heads": (2, 2, 5)}, r"not divisible by heads=5"),
         ({"heads": 0}, r"heads=0: expected an integer >= 1"),
         ({"heads": (2, 2)}, r"depth=3 with heads=\[2, 2\], which has 2 entries: .* depth=2"),
+        ({"heads": ()}, r"which has 0 entries: give one a block, or one number for all blocks \(heads=4\)\.$"),
+        ({"img_size": 2}, r"2x2 pixels is not divisible by the patch, 4x4: .* to 4x4, .* img_size=4"),
         ({"depth": 2, "heads": 2}, r"depth=2 with mlp_ratios=\[2, 1, 1\.5\], which .*\(mlp_ratios=2\), or depth=3"),
         ({"depth": 0}, r"depth=0: expected an integer >= 1"),
         ({"depth": "two"}, r"depth='two': expected an integer"),

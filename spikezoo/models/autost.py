@@ -3,7 +3,8 @@
 Paper: "AutoST: Training-free Neural Architecture Search for Spiking Transformers" (arXiv:2307.00293). It prints
 parameter counts and never the nets that were found, and its code holds no result either. The nets below are the wide
 and shallow ones of the paper's search spaces whose counts are nearest to the printed ones; that the search prefers wide
-and shallow nets is what the paper says of it. Heads have 64 channels; neither parameters nor MACs depend on them.
+and shallow nets is what the paper says of it. Heads have 64 channels. No parameter depends on them, and MACs do only
+where a head has fewer channels than there are tokens, since the attention product then takes its other order.
 
 The neuron is LIF and the residual stream holds spikes, after the paper's text. The authors' code differs: it takes
 ``neuron='plif', residual='membrane'``.

@@ -174,9 +174,10 @@ def _per_layer(name: str, value: Any, depth: int) -> list[Any]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * depth
     if len(value) != depth:
+        one, other = (value[0], f", or depth={len(value)}") if len(value) else (4, "")
         raise ValueError(
             f"depth={depth} with {name}={list(value)!r}, which has {len(value)} entries: give one a block, or one "
-            f"number for all blocks ({name}={value[0] if len(value) else 4!r}), or depth={len(value)}."
+            f"number for all blocks ({name}={one!r}){other}."
         )
     return list(value)
 
@@ -310,7 +311,6 @@ class Spikformer(SpikingModel):
                     nn.init.zeros_(module.bias)
 
     def _check_size(self, size: Sequence[int]) -> None:
-        super()._check_size(size)
         stride = self.min_img_size
         if any(pixels % stride for pixels in size):
             near = tuple(max(round(pixels / stride), 1) * stride for pixels in size)
@@ -357,7 +357,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         model: The model that it is for.
 
     Example:
-        >>> model = spikezoo.create_model('spikformer_in_8_512')
+        >>> spikezoo.create_model('spikformer_in_8_512', checkpoint_path='checkpoint-305.pth.tar')  # calls it
         >>> timm.models.load_checkpoint(model, 'checkpoint-305.pth.tar', filter_fn=checkpoint_filter_fn)
     """
     for key in ("state_dict", "model"):
