@@ -83,7 +83,7 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What :func:`model_info` tells about a name; of its tag, or the default one, where it has weights.
+    """What :func:`model_info` tells about a name: of a name with tag the model of those weights, else the paper's.
 
     Attributes:
         name: Architecture.
@@ -95,7 +95,7 @@ class ModelInfo:
         num_classes: Classes.
         input_size: Channels, height and width.
         pretrained: Names with tag of all its weights, the default first.
-        dataset: What the weights were trained on, or None.
+        dataset: What the weights, those of the default tag if none is named, were trained on, or None.
         paper: Where the layout comes from.
         note: What to know about the name.
     """
@@ -175,6 +175,14 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
             # timm alone would neither check the file nor rebuild the model that it belongs to.
             own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
             return create_model(f"{name}.{cfg.tag}", True, **own)
+        if not pretrained and not kwargs.get("pretrained_cfg"):
+            # The name alone is the paper's layout, whatever classes, channels and size its weights have.
+            for key, value in (
+                ("num_classes", row.num_classes),
+                ("in_chans", row.in_chans),
+                ("img_size", row.img_size),
+            ):
+                arguments.setdefault(key, value)
         # timm's builder takes classes and channels from there, but the size only of nets that are tied to it.
         arguments.setdefault("img_size", cfg.input_size[-2:])
         return build_model_with_cfg(
@@ -538,19 +546,17 @@ def model_info(name: str) -> ModelInfo:
     """
     architecture, tag = _split(name)
     row = _rows[architecture]
+    model: Any = create_model(name, device="meta")
     tag = tag or next(iter(row.weights), "")
-    full = f"{architecture}.{tag}" if tag else architecture
-    model = create_model(full, device="meta")
-    cfg: Any = timm.get_pretrained_cfg(full)
     return ModelInfo(
         name=architecture,
         family=_family(architecture),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        T=model.T,  # type: ignore[arg-type]
-        neuron=model.neuron_config.kind,  # type: ignore[union-attr, arg-type]
-        mpbn=model.mpbn,  # type: ignore[arg-type]
-        num_classes=cfg.num_classes,
-        input_size=cfg.input_size,
+        T=model.T,
+        neuron=model.neuron_config.kind,
+        mpbn=model.mpbn,
+        num_classes=model.num_classes,
+        input_size=(model.in_chans, *model.img_size),
         pretrained=[f"{architecture}.{tag}" for tag in row.weights],
         dataset=row.weights[tag].get("dataset") if tag else None,
         paper=row.paper,

@@ -570,6 +570,11 @@ def test_shipped_weights(shipped, hub):
     assert hub.requests == []
     info = spikezoo.model_info("test_mpbn_vgg.c6")
     assert (info.T, info.num_classes, info.dataset) == (5, 6, "npz:none.npz")
+    # The name alone stays the paper's layout, whatever weights there are.
+    plain = spikezoo.model_info("test_mpbn_vgg")
+    assert (plain.T, plain.num_classes, plain.parameters) == (4, 10, registry._rows["test_mpbn_vgg"].parameters)
+    for make_model in (spikezoo.create_model, timm.create_model):
+        assert make_model("test_mpbn_vgg").num_classes == 10
     features = spikezoo.create_model("test_mpbn_vgg.c6", pretrained=True, features_only=True)
     x = images(shipped["c6"])
     with torch.no_grad():
