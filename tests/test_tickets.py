@@ -604,6 +604,10 @@ def test_what_cannot_be_done_twice_or_too_early():
     net = ticket(model)
     with pytest.raises(ValueError, match=r"Layer 'stem\.0\.conv' is a ticket already"):
         ticket(net)
+    with pytest.raises(
+        ValueError, match=r"Layer 'stem\.0\.conv' is a baked ticket, and its weights would be drawn anew"
+    ):
+        ticket(spikezoo.bake(net))
     with pytest.raises(ValueError, match="Fine-tuning starts from a baked ticket"):
         tune(net)
     with pytest.raises(ValueError, match="binary='yes': expected True or False"):

@@ -237,6 +237,11 @@ def parametrise(
     for name, layer in layers.items():
         if parametrize.is_parametrized(layer):
             raise ValueError(f"Layer {name!r} is a ticket already: make tickets once, of the model as created.")
+        if getattr(layer, "baked", False):
+            raise ValueError(
+                f"Layer {name!r} is a baked ticket, and its weights would be drawn anew: train it on with 'tune', or "
+                "make tickets of the model as created."
+            )
     shared = _Ranking(sparsity) if scope == "global" else None
     for index, layer in enumerate(layers.values()):
         ranking = shared or _Ranking(sparsity)
