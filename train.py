@@ -657,6 +657,11 @@ class Run:
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
 
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"{args.model} has nothing to train: the weights of a baked ticket are final. Save it with 'tune' "
+                "applied (spikezoo.apply(model, 'tune')) and start from that."
+            )
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
         self.updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
         self.scheduler, epochs = create_scheduler_v2(

@@ -15,7 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 from spikezoo.neurons import MembraneNorm, NeuronFactory
 
-__all__ = ["ConvNormNeuron", "LinearNormNeuron", "ResidualBlock", "Stem", "checkpointed", "conv_out", "over_time"]
+__all__ = [
+    "ConvNormNeuron",
+    "LinearNormNeuron",
+    "ResidualBlock",
+    "Stem",
+    "TernaryConv2d",
+    "TernaryLinear",
+    "checkpointed",
+    "conv_out",
+    "over_time",
+    "set_ternary",
+    "signs_and_gain",
+]
 
 
 def over_time(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -63,6 +75,74 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         # A compiler chooses by itself what to recompute, and the statistics cannot be frozen within its graph.
         return module(x)
     return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(module)))
+
+
+class _Signs(torch.autograd.Function):
+    """Signs of weights that are -gain, 0 or +gain; their gradient is that of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+        ctx.save_for_backward(gain)
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (gain,) = ctx.saved_tensors
+        return grad / gain.clamp_min(torch.finfo(gain.dtype).tiny), None
+
+
+def signs_and_gain(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Split weights that are -gain, 0 or +gain into their signs and the gain."""
+    gain = weight.detach().abs().amax()
+    return _Signs.apply(weight, gain), gain
+
+
+class _Ternary(nn.Module):
+    """What ternary layers share: real weights do not load into them in silence."""
+
+    weight: Tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        weight, errors = state_dict.get(f"{prefix}weight"), args[-1]
+        if weight is not None and not ((weight == 0) | (weight.abs() == weight.abs().amax())).all():
+            errors.append(
+                f"{prefix}weight holds other values than -gain, 0 and +gain, which this layer of a baked ticket "
+                "computes with: load it into the model without 'ticket' and 'bake' in its recipe."
+            )
+
+
+class TernaryConv2d(_Ternary, nn.Conv2d):
+    """Convolution whose weights are -gain, 0 or +gain: it sums with -1, 0, +1 and scales the sums.
+
+    Of spikes these sums are whole numbers, so the result is the same in whatever order and number format they are
+    added: float32, or eight-bit integers with 32-bit accumulation.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, C, H, W]`` to ``[N, C', H', W']``."""
+        signs, gain = signs_and_gain(self.weight)
+        y = self._conv_forward(x, signs, None) * gain
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
+class TernaryLinear(_Ternary, nn.Linear):
+    """Linear layer whose weights are -gain, 0 or +gain, see :class:`TernaryConv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., F]`` to ``[..., F']``."""
+        signs, gain = signs_and_gain(self.weight)
+        y = nn.functional.linear(x, signs) * gain
+        return y if self.bias is None else y + self.bias
+
+
+_TERNARY: dict[type, type] = {nn.Conv2d: TernaryConv2d, nn.Linear: TernaryLinear}
+
+
+def set_ternary(layer: nn.Module, ternary: bool) -> None:
+    """Let a convolution or linear layer compute with signs and a gain, or with its weights as they are."""
+    classes = _TERNARY if ternary else {value: key for key, value in _TERNARY.items()}
+    layer.__class__ = classes.get(type(layer), type(layer))
 
 
 class ConvNormNeuron(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron
+from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, set_ternary
 from spikezoo.neurons import FoldedThreshold, SpikingNeuron, spike
 
 __all__ = ["fold_bn", "fold_mpbn"]
@@ -213,6 +213,7 @@ def _fold_layer(name: str, module: ConvNormNeuron | LinearNormNeuron) -> None:
         name,
         "the folded weight or bias is not finite; look for nan or inf in the layer and in its norm's statistics.",
     )
+    set_ternary(target, False)  # one magnitude a channel
     target.weight, target.bias = fused_weight, fused_bias.requires_grad_(fused_weight.requires_grad)
     module.norm = nn.Identity()
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikezoo.layers import ConvNormNeuron, Stem
+from spikezoo.layers import ConvNormNeuron, Stem, set_ternary
 from spikezoo.neurons import NeuronConfig, NeuronFactory, ReLU
 from spikezoo.transforms.fold import _record
 from spikezoo.transforms.tickets import check_number, check_seed, parametrise
@@ -160,6 +160,9 @@ def multisp(
         )
         if binary_pep:
             _binarise(copied.stem)
+    for conv in {} if prunes or fixed else convs.values():  # a baked ticket is trained on with real weights
+        set_ternary(conv, False)
+        conv.weight.requires_grad_(True)
     if fixed:
         copied.stem = FixedStem(*copied.stem).requires_grad_(False)
     if patch_ratio:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikezoo.layers import set_ternary
 from spikezoo.neurons import nearest
 from spikezoo.sparse import seeded_signs
 from spikezoo.transforms.fold import _record
@@ -247,6 +248,7 @@ def parametrise(
         ranking = shared or _Ranking(sparsity)
         own = (seed << 16) + index
         frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
+        set_ternary(layer, binary)
         parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
         ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
     if shared is not None and shared.layers[0].original.device.type != "meta":
@@ -381,7 +383,8 @@ def bake(model: nn.Module) -> nn.Module:
         # torch's remove_parametrizations changes the class, which the copy shares with the model it came from.
         layer.__class__ = layer.__class__.__bases__[0]
         del layer.parametrizations
-        layer.weight = nn.Parameter(weight)
+        # Of two magnitudes it stays what the layer computes with: 'tune' is what trains on.
+        layer.weight = nn.Parameter(weight, requires_grad=not parametrization.binary)
         layer.baked = True  # for tune
         if isinstance(parametrization, Ticket):
             layer.sign_seeds = {"weight": parametrization.seed}  # for the checkpoint
@@ -416,5 +419,7 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
     layer: Any
     for layer in baked:
         layer.__dict__.pop("sign_seeds", None)
+        set_ternary(layer, binary)
+        layer.weight.requires_grad_(True)
         parametrize.register_parametrization(layer, "weight", Tuned(layer.weight, binary))
     return _record(copied, "tune", binary=binary).train(model.training)

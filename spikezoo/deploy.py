@@ -1,0 +1,394 @@
+"""Deployment: a trained model in the form that evaluates fastest and gives the same answer.
+
+Three precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` folds the norms and computes
+convolutions and linear layers in bfloat16, membrane potentials in float32. ``int8`` keeps spikes as bytes and
+multiplies them with eight-bit weights, summed in 32 bits; the weights of a baked binary ticket are -1, 0 and +1 there,
+and the gain and the norm come after the sum as they do in the model, so that its answer is the model's in every bit.
+
+Everything up to the features is compiled as one graph, in which the neuron is one pass over all time steps with the
+norm before it and the residual join. The head runs as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, TernaryConv2d, TernaryLinear, signs_and_gain
+from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.transforms import fold_bn, fold_mpbn
+from spikezoo.transforms.tickets import tickets
+
+__all__ = ["PRECISIONS", "Deployed", "deploy"]
+
+PRECISIONS = ("exact", "bf16", "int8")
+_LOG = logging.getLogger("spikezoo")
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Norms
+# --------------------------------------------------------------------------------------------------------------
+
+
+class ExactNorm(nn.Module):
+    """Batch norm with its running statistics, rounded as torch's own on a CPU, from operations that a compiler fuses.
+
+    There it is one multiply-add with a single rounding. Float64 holds the product of two float32 exactly, so only the
+    sum is rounded twice.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        super().__init__()
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None and var is not None
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        weight, bias = norm.weight, norm.bias
+        # The norm itself says what it multiplies with and adds.
+        scale = F.batch_norm(one[None], zero, var, weight, None if bias is None else zero, eps=norm.eps)[0]
+        shift = F.batch_norm(zero[None], mean, var, weight, bias, eps=norm.eps)[0]
+        self.register_buffer("scale", scale.double())
+        self.register_buffer("shift", shift.double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, C, ...]`` to the same shape."""
+        dims = (1, -1, *[1] * (x.dim() - 2))
+        return (x.double() * self.scale.view(dims) + self.shift.view(dims)).to(x.dtype)
+
+
+def _exact_norms(model: nn.Module) -> str | None:
+    """Replace the norms of a model, unless this processor rounds them otherwise; then say so."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.running_mean is not None:
+                exact = ExactNorm(child)
+                channels = child.num_features
+                probe = torch.linspace(-9, 9, 16 * channels, device=child.running_mean.device).view(-1, channels)
+                probe = probe if isinstance(child, nn.BatchNorm1d) else probe[..., None, None]
+                if not torch.equal(child(probe), exact(probe)):
+                    return "batch norms kept, and may differ from the model's by a rounding on this processor"
+                setattr(module, name, exact)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Eight-bit convolutions and linear layers
+# --------------------------------------------------------------------------------------------------------------
+
+# oneDNN's packed weights are opaque to a compiler, so its graph holds a key to them.
+_PACKED: weakref.WeakValueDictionary[int, EightBit] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+@torch.library.custom_op("spikezoo::eight_bit", mutates_args=())
+def _eight_bit(x: Tensor, weight: Tensor, key: int) -> Tensor:
+    """Sums of bytes times eight-bit weights, as float32."""
+    return _PACKED[key].sums(x)
+
+
+@_eight_bit.register_fake
+def _(x: Tensor, weight: Tensor, key: int) -> Tensor:
+    layer = _PACKED[key]
+    height, width = ((s + 2 * p - k) // d + 1 for s, p, k, d in zip(x.shape[2:], *layer.geometry, strict=True))
+    shape = (x.shape[0], weight.shape[0], height, width)
+    return x.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+
+class EightBit(nn.Module):
+    """A convolution or linear layer on spikes: bytes times eight-bit weights, 32-bit sums, then the scale and the bias.
+
+    Args:
+        layer: The layer. Of a ternary one the weights are its signs, exactly; of another one they are rounded to 255
+            levels a channel.
+        levels: What the input is multiplied with to become whole: 1 for spikes, 4 for averages of four.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, levels: int) -> None:
+        super().__init__()
+        self.levels, self.ternary = levels, isinstance(layer, TernaryConv2d | TernaryLinear)
+        weight = layer.weight.detach()
+        if self.ternary:
+            whole, scale = signs_and_gain(weight)
+        else:
+            scale = weight.flatten(1).abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
+            whole = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round()
+        self.linear = isinstance(layer, nn.Linear)
+        conv = None if isinstance(layer, nn.Linear) else layer
+        self.stride, self.padding = (conv.stride, conv.padding) if conv is not None else ((1, 1), (0, 0))
+        self.dilation, self.groups = (conv.dilation, conv.groups) if conv is not None else ((1, 1), 1)
+        self.register_buffer("weight", whole.to(torch.int8).view(*weight.shape, *[1] * (4 - weight.dim())))
+        self.register_buffer("scale", scale)
+        self.bias = layer.bias
+        self.geometry: tuple[Any, ...] = (self.padding, self.weight.shape[2:], self.stride)
+        self._packed: Any = None
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_KEYS)
+        _PACKED[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy has a key of its own
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Map bytes ``[N, C, H, W]`` to ``[N, C', H', W']`` float32."""
+        op, channels = torch.ops.onednn, self.weight.shape[0]
+        ones = torch.ones(channels)
+        geometry: Any = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        if self._packed is None:
+            self._packed = op.qconv_prepack(self.weight, ones, 1.0, 0, *geometry, list(x.shape))
+        zeros = torch.zeros(channels, dtype=torch.int64)
+        return op.qconv2d_pointwise(
+            x, 1.0, 0, self._packed, ones, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        if x.dtype != torch.uint8:
+            x = (x * self.levels if self.levels > 1 else x).to(torch.uint8)
+        y = _eight_bit(x[..., None, None] if self.linear else x, self.weight, self.key)
+        y = y.flatten(1) if self.linear else y
+        y = y / self.levels if self.levels > 1 else y  # a power of two: exact
+        shape = (-1,) if self.linear or self.scale.dim() == 0 else (-1, 1, 1)
+        y = y * (self.scale if self.ternary else self.scale.view(shape))
+        return y if self.bias is None else y + self.bias.view((-1,) if self.linear else (-1, 1, 1))
+
+
+@torch.no_grad()
+def _levels(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
+    """Which convolutions and linear layers see whole numbers, and what their input must be multiplied with for that.
+
+    Followed along the modules, not read from values: a silent layer would prove anything.
+    """
+    known: dict[int, tuple[Tensor, int]] = {}  # the tensors are kept, or another would take their place
+    found: dict[nn.Module, int] = {}
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _, level = known.get(id(inputs[0]), (None, 0))
+        if level and not getattr(module, "average", False):
+            found[module.conv if isinstance(module, ConvNormNeuron) else module.linear] = level  # type: ignore[index]
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        level = 1
+        if isinstance(module, Pool):
+            _, level = known.get(id(inputs[0]), (None, 0))
+            level *= _area(module.pool, inputs[0].shape[-2:])
+        elif isinstance(module, ConvNormNeuron) and module.neuron is None:
+            return
+        if level:
+            known[id(output)] = (output, level)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, ConvNormNeuron | LinearNormNeuron):
+            handles.append(module.register_forward_pre_hook(before))
+        if isinstance(module, ConvNormNeuron | LinearNormNeuron | SpikingNeuron | Pool):
+            handles.append(module.register_forward_hook(after))
+    try:
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _area(pool: nn.Module, size: Sequence[int]) -> int:
+    """By how many spikes a pooling of maps of a size divides, where that is a power of two; 0 for other fractions."""
+    if isinstance(pool, nn.MaxPool2d):
+        return 1
+    if not isinstance(pool, nn.AvgPool2d) or pool.padding not in (0, (0, 0)) or pool.divisor_override:
+        return 0
+    kernel, stride = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride))
+    if pool.ceil_mode and any((s - k) % d for s, k, d in zip(size, kernel, stride, strict=True)):
+        return 0  # windows at the border are smaller
+    area = kernel[0] * kernel[1]
+    return area if area & (area - 1) == 0 and area <= 64 else 0
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The deployed model
+# --------------------------------------------------------------------------------------------------------------
+
+
+class Deployed(nn.Module):
+    """A model for evaluation in one precision; made by :func:`deploy`.
+
+    Attributes:
+        model: The changed copy of the model.
+        precision: exact, bf16 or int8.
+        notes: What was done and what could not be, in one line each.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, compiled: bool, notes: list[str]) -> None:
+        super().__init__()
+        self.model, self.precision, self.notes = model, precision, notes
+        half = precision == "bf16"
+        self._dtype = torch.bfloat16 if half else torch.float32
+        self._format = torch.contiguous_format if precision == "exact" else torch.channels_last
+        self._shapes: set[tuple[int, ...]] = set()
+        self._features: Callable[[Tensor], Tensor] = self._sequence
+        if compiled:
+            # Frozen weights are laid out anew for the processor, which changes roundings: not for 'exact' and 'int8'.
+            options: dict[str, Any] = {"freezing": half, "layout_optimization": half}
+            self._features = torch.compile(self._sequence, dynamic=False, options=options)
+        self.compiled = compiled
+        self.eval()
+
+    def _sequence(self, x: Tensor) -> Tensor:
+        x = self.model.forward_sequence(x)  # type: ignore[operator]
+        # A mean of whole numbers is exact in any order; it is what the head takes.
+        return x.float().mean(0)
+
+    def train(self, mode: bool = True) -> Deployed:
+        """Stay in evaluation mode.
+
+        Raises:
+            ValueError: Asked to train.
+        """
+        if mode:
+            raise ValueError("A deployed model cannot be trained: train the model that it was made from.")
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` in float32, of images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``."""
+        self.model._check_input(x)  # type: ignore[operator]
+        if self.compiled and tuple(x.shape) not in self._shapes:
+            if self._shapes:
+                _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
+            self._shapes.add(tuple(x.shape))
+        x = x.to(self._dtype)
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=self._format)
+        features = self._features(x)
+        return self.model.forward_head(features)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"precision={self.precision}, {'; '.join(self.notes)}"
+
+
+def _check(model: nn.Module, precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} does not exist. {nearest(precision, PRECISIONS)}")
+    if not hasattr(model, "forward_sequence"):
+        raise ValueError(
+            f"deploy takes a model of this library with its head, and got {type(model).__name__}: make one with "
+            "spikezoo.create_model."
+        )
+    if model.training:
+        raise ValueError("The model is in training mode: deploy evaluates. Call model.eval() first.")
+    pending = tickets(model)
+    if pending:
+        raise ValueError(
+            f"Layer {next(iter(pending))!r} is a ticket with scores: deploy spikezoo.bake(model), which has weights."
+        )
+    weird = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if weird:
+        raise ValueError(f"The model has parameters of {', '.join(map(str, weird))}: deploy model.float().")
+
+
+def _to_bf16(model: nn.Module) -> None:
+    """Convolutions and linear layers of everything but the head in bfloat16; thresholds and norms stay."""
+    head = set(model.head.modules())  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and module not in head:
+            module.to(torch.bfloat16)
+
+
+def _to_int8(model: nn.Module, example: Tensor) -> str:
+    """Replace the layers on spikes, let neurons give bytes where these read them; say how many there are."""
+    levels = _levels(model, example)
+    total = 0
+    for parent in list(model.modules()):
+        if not isinstance(parent, ConvNormNeuron | LinearNormNeuron):
+            continue
+        total += 1
+        name = "conv" if isinstance(parent, ConvNormNeuron) else "linear"
+        layer = getattr(parent, name)
+        if layer in levels:
+            setattr(parent, name, EightBit(layer, levels[layer]))
+    return f"{len(levels)} of {total} convolutions and linear layers before the head in 8 bits"
+
+
+@torch.no_grad()
+def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = None) -> Deployed:
+    """Turn a trained model into the fastest one that gives the same answer.
+
+    Args:
+        model: A model of this library in evaluation mode, float32; tickets baked. It stays as it is.
+        precision: ``exact``: the same spikes as the model, in float32. ``bf16``: norms folded, weights and spikes in
+            bfloat16, membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit sums; bit for
+            bit the model where those layers are baked binary tickets, otherwise weights rounded per channel.
+        example: Input of the shape that will be used, ``[B, C, H, W]`` or ``[B, T, C, H, W]``, which is compiled at
+            once; None compiles at the first call. Another shape is compiled anew, once.
+
+    Returns:
+        A module that maps inputs to logits. Its ``notes`` say what was done.
+
+    Raises:
+        ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32.
+
+    Example:
+        >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
+        >>> logits = fast(images)
+    """
+    _check(model, precision)
+    notes: list[str] = []
+    copied: Any = copy.deepcopy(model).requires_grad_(False)
+    device = next(copied.parameters()).device
+    if precision == "int8" and device.type != "cpu":
+        raise ValueError(f"precision='int8' runs on the CPU and the model is on {device}: use precision='bf16' there.")
+    if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):
+        copied = fold_mpbn(copied)
+        notes.append("membrane norms folded into thresholds")
+    if precision == "bf16":
+        try:
+            copied = fold_bn(copied)
+            notes.append("batch norms folded into weights")
+        except ValueError as error:
+            notes.append(f"batch norms kept ({error})")
+        _to_bf16(copied)
+        if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+            _LOG.warning("This processor has no bfloat16 instructions: precision='bf16' may be slower than 'exact'.")
+    else:
+        notes += filter(None, [_exact_norms(copied)])
+    if precision == "int8":
+        shape = (1, copied.in_chans, *copied.img_size)
+        like = torch.zeros(shape) if example is None else example[:1].to(device)
+        notes.append(_to_int8(copied, like))
+        if not torch.cpu._is_vnni_supported():
+            _LOG.warning("This processor has no eight-bit dot products: precision='int8' may be slower than 'exact'.")
+    if precision != "exact":
+        copied = copied.to(memory_format=torch.channels_last)
+    compiled = device.type != "cpu" or has_compiler()
+    if not compiled:
+        _LOG.warning("No C++ compiler found: the model runs uncompiled. Install g++, or set CXX.")
+    deployed = Deployed(copied, precision, compiled, notes)
+    if example is not None:
+        deployed(example)
+    return deployed

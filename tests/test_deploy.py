@@ -1,0 +1,190 @@
+"""Tests of spikezoo.deploy: the same spikes in every precision that promises them, whatever the net."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import spikezoo
+from spikezoo import deploy as _deploy_function
+from spikezoo.deploy import EightBit, ExactNorm, deploy
+from spikezoo.layers import TernaryConv2d
+from spikezoo.neurons import MembraneNorm, firing_rates
+
+TICKET = {"kind": "mpslt", "sparsity": 0.4}
+
+
+def create(name, T=3, ticket=False, seed=0, **arguments):
+    """A net with every parameter and statistic at random, whose layers all fire."""
+    torch.manual_seed(seed)
+    model = spikezoo.create_model(name, T=T, **({"ticket": TICKET} if ticket else {}), **arguments)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MembraneNorm | nn.BatchNorm2d | nn.BatchNorm1d):
+                module.running_mean.normal_(-0.3, 0.2)
+                module.running_var.uniform_(0.1, 1.0)
+                if module.weight is not None:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(0.2, 0.2)
+                    if isinstance(module, MembraneNorm):
+                        module.weight[::3] *= -1
+    return (spikezoo.bake(model) if ticket else model).eval()
+
+
+@pytest.fixture
+def eager(monkeypatch, caplog):
+    """Without a compiler, whose minutes these tests need not wait for."""
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    caplog.set_level(logging.ERROR, "spikezoo")
+
+
+NETS = [
+    ("test_spiking_vgg", {}),
+    ("test_mpbn_vgg", {}),
+    ("test_spiking_resnet", {}),
+    ("test_mpbn_resnet", {}),
+    ("test_mpbn_resnet", {"mpbn": "element", "neuron": "plif"}),
+    ("test_mpbn_vgg", {"neuron": "if", "reset": "soft"}),
+    ("test_spiking_resnet", {"T": 1}),
+]
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("ticket", [False, True])
+@pytest.mark.parametrize(("name", "arguments"), NETS)
+def test_spikes_are_the_models(name, arguments, ticket):
+    model, x = create(name, ticket=ticket, **arguments), torch.randn(3, 3, 32, 32)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        wanted, spikes = model(x), model.forward_sequence(x)
+    assert all(rate.sum() > 0 for rate in firing_rates(model, x).values()) and 0 < spikes.mean() < 0.9
+    exact, eight = deploy(model, "exact"), deploy(model, "int8", example=x)
+    assert torch.equal(exact(x), wanted) and torch.equal(exact.model.forward_sequence(x), spikes)
+    layers = [module for module in eight.modules() if isinstance(module, EightBit)]
+    # Left in float32: the first layer, which sees the image, and a linear layer on averages.
+    convs = sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) - 1
+    assert len(layers) == convs - (2 if name == "test_spiking_resnet" else 1)
+    assert f"{len(layers)} of " in eight.notes[-1]
+    assert not ticket or torch.equal(eight(x), wanted)
+    assert not model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("eager")
+def test_bfloat16_keeps_potentials_and_thresholds_in_float32():
+    model, x = create("test_mpbn_vgg"), torch.randn(16, 3, 32, 32)
+    fast = deploy(model, "bf16")
+    types = {type(m).__name__: m.weight.dtype for m in fast.model.modules() if hasattr(m, "weight")}
+    assert types == {"Conv2d": torch.bfloat16, "Linear": torch.float32}
+    assert {v.dtype for k, v in fast.model.state_dict().items() if "threshold" in k} == {torch.float32}
+    assert fast(x).dtype == torch.float32
+    with torch.no_grad():
+        stem = fast.model.stem(x.unsqueeze(0).bfloat16(), 3) == model.stem(x.unsqueeze(0), 3)
+    assert 0.98 < stem.float().mean() < 1  # rounding moves some spikes, which is what bf16 is
+
+
+@pytest.mark.usefixtures("eager")
+def test_other_inputs_run_too():
+    model = create("test_spiking_vgg", ticket=True)
+    for precision in ("exact", "int8"):
+        fast = deploy(model, precision, example=torch.randn(2, 3, 32, 32))
+        for x in (torch.randn(1, 3, 32, 32), torch.rand(2, 5, 3, 32, 32).round()):
+            with torch.no_grad():
+                assert torch.equal(fast(x), model(x))
+    with pytest.raises(ValueError, match="4 channels"):
+        fast(torch.randn(1, 4, 32, 32))
+
+
+# --------------------------------------------------------------------------------------------------- single layers
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 10, 3, 2, 1, bias=True), nn.Conv2d(6, 10, 1), nn.Linear(6, 10)])
+def test_eight_bit_layer_is_the_layer_of_the_rounded_weights(layer):
+    eight = EightBit(layer, 4)
+    x = torch.randint(0, 5, (7, 6, 9, 9) if isinstance(layer, nn.Conv2d) else (7, 6)) / 4
+    rounded = copy.deepcopy(layer)
+    with torch.no_grad():
+        step = layer.weight.flatten(1).abs().amax(1).view(-1, *[1] * (layer.weight.dim() - 1)) / 127
+        rounded.weight.copy_((layer.weight / step).round() * step)
+        assert (rounded.weight - layer.weight).abs().max() <= step.max() / 2 + 1e-7
+        torch.testing.assert_close(eight(x), rounded(x), rtol=1e-5, atol=1e-6)
+        assert (eight(x) - layer(x)).abs().max() > 1e-5
+        torch.testing.assert_close(copy.deepcopy(eight)(x), eight(x), rtol=0, atol=0)
+        torch.testing.assert_close(eight((x * 4).to(torch.uint8)), eight(x), rtol=0, atol=0)
+
+
+def test_eight_bit_layer_by_hand():
+    layer = TernaryConv2d(1, 1, 2, bias=True)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.3, -0.3], [0, 0.3]]).view(1, 1, 2, 2))
+        layer.bias.fill_(0.5)
+    x = torch.tensor([[1.0, 0, 1], [1, 1, 0], [0, 1, 1]]).view(1, 1, 3, 3)
+    # Windows: 1 - 0 + 1, 0 - 1 + 0, 1 - 1 + 1, 1 - 0 + 1.
+    wanted = torch.tensor([[2.0, -1], [1, 2]]).view(1, 1, 2, 2) * torch.tensor(0.3) + 0.5
+    assert torch.equal(EightBit(layer, 1)(x), wanted) and torch.equal(layer(x), wanted)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_norm_rounds_as_torch(kind, affine):
+    norm = kind(37, affine=affine).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    if affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = torch.randn(200, 37) * 10 if kind is nn.BatchNorm1d else torch.randn(20, 37, 13, 11) * 10
+    with torch.no_grad():
+        wanted = norm(x)
+        assert torch.equal(ExactNorm(norm)(x), wanted)
+        naive = F.batch_norm(x.double(), norm.running_mean.double(), norm.running_var.double()).float()
+        assert affine or not torch.equal(naive, wanted)  # so that equality is no matter of course
+
+
+# ------------------------------------------------------------------------------------------------------- compiled
+
+
+def test_compiled_nets_fire_the_same_spikes(caplog):
+    model, x = create("test_spiking_vgg", T=2, ticket=True), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted, other = model(x), model(x[:1])
+    fast = deploy(model, "int8", example=x)
+    assert fast.compiled and torch.equal(fast(x), wanted) and not caplog.records
+    assert torch.equal(fast(x[:1]), other)
+    assert "(1, 3, 32, 32): compiling anew" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_models():
+    model = create("test_spiking_vgg")
+    with pytest.raises(ValueError, match=r"'extract' does not exist\. Did you mean 'exact'"):
+        deploy(model, "extract")
+    with pytest.raises(ValueError, match="training mode"):
+        deploy(copy.deepcopy(model).train())
+    with pytest.raises(ValueError, match=r"'stem.0.conv' is a ticket with scores.*bake"):
+        deploy(spikezoo.create_model("test_spiking_vgg", ticket=TICKET).eval())
+    with pytest.raises(ValueError, match=r"bfloat16: deploy model.float\(\)"):
+        deploy(copy.deepcopy(model).bfloat16())
+    with pytest.raises(ValueError, match="Sequential"):
+        deploy(nn.Sequential().eval())
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_deployed_model_does_not_train():
+    fast = deploy(create("test_spiking_vgg"))
+    with pytest.raises(ValueError, match="cannot be trained"):
+        fast.train()
+    assert not fast.eval().training and all(not p.requires_grad for p in fast.parameters())
+
+
+def test_no_compiler_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    fast = _deploy_function(create("test_spiking_vgg"))
+    fast(torch.randn(2, 3, 32, 32)), fast(torch.randn(2, 3, 32, 32))
+    assert [r.getMessage() for r in caplog.records] == [
+        "No C++ compiler found: the model runs uncompiled. Install g++, or set CXX."
+    ]
