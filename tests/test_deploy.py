@@ -151,7 +151,7 @@ def test_compiled_nets_fire_the_same_spikes(caplog):
     with torch.no_grad():
         wanted, other = model(x), model(x[:1])
     fast = deploy(model, "int8", example=x)
-    assert fast.compiled and torch.equal(fast(x), wanted) and not caplog.records
+    assert fast.compiled and torch.equal(fast(x), wanted) and "compiling anew" not in caplog.text
     assert torch.equal(fast(x[:1]), other)
     assert "(1, 3, 32, 32): compiling anew" in caplog.text
 
@@ -185,6 +185,6 @@ def test_no_compiler_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr("shutil.which", lambda _name: None)
     fast = _deploy_function(create("test_spiking_vgg"))
     fast(torch.randn(2, 3, 32, 32)), fast(torch.randn(2, 3, 32, 32))
-    assert [r.getMessage() for r in caplog.records] == [
+    assert [r.getMessage() for r in caplog.records if r.name == "spikezoo"] == [
         "No C++ compiler found: the model runs uncompiled. Install g++, or set CXX."
     ]
