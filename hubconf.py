@@ -32,6 +32,9 @@ mpbn_resnet20 = _entry(
 )
 mpbn_resnet34 = _entry("mpbn_resnet34", "ResNet-34 for ImageNet with membrane normalisation (MPBN).")
 mpbn_vgg16 = _entry("mpbn_vgg16", "VGG-16 with membrane normalisation (MPBN).")
+rmp_in_vgg16 = _entry("rmp_in_vgg16", "VGG-16 for ImageNet without norms and biases, for conversion from an ANN.")
+rmp_resnet20 = _entry("rmp_resnet20", "ResNet-20 (11 M) without norms and biases, for conversion from an ANN.")
+rmp_vgg16 = _entry("rmp_vgg16", "VGG-16 for 32x32 images without norms and biases, for conversion from an ANN.")
 spikformer_2_256 = _entry("spikformer_2_256", "Spikformer-2-256 for 32x32 images.")
 spikformer_2_384 = _entry("spikformer_2_384", "Spikformer-2-384 for 32x32 images.")
 spikformer_4_256 = _entry("spikformer_4_256", "Spikformer-4-256 for 32x32 images.")
@@ -49,6 +52,10 @@ spikformer_in_10_512 = _entry("spikformer_in_10_512", "Spikformer-10-512 for Ima
 spikformer_small = _entry("spikformer_small", "Spikformer of DeiT-Small's width, depth and heads for 32x32 images.")
 spikformer_tiny = _entry("spikformer_tiny", "Spikformer of DeiT-Tiny's width, depth and heads for 32x32 images.")
 spiking_conv4 = _entry("spiking_conv4", "CONV-4 of the ticket papers: 4 convolutions, 3 linear layers.")
+spiking_lenet = _entry("spiking_lenet", "LeNet-5's widths for 28x28 images, without norms and biases.")
+spiking_mlp_340 = _entry("spiking_mlp_340", "784-340-10 of DynSNN: temporal coding, images in [0, 1].")
+spiking_mlp_500 = _entry("spiking_mlp_500", "784-500-10 of DynSNN: temporal coding, images in [0, 1].")
+spiking_mlp_1000 = _entry("spiking_mlp_1000", "784-1000-10 of DynSNN: rate coding, images in [0, 1].")
 spiking_resnet18 = _entry("spiking_resnet18", "ResNet-18 for ImageNet: mpbn_resnet18 without membrane normalisation.")
 spiking_resnet19 = _entry(
     "spiking_resnet19", "ResNet-19 of TET and of the ticket papers: 64-channel stem, two linear layers."

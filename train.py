@@ -77,7 +77,7 @@ from tqdm import tqdm
 import spikezoo
 from spikezoo.checkpoint import atomic, load_state, read_config, save_state
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.evaluation import environment, evaluate, input_statistics, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates, nearest
 from spikezoo.transforms.tickets import set_epoch, tickets
@@ -140,6 +140,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
     group.add_argument("--dataset-download", action=Switch, default=True)
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of the channels, for the normalisation: one number or one a channel (default: what the given weights "
+        "were trained with, else the dataset's); --mean 0 --std 1 leaves the pixels in [0, 1]",
+    )
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
     group.add_argument("--train-split", default="train")
     group.add_argument("--val-split", default="test")
     group.add_argument("--subset", type=int, metavar="N", help="train on N images only, classes balanced")
@@ -633,6 +642,7 @@ class Run:
             in_chans=model.in_chans,
             channels_last=args.channels_last,
             num_workers=args.workers,
+            **input_statistics(model, args.mean, args.std),
         )
         soft = bool(args.mixup or args.cutmix)
         self.train_loader = loader(
@@ -653,6 +663,8 @@ class Run:
             num_classes=model.num_classes,
         )
         self.val_loader = loader(args.val_split, batch_size=args.validation_batch_size or args.batch_size)
+        info = self.val_loader.info
+        self.inputs = {"mean": list(info.mean), "std": list(info.std)}
         self.objective = Objective(args, soft)
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
@@ -730,7 +742,12 @@ class Run:
         return {
             "architecture": self.args.model,
             "model_args": self.arguments,
-            "spikezoo": {"dataset": self.args.dataset, "split": self.args.val_split, "recipe": self.recipe},
+            "spikezoo": {
+                "dataset": self.args.dataset,
+                "split": self.args.val_split,
+                "inputs": self.inputs,
+                "recipe": self.recipe,
+            },
             "epoch": self.epoch,
             "batch": self.batch,
             "updates": self.updates,
@@ -993,8 +1010,7 @@ class Run:
             "seed": self.args.seed,
             **environment(),
         }
-        info = self.val_loader.info
-        model.pretrained_cfg |= {"mean": info.mean, "std": info.std}
+        model.pretrained_cfg |= {**self.inputs, "inputs": self.inputs}
         spikezoo.save_checkpoint(model, self.folder, results)
         pictures = plot(self.folder, final["layer_firing_rates"])
         rate = final["firing_rate"]

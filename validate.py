@@ -30,7 +30,7 @@ import spikezoo
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
-from spikezoo.evaluation import check_results_file, environment, evaluate, open_model, write_rows
+from spikezoo.evaluation import check_results_file, environment, evaluate, input_statistics, open_model, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates
 from spikezoo.registry import is_reference, locate
@@ -63,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--dataset", "--data", help="(default: the checkpoint's, else what fits the model's input)")
     group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
     group.add_argument("--dataset-download", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument(
+        "--mean",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="of the channels, for the normalisation: one number or one a channel (default: the checkpoint's, else "
+        "the dataset's)",
+    )
+    group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
     group.add_argument("--split", default="test")
     group.add_argument("-b", "--batch-size", type=int, default=128)
     group.add_argument("-j", "--workers", type=int, default=2)
@@ -124,6 +133,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         in_chans=model.in_chans,
         channels_last=args.channels_last,
         num_workers=args.workers,
+        **input_statistics(model, args.mean, args.std),
     )
     classes, own = loader.info.num_classes, config.get("spikezoo", {}).get("dataset")
     # A net may have been trained with more classes than its own data has.

@@ -35,7 +35,7 @@ from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import open_model
+from spikezoo.evaluation import input_statistics, open_model
 from spikezoo.hub import push_folder
 from spikezoo.transforms import apply
 from spikezoo.transforms.multisp import PatchSelection, kept_patches
@@ -59,6 +59,7 @@ def _loader(args: argparse.Namespace, dataset: str, model: Any, images: int) -> 
         img_size=model.img_size[0],
         in_chans=model.in_chans,
         num_workers=0,
+        **input_statistics(model),
     )
 
 
@@ -113,7 +114,8 @@ def _count(args: argparse.Namespace) -> int:
         raise ValueError(f"--device {args.device}: {error} Use --device cpu.") from error
     loader: Iterable[Any]
     if dataset == "none":
-        loader = [torch.randn(args.images, model.in_chans, *model.img_size)]
+        noise = torch.randn if model.encoding == "direct" else torch.rand
+        loader = [noise(args.images, model.in_chans, *model.img_size)]
     else:
         loader = _loader(args, dataset, model, min(args.images, 64))
     summary = count_loader(

@@ -487,7 +487,7 @@ def _analog(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
     "free",
     "gt ge lt le eq ne logical_and logical_or logical_not logical_xor isnan isinf isfinite sign sgn round floor ceil "
     "trunc heaviside bernoulli bitwise_and bitwise_or bitwise_xor bitwise_not any all argmax argmin one_hot __and__ "
-    "__or__ __xor__ spikezoo.top_mask",
+    "__or__ __xor__ spikezoo.top_mask spikezoo.poisson spikezoo.ttfs",
 )
 def _whole(mode: _Mode, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> _Signal:
     return _SPIKES

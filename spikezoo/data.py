@@ -511,9 +511,10 @@ def _statistic(option: str, given: Sequence[float] | None, own: Sequence[float],
     if given is None:
         given = own if len(own) in (1, channels) else (sum(own) / len(own),)
     values = tuple(float(value) for value in given)
-    if len(values) not in (1, channels) or (option == "std" and min(values) <= 0):
+    finite = all(map(math.isfinite, values))
+    if len(values) not in (1, channels) or not finite or (option == "std" and min(values) <= 0):
         wanted = f"{channels} numbers or one{', above 0' if option == 'std' else ''}"
-        _bad(option, given, wanted, f"{option}=(0.5,)")
+        _bad(option, given, wanted, 0.5)
     return values if len(values) == channels else values * channels
 
 

@@ -27,7 +27,7 @@ from spikezoo.data import dataset_info, natural_dataset
 from spikezoo.neurons import WithRates
 from spikezoo.registry import create_model, is_reference, locate, model_info
 
-__all__ = ["check_results_file", "environment", "evaluate", "open_model", "write_rows"]
+__all__ = ["check_results_file", "environment", "evaluate", "input_statistics", "open_model", "write_rows"]
 
 
 @torch.no_grad()
@@ -156,6 +156,22 @@ def open_model(
         return model, dataset, str(find_weights(checkpoint))
     model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
+
+
+def input_statistics(
+    model: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> dict[str, Sequence[float]]:
+    """How images are normalised for a model, as arguments of ``create_loader``; empty means as the dataset has it.
+
+    Args:
+        model: A model of ``create_model``; what its weights were trained with, or else what its encoding needs,
+            comes before the dataset's.
+        mean: What the user gave, which comes first.
+        std: Likewise.
+    """
+    given = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    pixels = {} if model.encoding == "direct" else {"mean": (0.0,), "std": (1.0,)}
+    return {**pixels, **model.pretrained_cfg.get("inputs", {}), **given}
 
 
 def _commit() -> str:

@@ -245,6 +245,7 @@ def save_checkpoint(
         },
         "spikezoo": {
             "recipe": facts["recipe"],
+            "inputs": cfg.get("inputs", {}),  # mean and std of the normalisation that the weights were trained with
             "dataset": results.get("dataset"),
             "split": results.get("split"),
             "results": {key: value for key, value in results.items() if key not in ("dataset", "split")},

@@ -146,7 +146,7 @@ def set_ternary(layer: nn.Module, ternary: bool) -> None:
 
 
 class ConvNormNeuron(nn.Module):
-    """Convolution, optional pooling, batch norm over T*B, optional neuron.
+    """Convolution, optional pooling, optional batch norm over T*B, optional neuron.
 
     Args:
         in_chs: Input channels.
@@ -155,7 +155,8 @@ class ConvNormNeuron(nn.Module):
         kernel: Kernel size.
         stride: Stride of the convolution.
         bias: Whether the convolution has a bias.
-        affine: Whether the norm has a scale and a shift.
+        norm: Whether there is a norm.
+        affine: Whether it has a scale and a shift.
         pool: Pooling between convolution and norm (the order of the ticket papers), or None.
         neuron: Factory of the neuron, or None where the neuron sits after a residual join.
     """
@@ -169,6 +170,7 @@ class ConvNormNeuron(nn.Module):
         kernel: int = 3,
         stride: int = 1,
         bias: bool = False,
+        norm: bool = True,
         affine: bool = True,
         pool: nn.Module | None = None,
         neuron: NeuronFactory | None = None,
@@ -180,7 +182,8 @@ class ConvNormNeuron(nn.Module):
         self.pool = pool
         if pool is not None:
             self.out_size = conv_out(self.out_size, 2, 2, 0)
-        self.norm: nn.Module = nn.BatchNorm2d(out_chs, affine=affine, **dd)  # an Identity once folded
+        # An Identity once folded, too.
+        self.norm: nn.Module = nn.BatchNorm2d(out_chs, affine=affine, **dd) if norm else nn.Identity()
         self.neuron = neuron(out_chs, self.out_size) if neuron is not None else None
 
     def _stateless(self, x: Tensor) -> Tensor:
@@ -229,9 +232,17 @@ class LinearNormNeuron(nn.Module):
         x = self.linear(x)
         return x if self.norm is None else self.norm(x)
 
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Map ``[T, B, C, H, W]`` to ``[T, B, F, 1, 1]``; one frame is computed once and broadcast to T."""
+        return self.neuron(broadcast_steps(over_time(self._stateless, x), T))[..., None, None]
+
+
+class Flatten(nn.Module):
+    """A map as one vector: every position of every channel is a feature of its own."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``[T, B, C, H, W]`` to ``[T, B, F, 1, 1]``."""
-        return self.neuron(over_time(self._stateless, x))[..., None, None]
+        """Map ``[T, B, C, H, W]`` to ``[T, B, C*H*W, 1, 1]``."""
+        return x.flatten(2)[..., None, None]
 
 
 class Pool(nn.Module):
@@ -271,6 +282,7 @@ class ResidualBlock(nn.Module):
         stride: Stride of the block.
         pooled_shortcut: Average pooling, then a 1x1 convolution of stride 1 (MPBN's ResNet-20), instead of a
             strided 1x1 convolution.
+        norm: Whether the convolutions have norms.
         neuron: Factory of the neurons.
     """
 
@@ -282,12 +294,13 @@ class ResidualBlock(nn.Module):
         *,
         stride: int = 1,
         pooled_shortcut: bool = False,
+        norm: bool = True,
         neuron: NeuronFactory,
         dd: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.conv1 = ConvNormNeuron(in_chs, out_chs, size, stride=stride, neuron=neuron, dd=dd)
-        self.conv2 = ConvNormNeuron(out_chs, out_chs, self.conv1.out_size, dd=dd)
+        self.conv1 = ConvNormNeuron(in_chs, out_chs, size, stride=stride, norm=norm, neuron=neuron, dd=dd)
+        self.conv2 = ConvNormNeuron(out_chs, out_chs, self.conv1.out_size, norm=norm, dd=dd)
         self.out_size = self.conv2.out_size
         self.pool: nn.Module | None = None
         self.shortcut: nn.Module | None = None
@@ -295,7 +308,7 @@ class ResidualBlock(nn.Module):
             if pooled_shortcut and stride != 1:
                 self.pool = Pool(nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False))
             conv_stride = 1 if pooled_shortcut else stride
-            self.shortcut = ConvNormNeuron(in_chs, out_chs, size, kernel=1, stride=conv_stride, dd=dd)
+            self.shortcut = ConvNormNeuron(in_chs, out_chs, size, kernel=1, stride=conv_stride, norm=norm, dd=dd)
         self.neuron = neuron(out_chs, self.out_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class ModelRow:
         in_chans: Default input channels.
         pool_size: Size of the final feature map at the default input size.
         fixed_input_size: Whether linear layers tie the net to its image size.
+        first_conv: Name of the first layer with weights.
         weights: Pretrained tags, the default first: tag -> fields of timm's ``PretrainedCfg``, of which ``file`` or
             ``hf_hub_id`` ('org/name@' and a commit) says where they are, and the facts ``dataset``, ``top1`` and
             ``size`` (bytes). The checkpoints that come with the package add their own tags.
@@ -78,6 +79,7 @@ class ModelRow:
     in_chans: int = 3
     pool_size: tuple[int, int] = (1, 1)
     fixed_input_size: bool = False
+    first_conv: str = "stem.0.conv"
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -150,6 +152,8 @@ _classes: dict[str, type[nn.Module]] = {}
 def _levels(arguments: Mapping[str, Any]) -> int:
     """Feature levels of a model: its stem and its stages, which are blocks where it has a depth."""
     depth = arguments.get("depth")
+    if "widths" not in arguments and "hidden" in arguments:
+        return len(arguments["hidden"])  # a net of linear layers, the first of which is its stem
     return 1 + (depth if isinstance(depth, int) else len(arguments.get("widths", (0, 0))))
 
 
@@ -168,8 +172,9 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
             # A twin has no membrane potential and no time; only what was asked for by name is a mistake.
             if "mpbn" not in kwargs:
                 arguments["mpbn"] = "none"
-            if "T" not in kwargs:
-                arguments.pop("T", None)
+            for key in ("T", "encoding"):
+                if key not in kwargs:
+                    arguments.pop(key, None)
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and cfg.file and Path(cfg.file).is_relative_to(SHIPPED):
             # timm alone would neither check the file nor rebuild the model that it belongs to.
@@ -259,7 +264,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             "interpolation": "bicubic",
             "mean": (0.485, 0.456, 0.406) if imagenet else (0.4914, 0.4822, 0.4465),
             "std": (0.229, 0.224, 0.225) if imagenet else (0.2023, 0.1994, 0.2010),
-            "first_conv": "stem.0.conv",
+            "first_conv": row.first_conv,
             "classifier": "head.fc",
             "license": "apache-2.0",
             "description": row.note,
@@ -452,6 +457,9 @@ def create_model(
         filter_fn: Filter | None = getattr(sys.modules[_classes[architecture].__module__], "checkpoint_filter_fn", None)
         load_weights(model, path, weights=weights, changed=changed, filter_fn=filter_fn)
         model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
+        inputs = config.get("spikezoo", {}).get("inputs")
+        if inputs and stored.get("in_chans") == model.in_chans:  # what is said of other channels does not fit
+            model.pretrained_cfg |= {**inputs, "inputs": inputs}
     for flag, value in flags.items():
         model = apply(model, flag, **value)
     if features.get("features_only"):
@@ -467,7 +475,7 @@ def _merge(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
             merged.pop(other, None)
     if merged.get("neuron") in ANALOG and given.get("neuron") in ANALOG:
         # The twin has no time and no potential: what the checkpoint says of them is not meant for it.
-        for key in ("T", "mpbn", *_NEURON_ARGUMENTS):
+        for key in ("T", "mpbn", "encoding", "encoding_seed", *_NEURON_ARGUMENTS):
             if key not in given:
                 merged.pop(key, None)
     return merged

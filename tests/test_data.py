@@ -534,6 +534,7 @@ def test_subset_of_uneven_classes():
         ({"interpolation": "cubic"}, "bicubic"),
         ({"mean": (0.1, 0.2)}, "mean="),
         ({"std": (0.0,)}, "std="),
+        ({"mean": (float("nan"),)}, "--mean 0.5"),
     ],
 )
 def test_bad_arguments(npz, kwargs, said):

@@ -17,7 +17,7 @@ from timm.models import group_parameters
 from torch import nn
 
 import spikezoo
-from spikezoo.neurons import UnknownArgumentError, firing_rates
+from spikezoo.neurons import SpikingNeuron, UnknownArgumentError, firing_rates
 from spikezoo.registry import _rows
 
 RECORD = Path(__file__).parent / "recorded_outputs.json"
@@ -26,7 +26,8 @@ RECORD_COMMAND = "python tests/test_models.py --record"
 ALL = sorted(_rows)
 MICRO = [name for name in ALL if name.startswith("test_")]
 FIVE = [*MICRO, "mpbn_resnet20"]
-PLAIN_VGG = "test_spiking_vgg"  # the one whose linear layers tie it to its image size
+PLAIN_VGG, MLP = "test_spiking_vgg", "test_spiking_mlp"
+TIED = (PLAIN_VGG, MLP, "test_rmp_resnet")  # whose linear layers tie them to their image size; they have no biases
 PATCHED = ("test_spikformer", "test_autost")  # whose patches must divide the image
 
 
@@ -47,6 +48,13 @@ COUNTS = {
     "mpbn_resnet18": 11_697_320,
     "mpbn_resnet34": 21_812_904,
 }
+NORMLESS = {  # 9 a layer and pair of channels; 5x5 convolutions of 6 and 16, then 784-120-84-10
+    "rmp_resnet20": 11_253_440,
+    "rmp_vgg16": 14_710_464 + 512 * 10,
+    "rmp_in_vgg16": 14_710_464 + 512 * 7 * 7 * 4096 + 4096 * 4096 + 4096 * 1000,
+    "spiking_lenet": 25 * 6 + 25 * 6 * 16 + 7 * 7 * 16 * 120 + 120 * 84 + 84 * 10,
+}
+MLPS = {"spiking_mlp_340": 794 * 340, "spiking_mlp_500": 794 * 500, "spiking_mlp_1000": 794 * 1000}
 VARIANTS = [
     ("mpbn_resnet20", {"num_classes": 100}, 11_302_180),
     ("mpbn_resnet19", {"num_classes": 100}, 12_624_356),
@@ -68,8 +76,10 @@ def wave(shape, number=0):
 
 
 @torch.no_grad()
-def fill(model, gain=2.5):
+def fill(model, gain=None):
     """Set every parameter and buffer by formula so that every layer fires, and neither never nor always."""
+    normed = any(hasattr(module, "running_var") for module in model.modules())
+    gain = gain or (2.5 if normed else 6.0)
     # A neuron in the tau form takes 1/tau of its current: the norms before it give as much more.
     tau = model.neuron_config.tau or 1.0
     number = 0
@@ -143,7 +153,7 @@ def test_parameter_count_is_the_rows(name):
     assert count(model) == _rows[name].parameters == spikezoo.model_info(name).parameters
 
 
-@pytest.mark.parametrize(("name", "parameters"), COUNTS.items())
+@pytest.mark.parametrize(("name", "parameters"), [*COUNTS.items(), *NORMLESS.items(), *MLPS.items()])
 def test_parameter_count_is_the_designs(name, parameters):
     assert _rows[name].parameters == parameters
 
@@ -177,8 +187,8 @@ def test_shapes_and_cfg_of_every_row(name):
     assert features.shape == (2, model.num_features, *cfg["pool_size"])
     assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
     assert model.forward_head(features).shape == (2, model.num_classes)
-    # timm's contract wants three levels or more, each with true facts.
-    assert len(levels) == len(model.feature_info) >= 3
+    # timm's contract wants three levels or more, each with true facts; these nets have one hidden layer.
+    assert len(levels) == len(model.feature_info) >= (1 if name in MLPS else 3)
     for level, info in zip(levels, model.feature_info, strict=True):
         assert level.shape[:3] == (model.T, 2, info["num_chs"])
         assert x.shape[-1] // level.shape[-1] == info["reduction"]
@@ -333,7 +343,7 @@ def test_reset_classifier(name):
     assert model(x).shape == (2, 5)
     headless = make(name, num_classes=0).eval()
     assert headless(image_for(headless)).shape == (2, headless.num_features)
-    assert (model.get_classifier().bias is None) == (name == PLAIN_VGG)  # the ticket layouts have no bias anywhere
+    assert (model.get_classifier().bias is None) == (name in TIED)
 
 
 @pytest.mark.parametrize("name", MICRO)
@@ -401,6 +411,8 @@ def test_prune_intermediate_layers(name):
     assert torch.equal(model(x), levels[-2])
     with pytest.raises(ValueError, match="feature levels"):
         model.forward_intermediates(x, indices=[len(levels) - 1])
+    if name == MLP:
+        return
     # What remains is convolutions: nothing ties it to the size of its images any more.
     assert model(image_for(model).repeat(1, 1, 2, 1)).shape[-2] == 2 * levels[-2].shape[-2]
 
@@ -535,7 +547,8 @@ def test_stem_sees_an_image_once(name, training):
         model(image(size=size))
         model(image(size=size)[:, None].repeat(1, 3, 1, 1, 1))
     handle.remove()
-    assert shapes == [(2, 3, size, size), (3 * 2, 3, size, size)]
+    pixels = (3 * size * size,) if name == MLP else (3, size, size)
+    assert shapes == [(2, *pixels), (3 * 2, *pixels)]
 
 
 @pytest.mark.parametrize("name", MICRO)
@@ -582,7 +595,7 @@ def test_other_neurons(name, neuron):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     learned = [n for n, _ in model.named_parameters() if n.endswith("neuron.w")]
     assert bool(learned) == (neuron == "plif") and set(learned) <= model.no_weight_decay()
-    lif = make(name, T=2).eval()
+    lif = make(name, neuron="lif", T=2).eval()
     assert not torch.equal(model.eval()(x), lif(x))
 
 
@@ -591,12 +604,12 @@ def test_membrane_norm_switch(name):
     base = count(spikezoo.create_model(name, mpbn="none"))
     assert count(spikezoo.create_model(name, mpbn=False)) == base
     model = make(name, mpbn="channel", T=2)
-    neurons = {n: m for n, m in model.named_modules() if type(m).__name__ == "LIF"}
+    neurons = {n: m for n, m in model.named_modules() if isinstance(m, SpikingNeuron)}
     channels = sum(m.norm.weight.numel() for m in neurons.values())
     assert count(model) == base + 2 * channels
     model = make(name, mpbn="element", T=2)
     sizes = {}
-    neurons = {n: m for n, m in model.named_modules() if type(m).__name__ == "LIF"}
+    neurons = {n: m for n, m in model.named_modules() if isinstance(m, SpikingNeuron)}
     for n, m in neurons.items():
         m.register_forward_hook(lambda _module, _inputs, out, n=n: sizes.update({n: tuple(out.shape[2:])}))
     x = image_for(model)
@@ -702,7 +715,7 @@ def test_bad_input(name, shape, message):
             forward(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("name", [n for n in MICRO if n != PLAIN_VGG])
+@pytest.mark.parametrize("name", [n for n in MICRO if n not in TIED])
 def test_image_too_small(name):
     model = spikezoo.create_model(name).eval()
     small = model.min_img_size - 1
@@ -729,7 +742,6 @@ def test_fixed_image_size():
         ({"T": True}, r"T=True: expected an integer"),
         ({"num_classes": -1}, r"num_classes=-1: expected an integer >= 0"),
         ({"in_chans": 0}, r"in_chans=0: expected an integer >= 1"),
-        ({"img_size": 2}, r"img_size=\(2, 2\) is smaller than the total stride|Image of 2x2 pixels is not divisible"),
         ({"img_size": (32, 32, 32)}, r"expected one number or \(height, width\)"),
         ({"neuron": "relu", "mpbn": "channel"}, r"mpbn='channel' normalises a membrane potential .*mpbn='none'"),
         ({"mpbn": "chanel"}, r"mpbn='chanel' does not exist\. Did you mean 'channel'"),
@@ -743,6 +755,12 @@ def test_fixed_image_size():
 def test_bad_arguments(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         spikezoo.create_model(name, **arguments)
+
+
+@pytest.mark.parametrize("name", [n for n in MICRO if n != MLP])
+def test_size_below_the_stride(name):
+    with pytest.raises(ValueError, match=r"img_size=\(2, 2\) is smaller than the total stride|2x2 pixels is not div"):
+        spikezoo.create_model(name, img_size=2)
 
 
 def test_reset_classifier_rejects_nonsense():

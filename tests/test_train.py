@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.data import create_loader
+from spikezoo.evaluation import input_statistics, open_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -682,6 +683,40 @@ def test_output_folder(train, tmp_path, capsys):
     row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
     assert row["loss"] == pytest.approx(results["spikezoo"]["results"]["loss"], abs=1e-5)
     assert row["top1"] == pytest.approx(results["spikezoo"]["results"]["top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("stored", ["run", "run/last.safetensors"])
+def test_the_statistics_of_the_inputs_travel_with_the_weights(fast, tmp_path, stored):
+    fast.main(flags(tmp_path, "--mean", "0", "--std", "1", "--epochs", "1"))
+    reached = json.loads((tmp_path / "run/config.json").read_text())["spikezoo"]["results"]
+    validate = load("validate")
+    rows = tmp_path / "rows.json"
+
+    def rate(checkpoint, *more):
+        assert not validate.main(["--checkpoint", str(checkpoint), "--results-file", str(rows), *more])
+        return json.loads(rows.read_text())[0]["firing_rate"]
+
+    assert rate(tmp_path / stored) == pytest.approx(reached["firing_rate"], abs=1e-5)
+    assert abs(rate(tmp_path / stored, "--mean", "0.5") - reached["firing_rate"]) > 1e-2
+    model, dataset, _ = open_model("test_mpbn_vgg", {}, checkpoint=tmp_path / stored)
+    assert input_statistics(model) == {"mean": [0.0], "std": [1.0]}
+    assert input_statistics(model, [0.5]) == {"mean": [0.5], "std": [1.0]}
+    images = next(iter(create_loader(dataset, "test", **input_statistics(model))))[0]
+    assert images.min() == 0 and images.max() == 1
+    spikezoo.save_checkpoint(model, tmp_path / "again", {"dataset": "digits"})
+    assert rate(tmp_path / "again") == pytest.approx(reached["firing_rate"], abs=1e-5)
+    fast.main(flags(tmp_path, "--epochs", "1", "--experiment", "tuned", "--initial-checkpoint", tmp_path / stored))
+    assert yaml.safe_load((tmp_path / "tuned/args.yaml").read_text()).get("mean") is None
+    tuned = json.loads((tmp_path / "tuned/config.json").read_text())
+    assert tuned["spikezoo"]["inputs"] == {"mean": [0.0], "std": [1.0]} and tuned["pretrained_cfg"]["std"] == [1.0]
+
+
+def test_statistics_of_other_channels_are_not_taken(tmp_path):
+    model = spikezoo.create_model("test_mpbn_vgg")
+    model.pretrained_cfg |= {"inputs": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}}
+    spikezoo.save_checkpoint(model, tmp_path / "colour")
+    assert input_statistics(spikezoo.create_model(f"local-dir:{tmp_path / 'colour'}", True))["mean"] == [0.1, 0.2, 0.3]
+    assert input_statistics(spikezoo.create_model(f"local-dir:{tmp_path / 'colour'}", True, in_chans=1)) == {}
 
 
 def test_args_yaml_repeats_the_run_in_a_new_folder(fast, tmp_path):

@@ -2,5 +2,6 @@
 
 from spikezoo.models import autost as autost
 from spikezoo.models import spikformer as spikformer
+from spikezoo.models import spiking_mlp as spiking_mlp
 from spikezoo.models import spiking_resnet as spiking_resnet
 from spikezoo.models import spiking_vgg as spiking_vgg

@@ -1,8 +1,8 @@
 """The data flow that every model shares; read this file first.
 
     images [B, C, H, W] or event frames [B, T, C, H, W]
-      -> encoding         one frame, or T frames               [1 or T, B, C, H, W]
-      -> stem             conv, norm once per image; neuron    [T, B, C, H, W]
+      -> encode           one frame, or T frames               [1 or T, B, C, H, W]
+      -> stem             conv, norm once a frame; neuron      [T, B, C, H, W]
       -> stages, neck     each module maps [T, B, ...]         [T, B, F, h, w]
       -> mean over T                                           [B, F, h, w]     forward_features
       -> pool, linear     no firing                            [B, num_classes] forward_head
@@ -20,11 +20,11 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
-from spikezoo.encoding import direct
+from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory
+from spikezoo.neurons import NeuronConfig, NeuronFactory, nearest
 
-__all__ = ["SpikingModel"]
+__all__ = ["SpikingModel", "init_without_norms"]
 
 
 def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
@@ -43,6 +43,13 @@ def _check_pool(global_pool: str, num_classes: int) -> None:
         )
 
 
+def init_without_norms(model: nn.Module) -> None:
+    """He's initialisation for nets without norms and biases: it keeps the size of the signal from layer to layer."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight)
+
+
 class SpikingModel(nn.Module):
     """Base of all models: arguments, neurons, forward passes and timm's contract.
 
@@ -58,6 +65,12 @@ class SpikingModel(nn.Module):
         mpbn: Membrane normalisation: channel, element, or 'none' (also None).
         global_pool: Pooling of the head: avg, max or '' for none.
         drop_rate: Dropout before the classifier.
+        neuron_drop: Dropout of the neurons' outputs; a spiking neuron is dropped at all time steps or at none.
+        encoding: What images become over time: direct (the image itself at every step), poisson (spikes with the
+            pixel as their probability) or ttfs (one spike a pixel, bright ones first). The latter two take images in
+            [0, 1].
+        encoding_seed: Seed of the Poisson code in evaluation mode, where an image always gets the same spikes; in
+            training mode torch's global generator draws them.
         neuron_defaults: Constants of the family.
         **neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`: decay, threshold, ...
     """
@@ -73,6 +86,9 @@ class SpikingModel(nn.Module):
         mpbn: str | bool | None = None,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        neuron_drop: float = 0.0,
+        encoding: str = "direct",
+        encoding_seed: int = 0,
         neuron_defaults: dict[str, Any] | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -94,15 +110,24 @@ class SpikingModel(nn.Module):
                     "same answer at every step. Use T=1, or neuron='lif'."
                 )
         self.T = T if T is not None else (4 if self.neuron_config.spiking else 1)
+        if encoding not in ENCODINGS:
+            raise ValueError(f"encoding={encoding!r} does not exist. {nearest(encoding, ENCODINGS)}")
+        if encoding != "direct" and not self.neuron_config.spiking:
+            raise ValueError(
+                f"encoding={encoding!r} with neuron={self.neuron_config.kind!r}: a neuron without membrane potential "
+                "cannot gather spikes over time. Use encoding='direct', or neuron='if'."
+            )
+        self.encoding, self.encoding_seed = encoding, _positive_int("encoding_seed", encoding_seed, 0)
         self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
-        if isinstance(drop_rate, bool) or not isinstance(drop_rate, int | float) or not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate={drop_rate!r}: expected a number in [0, 1).")
+        for name, rate in (("drop_rate", drop_rate), ("neuron_drop", neuron_drop)):
+            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise ValueError(f"{name}={rate!r}: expected a number in [0, 1).")
         _check_pool(global_pool, num_classes)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.recipe: list[tuple[str, dict[str, Any]]] = []  # the transforms applied, in order
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, **self._dd)  # type: ignore[arg-type]
+        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)  # type: ignore[arg-type]
         self._global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
         self.min_img_size = 1  # the total stride, set by the subclass
@@ -184,6 +209,26 @@ class SpikingModel(nn.Module):
         if not self.fixed_img_size:
             self._check_size(size)
 
+    def encode(self, x: Tensor) -> tuple[Tensor, int]:
+        """What the stem sees: frames ``[1 or T, B, C, H, W]`` and the number of time steps.
+
+        Args:
+            x: Images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``.
+
+        Raises:
+            ValueError: Event frames, or images outside [0, 1], with another encoding than direct.
+        """
+        if self.encoding == "direct":
+            return direct(x, self.T)
+        if x.dim() == 5:
+            raise ValueError(
+                f"Input of shape {tuple(x.shape)} with encoding={self.encoding!r}: event frames [B, T, C, H, W] are "
+                "their own encoding. Create the model with encoding='direct'."
+            )
+        if self.encoding == "ttfs":
+            return ttfs(x, self.T)
+        return poisson(x, self.T, None if self.training else self.encoding_seed)
+
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         for block in stage:  # type: ignore[attr-defined]
             x = checkpointed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
@@ -202,7 +247,7 @@ class SpikingModel(nn.Module):
             ValueError: Wrong number of dimensions or channels, too small or empty.
         """
         self._check_input(x)
-        frames, T = direct(x, self.T)
+        frames, T = self.encode(x)
         x = self.stem(frames, T)
         for stage in self.stages:
             x = self._run_stage(stage, x)
@@ -254,7 +299,7 @@ class SpikingModel(nn.Module):
             raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported.")
         take = self._take(indices)
         self._check_input(x)
-        frames, T = direct(x, self.T)
+        frames, T = self.encode(x)
         x = self.stem(frames, T)
         levels = [x]
         for stage in self.stages[: max(take)] if stop_early else self.stages:

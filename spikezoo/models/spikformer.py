@@ -280,7 +280,9 @@ class Spikformer(SpikingModel):
         self._add_stem(Stem(*layers, PositionEncoding(encoding)), dim, self.min_img_size)
 
         threshold = _positive("attention_threshold", attention_threshold)
-        behind_product = NeuronFactory(dataclasses.replace(self.neuron_config, threshold=threshold), neurons.mpbn, **dd)
+        behind_product = NeuronFactory(
+            dataclasses.replace(self.neuron_config, threshold=threshold), neurons.mpbn, neurons.drop, **dd
+        )
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         for number, ratio, rate in zip(all_heads, ratios, rates, strict=True):
             attn = SpikingSelfAttention(

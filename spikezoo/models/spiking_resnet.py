@@ -1,7 +1,8 @@
 """Spiking ResNets: the TET authors' ResNet-19 and the MPBN authors' ResNet-18/19/20/34.
 
 Papers: "Temporal Efficient Training of Spiking Neural Network via Gradient Re-weighting" (ResNet-19 of the ticket
-papers); "Membrane Potential Batch Normalization for Spiking Neural Networks". All blocks are post-activation: the
+papers); "Membrane Potential Batch Normalization for Spiking Neural Networks"; "RMP-SNN" (a ResNet-20 without norms and
+biases, converted from an ANN). All blocks are post-activation: the
 neuron sits after the residual join, so that every block puts out binary spikes.
 """
 
@@ -12,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, Stem, conv_out
-from spikezoo.models._base import SpikingModel
-from spikezoo.models.spiking_vgg import MPBN, MPBN_NEURON
+from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock, Stem, conv_out
+from spikezoo.models._base import SpikingModel, init_without_norms
+from spikezoo.models.spiking_vgg import MPBN, MPBN_NEURON, RMP, RMP_NEURON
 from spikezoo.registry import ModelRow, register_rows
 
 __all__ = ["SpikingResNet"]
@@ -32,6 +33,9 @@ class SpikingResNet(SpikingModel):
         stem_width: Channels of the stem.
         pooled_shortcut: Average pooling in the shortcuts instead of a stride.
         hidden: Width of a spiking linear layer before the classifier, 0 for none.
+        norm: Whether there are norms. Without them there is no bias either, which is the form that is converted from
+            an ANN.
+        flatten: Every position of the last map is a feature of the classifier, instead of global pooling.
         **kwargs: Arguments of :class:`SpikingModel`.
     """
 
@@ -44,6 +48,8 @@ class SpikingResNet(SpikingModel):
         stem_width: int = 64,
         pooled_shortcut: bool = False,
         hidden: int = 0,
+        norm: bool = True,
+        flatten: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -53,15 +59,16 @@ class SpikingResNet(SpikingModel):
         for stride in strides:
             total *= stride
         self.min_img_size = total
+        self.fixed_img_size = flatten
         self._check_size(self.img_size)
         kernel, stride = (7, 2) if stem == "conv7" else (3, 1)
         first = ConvNormNeuron(
-            self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, neuron=neurons, dd=dd
+            self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, norm=norm, neuron=neurons, dd=dd
         )
         layers: list[nn.Module] = [first]
         size = first.out_size
         if stem == "conv3x3":
-            layers += [ConvNormNeuron(stem_width, stem_width, size, neuron=neurons, dd=dd) for _ in range(2)]
+            layers += [ConvNormNeuron(stem_width, stem_width, size, norm=norm, neuron=neurons, dd=dd) for _ in range(2)]
             layers.append(Pool(nn.AvgPool2d(2)))
             size = conv_out(size, 2, 2, 0)
         elif stem == "conv7":
@@ -78,6 +85,7 @@ class SpikingResNet(SpikingModel):
                     size,
                     stride=stride if position == 0 else 1,
                     pooled_shortcut=pooled_shortcut,
+                    norm=norm,
                     neuron=neurons,
                     dd=dd,
                 )
@@ -85,13 +93,19 @@ class SpikingResNet(SpikingModel):
                 channels, size = width, block.out_size
             reduction *= stride
             self._add_stage(blocks, width, reduction)
+        if flatten:
+            self.neck.append(Flatten())
+            channels *= size[0] * size[1]
         if hidden:
             self.neck.append(
-                LinearNormNeuron(channels, hidden, pool=True, norm=False, bias=True, neuron=neurons, dd=dd)
+                LinearNormNeuron(channels, hidden, pool=True, norm=False, bias=norm, neuron=neurons, dd=dd)
             )
             channels = hidden
-        self._finish(channels)
-        self._init_weights()
+        self._finish(channels, head_bias=norm)
+        if norm:
+            self._init_weights()
+        else:
+            init_without_norms(self)
 
     def _init_weights(self) -> None:
         # The MPBN authors' initialisation; the spiking linear layer has no norm and would never fire from theirs.
@@ -120,6 +134,7 @@ RESNET20 = {
 }
 RESNET18 = {"widths": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "strides": (1, 2, 2, 2), "stem": "conv7"}
 RESNET34 = {**RESNET18, "depths": (3, 4, 6, 3)}
+RMP_ARGUMENTS = {"norm": False, "flatten": True, "neuron_defaults": RMP_NEURON}
 TINY = {"widths": (8, 12, 16), "depths": (1, 1, 1), "strides": (1, 2, 2), "stem_width": 8}
 
 
@@ -176,6 +191,14 @@ ROWS = {
     "mpbn_resnet34": _row(
         RESNET34, 21_812_904, "channel", "ResNet-34 for ImageNet, average pooling in the stem.", True
     ),
+    "rmp_resnet20": ModelRow(
+        {**RESNET20, "pooled_shortcut": False, **RMP_ARGUMENTS},
+        parameters=11_253_440,
+        paper=RMP,
+        note="The 11 M ResNet-20 without norms and biases, its last map flattened: train it with neuron='relu' (and "
+        "neuron_drop=0.2, as its authors), then convert it.",
+        fixed_input_size=True,
+    ),
     "test_spiking_resnet": ModelRow(
         {**TINY, "hidden": 16, "neuron_defaults": TET_NEURON},
         parameters=8_506,
@@ -185,6 +208,13 @@ ROWS = {
     ),
     "test_mpbn_resnet": _row(
         {**TINY, "stem": "conv3x3", "pooled_shortcut": True}, 9_610, "channel", "Micro-model for tests.", pool=4
+    ),
+    "test_rmp_resnet": ModelRow(
+        {**TINY, "stem": "conv3x3", **RMP_ARGUMENTS},
+        parameters=11_560,
+        paper=RMP,
+        note="Micro-model for tests: no norms, no biases.",
+        fixed_input_size=True,
     ),
 }
 

@@ -255,7 +255,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."
             if any(name == "fold_bn" for name, _ in getattr(model, "recipe", []))
             else f"Nothing to fold: {type(model).__name__} has no batch norm after a convolution or linear layer of "
-            "spikezoo.layers; every model of spikezoo.list_models() has."
+            "spikezoo.layers; those of the multilayer perceptrons and the rmp_* models have none."
         )
     for name, module in layers:
         _fold_layer(name, module)
