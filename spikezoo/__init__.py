@@ -8,6 +8,7 @@ from spikezoo.counters import Count as Count
 from spikezoo.counters import count as count
 from spikezoo.counters import count_loader as count_loader
 from spikezoo.deploy import deploy as deploy
+from spikezoo.export import export as export
 from spikezoo.hub import HubError as HubError
 from spikezoo.hub import push_folder as push_folder
 from spikezoo.hub import push_to_hub as push_to_hub

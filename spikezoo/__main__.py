@@ -3,6 +3,7 @@
     count          what a model costs, layer by layer
     patches        a picture of the patches that MultiSp keeps
     activations    a picture of the activation maps of several checkpoints
+    export         write a model as ONNX or NIR
     push           publish a checkpoint on the Hugging Face Hub
     search         find AutoST architectures
     correlation    train a sample of them and see how well the metrics rank them
@@ -13,6 +14,7 @@ Example:
     python -m spikezoo count --checkpoint output/quickstart --plot bars.png
     python -m spikezoo patches --checkpoint output/multisp --plot patches.png
     python -m spikezoo activations --checkpoint output/ann output/bnn output/ticket --plot maps.png
+    python -m spikezoo export --checkpoint output/quickstart --output quickstart.onnx
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
     python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
     python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
@@ -36,6 +38,7 @@ from spikezoo.checkpoint import read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import input_statistics, open_model
+from spikezoo.export import check_suffix, export
 from spikezoo.hub import push_folder
 from spikezoo.transforms import apply
 from spikezoo.transforms.multisp import PatchSelection, kept_patches
@@ -223,6 +226,41 @@ def _activations(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="write a model as ONNX (any) or NIR (convolutional ones)")
+    parser.add_argument("name", nargs="?", help="model, see spikezoo.list_models() (default: the checkpoint's)")
+    parser.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    parser.add_argument("--T", type=int, help="time steps")
+    parser.add_argument(
+        "--dataset",
+        help="whose images ONNX is checked on (default: the checkpoint's, else what fits the model's input; none is "
+        "random noise)",
+    )
+    _add_data(parser)
+    parser.add_argument("--images", type=int, default=8, help="the first so many (default: %(default)s)")
+    parser.add_argument("--fixed-batch", action="store_true", help="ONNX for batches of --images only")
+    parser.add_argument("--output", metavar="FILE", required=True, help="file to write: .onnx or .nir")
+    parser.set_defaults(run=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    suffix = check_suffix(args.output)
+    if args.images < 1:
+        raise ValueError(f"images={args.images}: expected an integer >= 1.")
+    given = {"T": args.T} if args.T is not None else {}
+    name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
+    if dataset == "none":
+        images = torch.randn(args.images, model.in_chans, *model.img_size)
+    else:
+        images = next(iter(_loader(args, dataset, model, args.images)))[0]
+    path = export(model.eval(), args.output, images, not args.fixed_batch)
+    said = f"random weights (seed {args.seed})" if weights == "random" else f"weights {weights}"
+    source = "noise" if dataset == "none" else f"{dataset}/{args.split}"
+    checked = f", checked on {len(images)} images of {source}" if suffix == ".onnx" else ""
+    print(f"{name}, {said}. Wrote {path}{checked}.")
+    return 0
+
+
 def _add_push(commands: Any) -> None:
     parser = commands.add_parser("push", help="publish a checkpoint on the Hugging Face Hub, with a model card")
     parser.add_argument(
@@ -353,6 +391,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_count(commands)
     _add_patches(commands)
     _add_activations(commands)
+    _add_export(commands)
     _add_push(commands)
     _add_search(commands)
     args = parser.parse_args(argv)
