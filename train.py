@@ -80,6 +80,16 @@ from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate, input_statistics, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates, nearest
+from spikezoo.transforms.dynsnn import (
+    dynsnn_report,
+    fade,
+    masks_of,
+    neuron_rates,
+    prune,
+    reactivate,
+    share,
+    threshold_for,
+)
 from spikezoo.transforms.tickets import set_epoch, tickets
 
 # Logits and the firing rates of every layer and time step, of a batch of images.
@@ -196,6 +206,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="K=V",
         help="MultiSp on Spikformer and AutoST models: pep_sparsity=0.4 (removed from the patch embedding's weights) "
         "patch_ratio=0.3 (of the patches removed) binary_pep=true fixed=false ...",
+    )
+    group.add_argument(
+        "--dynsnn",
+        nargs="*",
+        action=Arguments,
+        metavar="K=V",
+        help="DynSNN: threshold=0.02 (the firing rate below which neurons fade) or compression=0.5 (of the neurons, "
+        "removed) reactivate_at=[2,4] prune_at=6 (after these epochs) per=unit (or channel) ...",
     )
     group.add_argument("--pretrained", action=Switch, default=False)
     group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
@@ -583,6 +601,7 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
         "drop_rate": args.drop or None,
         "ticket": args.ticket or None,
         "multisp": args.multisp,
+        "dynsnn": args.dynsnn,
         **args.model_kwargs,
     }
     return {key: value for key, value in arguments.items() if value is not None}
@@ -665,6 +684,7 @@ class Run:
         self.val_loader = loader(args.val_split, batch_size=args.validation_batch_size or args.batch_size)
         info = self.val_loader.info
         self.inputs = {"mean": list(info.mean), "std": list(info.std)}
+        self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn else None
         self.objective = Objective(args, soft)
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
@@ -692,6 +712,17 @@ class Run:
         self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0}
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self._prepare_output()
+
+    def _plan_dynsnn(self, loader: Callable[..., Any]) -> dict[str, Any]:
+        """The arguments of DynSNN, and what makes the images to measure firing rates on: no augmentation."""
+        facts: dict[str, Any] = next(arguments for name, arguments in reversed(self.recipe) if name == "dynsnn")
+        last = max([*facts["reactivate_at"], facts["prune_at"] or 0])
+        if last > self.args.epochs:
+            raise ValueError(f"--dynsnn acts after epoch {last}, and the run has --epochs {self.args.epochs}.")
+        subset = min(facts["samples"], self.train_loader.num_samples)
+        batch = self.args.validation_batch_size or self.args.batch_size
+        images = functools.partial(loader, self.args.train_split, batch_size=batch, subset=subset)
+        return {**facts, "images": images}
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -842,10 +873,41 @@ class Run:
             }
             self.epoch, self.batch = self.epoch + 1, 0
             self.sums = dict.fromkeys(self.sums, 0)
-            results = self._evaluate(compiled)
+            acted = self._act_dynsnn(compiled) if self.dynsnn else {}
+            results = self._evaluate(compiled) | acted
             self._collect_rng()
             self._finish_epoch(train, results, lr)
         return results or self._evaluate(compiled)
+
+    def _act_dynsnn(self, compiled: Step | None) -> dict[str, Any]:
+        """Reactivate or remove what fades, if that is due after this epoch; what summary.csv says of it."""
+        facts, ema = self.dynsnn or {}, self.ema.module if self.ema else None
+        told: dict[str, Any] = {"dynsnn_fading": None, "dynsnn_top1_before": None}
+        due = "reactivates" if self.epoch in facts["reactivate_at"] else "prunes" * (self.epoch == facts["prune_at"])
+        if due:
+            with self.autocast():
+                rates = neuron_rates(self.model, facts["images"]())
+            threshold = facts["threshold"]
+            if threshold is None or (due == "prunes" and facts["compression"] is not None):
+                threshold = threshold_for(self.model, rates, facts["compression"])
+            fading = fade(rates, threshold)
+            before = self._evaluate(compiled)
+            told["dynsnn_top1_before"] = before.get("ema", before)["top1"]
+            told["dynsnn_fading"] = share(self.model, fading)
+            if due == "prunes":
+                prune(self.model, rates, threshold, self.optimizer, ema)
+            else:
+                # One generator an epoch: the same weights on all ranks, and in a run that was resumed.
+                generator = torch.Generator().manual_seed((self.args.seed << 16) + self.epoch)
+                reactivate(self.model, fading, self.optimizer, ema, generator, facts["weights"])
+        told["dynsnn_removed"] = share(self.model, {name: ~mask for name, mask in masks_of(self.model).items()})
+        if due and self.main:
+            print(
+                f"epoch {self.epoch}/{self.epochs}: DynSNN {due} {told['dynsnn_fading']:.2f} % of the neurons, with "
+                f"firing rates below {threshold:.4g}; top-1 before that {told['dynsnn_top1_before']:.2f} %",
+                flush=True,
+            )
+        return told
 
     def _evaluate(self, compiled: Step | None) -> dict[str, Any]:
         measure = functools.partial(
@@ -977,6 +1039,7 @@ class Run:
         eval_row = OrderedDict((key, results[key]) for key in keys)
         if "ema" in results:
             eval_row.update((f"ema_{key}", results["ema"][key]) for key in keys[:4])
+        eval_row.update((key, value) for key, value in results.items() if key.startswith("dynsnn"))
         update_summary(self.epoch - 1, train, eval_row, filename=self.folder / "summary.csv", lr=lr)
         self.saver.save_checkpoint(self.epoch - 1, best[args.eval_metric])  # type: ignore[union-attr]
         self.saver.drop_recovery()  # type: ignore[union-attr]
@@ -999,6 +1062,8 @@ class Run:
             model = spikezoo.bake(model)
         final = results.get("ema", results)
         measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
+        if self.dynsnn:
+            measured |= dynsnn_report(model)
         results = {
             "dataset": self.args.dataset,
             "split": self.args.val_split,

@@ -4,6 +4,7 @@ from spikezoo import models as models
 from spikezoo import search as search
 from spikezoo._version import __version__ as __version__
 from spikezoo.checkpoint import load_sparse_file as load_sparse_file
+from spikezoo.conversion import convert as convert
 from spikezoo.counters import Count as Count
 from spikezoo.counters import count as count
 from spikezoo.counters import count_loader as count_loader
@@ -21,5 +22,6 @@ from spikezoo.registry import list_pretrained as list_pretrained
 from spikezoo.registry import model_info as model_info
 from spikezoo.transforms import apply as apply
 from spikezoo.transforms import bake as bake
+from spikezoo.transforms import compact as compact
 from spikezoo.transforms import fold_bn as fold_bn
 from spikezoo.transforms import fold_mpbn as fold_mpbn

@@ -3,8 +3,10 @@
     count          what a model costs, layer by layer
     patches        a picture of the patches that MultiSp keeps
     activations    a picture of the activation maps of several checkpoints
+    convert        make a spiking network of a trained ReLU network, and its accuracy over time
     export         write a model as ONNX or NIR
     push           publish a checkpoint on the Hugging Face Hub
+    dynsnn         remove neurons that hardly fire, without training; or print the table of a plan of such runs
     search         find AutoST architectures
     correlation    train a sample of them and see how well the metrics rank them
 
@@ -14,7 +16,10 @@ Example:
     python -m spikezoo count --checkpoint output/quickstart --plot bars.png
     python -m spikezoo patches --checkpoint output/multisp --plot patches.png
     python -m spikezoo activations --checkpoint output/ann output/bnn output/ticket --plot maps.png
+    python -m spikezoo convert --checkpoint output/ann --T 64 --mode 99.9% --plot curve.png --output output/snn
     python -m spikezoo export --checkpoint output/quickstart --output quickstart.onnx
+    python -m spikezoo dynsnn --checkpoint output/quickstart --tolerance 0.3 --output smaller --plot-threshold sweep.png
+    python -m spikezoo dynsnn --table output/table1
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
     python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
     python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
@@ -24,23 +29,46 @@ Example:
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import json
 import math
 import shlex
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
+from spikezoo.conversion import convert
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import input_statistics, open_model
+from spikezoo.evaluation import (
+    accuracy_over_time,
+    check_results_file,
+    environment,
+    evaluate,
+    input_statistics,
+    open_model,
+    write_rows,
+)
 from spikezoo.export import check_suffix, export
-from spikezoo.hub import push_folder
+from spikezoo.hub import push_folder, save_checkpoint
 from spikezoo.transforms import apply
+from spikezoo.transforms.dynsnn import (
+    dynsnn_report,
+    fade,
+    find_threshold,
+    neuron_rates,
+    prune,
+    sweep_thresholds,
+    threshold_for,
+)
 from spikezoo.transforms.multisp import PatchSelection, kept_patches
 
 
@@ -51,11 +79,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=42, help="of random weights and noise")
 
 
-def _loader(args: argparse.Namespace, dataset: str, model: Any, images: int) -> Any:
+def _loader(
+    args: argparse.Namespace, dataset: str, model: Any, images: int, split: str | None = None, **options: Any
+) -> Any:
     """Batches of a dataset's images as a model takes them."""
     return create_loader(
         dataset,
-        args.split,
+        split or args.split,
         data_dir=args.data_dir,
         download=args.dataset_download,
         batch_size=images,
@@ -63,7 +93,15 @@ def _loader(args: argparse.Namespace, dataset: str, model: Any, images: int) -> 
         in_chans=model.in_chans,
         num_workers=0,
         **input_statistics(model),
+        **options,
     )
+
+
+def _to_device(model: Any, device: str) -> Any:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA in it
+        raise ValueError(f"--device {device}: {error} Use --device cpu.") from error
 
 
 def _open(
@@ -111,10 +149,7 @@ def _count(args: argparse.Namespace) -> int:
         raise ValueError(f"images={args.images}, batch-size={args.batch_size}: expected integers >= 1.")
     given = {key: getattr(args, key) for key in ("T", "neuron", "mpbn") if getattr(args, key) is not None}
     name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
-    try:
-        model.to(args.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA in it
-        raise ValueError(f"--device {args.device}: {error} Use --device cpu.") from error
+    _to_device(model, args.device)
     loader: Iterable[Any]
     if dataset == "none":
         noise = torch.randn if model.encoding == "direct" else torch.rand
@@ -226,6 +261,99 @@ def _activations(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser("convert", help="make a spiking network of a trained ReLU network")
+    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="trained with --neuron relu")
+    parser.add_argument("--T", type=int, default=64, help="time steps (default: %(default)s)")
+    parser.add_argument(
+        "--mode",
+        default="99.9%",
+        help="what a spike a step stands for, of each layer's activations: max, a percentile, or a fraction of the "
+        "maximum such as 0.9 (default: 99.9%%)",
+    )
+    parser.add_argument("--encoding", default="direct", help="direct or poisson (default: %(default)s)")
+    parser.add_argument("--half-threshold", action="store_true", help="start potentials at half the threshold")
+    parser.add_argument(
+        "--calibrate", type=int, default=1024, metavar="N", help="training images to measure (default: %(default)s)"
+    )
+    parser.add_argument("--dataset", help="(default: the checkpoint's)")
+    _add_data(parser)
+    parser.add_argument("--images", type=int, metavar="N", help="evaluate on N images, classes balanced (default: all)")
+    parser.add_argument("-b", "--batch-size", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--amp", action="store_true", help="evaluate in bfloat16; membrane potentials stay float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--curve", metavar="FILE", help="write the accuracy after every time step: .csv or .json")
+    parser.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf or .svg")
+    parser.add_argument("--output", metavar="DIR", help="write the spiking network there, as a checkpoint")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    for flag in ("calibrate", "images", "batch_size"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: expected an integer >= 1.")
+    if args.curve:
+        check_results_file(args.curve)
+    if args.plot:
+        pictures.check_picture(args.plot)
+    name, ann, dataset, _ = _open(args, None, args.checkpoint, {}, args.dataset)
+    _to_device(ann, args.device)
+    try:
+        mode: str | float = float(args.mode)
+    except ValueError:
+        mode = args.mode
+    calibration = _loader(args, dataset, ann, 128, split="train", subset=args.calibrate)
+    model: Any = convert(ann, (images for images, _ in calibration), args.T, mode, args.encoding, args.half_threshold)
+    for net in (ann, model):
+        net.to(memory_format=torch.channels_last)
+    loader = _loader(args, dataset, ann, args.batch_size, subset=args.images, channels_last=True)
+    kind = torch.device(args.device).type
+    shown: dict[str, Any] = {
+        "device": args.device,
+        "autocast": functools.partial(torch.autocast, kind, torch.bfloat16) if args.amp else nullcontext,
+        "progress": sys.stderr.isatty(),
+    }
+    before = evaluate(ann, loader, **shown)["top1"]
+    top1, rate = accuracy_over_time(model, loader, **shown)
+    row = {
+        "model": name,
+        "top1": round(top1[-1], 4),
+        "T": model.T,
+        "firing_rate": round(rate, 6),
+        "dataset": dataset,
+        "split": args.split,
+        "samples": loader.num_samples,
+        "precision": "bfloat16" if args.amp else "float32",
+        "ann_top1": round(before, 4),
+        "conversion": {
+            "mode": mode,
+            "encoding": args.encoding,
+            "half_threshold": args.half_threshold,
+            "calibration_images": calibration.num_samples,
+        },
+        "command": args.command,
+        **environment(),
+    }
+    print(
+        f"{name} on {dataset}/{args.split} ({row['samples']:,} images): ReLU network {before:.2f} %, spiking "
+        f"{top1[-1]:.2f} % at T={model.T} ({top1[-1] - before:+.2f} points), firing rate {rate:.4f}"
+    )
+    marks = [2**power for power in range(model.T.bit_length())]
+    print("  T      " + " ".join(f"{t:>6}" for t in marks))
+    print("  top-1  " + " ".join(f"{top1[t - 1]:6.2f}" for t in marks))
+    written = [str(path) for path in (args.curve, args.plot, args.output) if path]
+    if args.curve:
+        write_rows(args.curve, [{"T": t, "top1": value, "ann_top1": before} for t, value in enumerate(top1, 1)])
+    if args.plot:
+        pictures.draw_accuracy(top1, before, args.plot, f"{name}, {args.mode}, {args.encoding}; {dataset}/{args.split}")
+    if args.output:
+        save_checkpoint(model, args.output, row)
+    if written:
+        print(f"Wrote {', '.join(written)}")
+    return 0
+
+
 def _add_export(commands: Any) -> None:
     parser = commands.add_parser("export", help="write a model as ONNX (any) or NIR (convolutional ones)")
     parser.add_argument("name", nargs="?", help="model, see spikezoo.list_models() (default: the checkpoint's)")
@@ -259,6 +387,118 @@ def _export(args: argparse.Namespace) -> int:
     checked = f", checked on {len(images)} images of {source}" if suffix == ".onnx" else ""
     print(f"{name}, {said}. Wrote {path}{checked}.")
     return 0
+
+
+# Accuracy of the base, reactivated and pruned nets and the neurons removed, per cent, by the name of the plan's rows.
+DYNSNN_PAPER = {
+    "snn_t": (97.9, 98.3, 98.0, 53.71),
+    "stidi_bp": (97.4, 98.1, 97.7, 62.33),
+    "bp_stdp": (96.6, 97.2, 96.9, 64.81),
+    "rmp_resnet20": (91.36, None, 91.13, 37.13),
+    "rmp_vgg16": (69.96, None, 69.65, 31.71),
+}
+
+
+def _add_dynsnn(commands: Any) -> None:
+    parser = commands.add_parser("dynsnn", help="remove neurons that hardly fire, without training (DynSNN)")
+    parser.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--threshold", type=float, help="firing rate, spikes per time step, below which neurons go")
+    how.add_argument("--compression", type=float, help="fraction of the hidden neurons that goes")
+    how.add_argument("--tolerance", type=float, help="points of accuracy that may be lost, on training images")
+    parser.add_argument("--per", default="unit", help="unit (single neurons) or channel (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, help="training images to decide on (default: %(default)s)"
+    )
+    parser.add_argument("--dataset", help="(default: the checkpoint's)")
+    _add_data(parser)
+    parser.add_argument("-b", "--batch-size", type=int, default=256)
+    parser.add_argument("--output", metavar="DIR", help="write the smaller net there")
+    parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after")
+    parser.add_argument("--plot-threshold", metavar="FILE", help="draw accuracy and compression over the threshold")
+    parser.add_argument("--table", metavar="DIR", help="only print the table of a finished plan of configs/dynsnn")
+    parser.set_defaults(run=_dynsnn)
+
+
+def _dynsnn(args: argparse.Namespace) -> int:
+    if args.table:
+        print(_dynsnn_table(args.table))
+        return 0
+    if args.threshold is args.compression is args.tolerance is None:
+        raise ValueError("How much may go? Give --threshold, --compression or --tolerance 0.3.")
+    for path in filter(None, (args.plot_rates, args.plot_threshold)):
+        pictures.check_picture(path)
+    if args.samples < 1 or args.batch_size < 1:
+        raise ValueError(f"samples={args.samples}, batch-size={args.batch_size}: expected integers >= 1.")
+    name, model, dataset, weights = _open(args, None, args.checkpoint, {}, args.dataset)
+    if not any(applied == "dynsnn" for applied, _ in model.recipe):
+        model = apply(model, "dynsnn", per=args.per, threshold=args.threshold, compression=args.compression)
+    train, test = (_loader(args, dataset, model, args.batch_size, split) for split in ("train", None))
+    if args.samples < train.num_samples:
+        train = _loader(args, dataset, model, args.batch_size, "train", subset=args.samples)
+    rates = neuron_rates(model, train)
+    threshold = args.threshold
+    if args.compression is not None:
+        threshold = threshold_for(model, rates, args.compression)
+    elif args.tolerance is not None:
+        threshold = find_threshold(model, rates, lambda net: evaluate(net, train)["top1"], args.tolerance)
+    sample = next(iter(test))[0][:32]
+    before, whole = evaluate(model, test), dynsnn_report(model, sample)
+    swept = sweep_thresholds(model, rates, lambda net: evaluate(net, test)["top1"]) if args.plot_threshold else []
+    prune(model, rates, threshold)
+    after, left = evaluate(model, test), dynsnn_report(model, sample)
+    title = f"{name}: {dataset}"
+    if args.plot_rates:
+        kept = {layer: rates[layer][~flags] for layer, flags in fade(rates, threshold).items()}
+        pictures.draw_rates(rates, kept, threshold, args.plot_rates, f"{title}/train")
+    if args.plot_threshold:
+        pictures.draw_thresholds(swept, threshold, args.plot_threshold, f"{title}/{args.split}")
+    print(f"{name}, weights {weights}: neurons with firing rates below {threshold:.4g} removed\n")
+    print(f"{f'top-1, {dataset}/{args.split}':<28}{before['top1']:14.2f} {after['top1']:14.2f} %")
+    for what in ("neurons", "synapses", "parameters"):
+        print(f"{what:<28}{whole[f'{what}_left']:14,} {left[f'{what}_left']:14,} -{left[f'{what}_removed']:.2f} %")
+    print(f"{'synaptic operations an image':<28}{whole['sops_exact']:14,.0f} {left['sops_exact']:14,.0f}")
+    if args.output:
+        results = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
+        facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold}
+        save_checkpoint(model, args.output, {**facts, **results, **left, **environment()})
+        print(f"Wrote {args.output}")
+    return 0
+
+
+def _dynsnn_table(folder: str) -> str:
+    """Mean and standard deviation over seeds of a plan's rows CASE-baseline, CASE-reactivated and CASE-pruned."""
+    path = Path(folder) / "results.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"No {path}: run train.py --plan configs/dynsnn/... first.")
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            case, _, stage = row["name"].partition("-")
+            found.setdefault(case, {}).setdefault(stage.partition("-")[0], []).append(row)
+
+    def mean(rows: Sequence[Mapping[str, str]], key: str) -> float:
+        return statistics.fmean(float(row[key]) for row in rows) if rows else math.nan
+
+    def shown(rows: Sequence[Mapping[str, str]], key: str, paper: float | None) -> str:
+        if not rows:
+            return f"{'-':>14}"
+        spread = statistics.stdev(float(row[key]) for row in rows) if len(rows) > 1 else 0.0
+        return f"{mean(rows, key):7.2f} ±{spread:4.2f}" + ("      " if paper is None else f" {paper:>5}")
+
+    lines = ["mean ± standard deviation over seeds, per cent; in the last place of a column the paper's"]
+    heads = [f"{head:<20}" for head in ("baseline", "reactivated", "pruned", "drop", "neurons removed")]
+    lines.append(f"{'net':<14}{''.join(heads)}")
+    for case, stages in found.items():
+        paper = DYNSNN_PAPER.get(case, (None,) * 4)
+        base, again, pruned = (stages.get(stage, []) for stage in ("baseline", "reactivated", "pruned"))
+        cells = [shown(rows, "top1", number) for rows, number in zip((base, again, pruned), paper, strict=False)]
+        drop = f"{mean(base, 'top1') - mean(pruned, 'top1'):7.2f}" + " " * 6
+        if paper[0] is not None and paper[2] is not None:
+            drop += f" {paper[0] - paper[2]:>5.2f}"
+        cells += [drop, shown(pruned, "neurons_removed", paper[3])]
+        lines.append(f"{case:<14}{''.join(f'{cell:<20}' for cell in cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def _add_push(commands: Any) -> None:
@@ -391,7 +631,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_count(commands)
     _add_patches(commands)
     _add_activations(commands)
+    _add_convert(commands)
     _add_export(commands)
+    _add_dynsnn(commands)
     _add_push(commands)
     _add_search(commands)
     args = parser.parse_args(argv)

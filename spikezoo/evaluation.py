@@ -27,7 +27,15 @@ from spikezoo.data import dataset_info, natural_dataset
 from spikezoo.neurons import WithRates
 from spikezoo.registry import create_model, is_reference, locate, model_info
 
-__all__ = ["check_results_file", "environment", "evaluate", "input_statistics", "open_model", "write_rows"]
+__all__ = [
+    "accuracy_over_time",
+    "check_results_file",
+    "environment",
+    "evaluate",
+    "input_statistics",
+    "open_model",
+    "write_rows",
+]
 
 
 @torch.no_grad()
@@ -99,6 +107,49 @@ def evaluate(
         "firing_rate": sum(layers.values()) / len(layers) if layers else None,
         "layer_firing_rates": layers,
     }
+
+
+@torch.no_grad()
+def accuracy_over_time(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: str | torch.device = "cpu",
+    autocast: Callable[[], Any] = nullcontext,
+    progress: bool = False,
+) -> tuple[list[float], float]:
+    """Measure a model at every number of time steps up to its own, in one pass: of the running mean of its logits.
+
+    Args:
+        model: A spiking model whose head pools by averaging; put into evaluation mode for the duration.
+        loader: Batches of images and integer labels. A layer's output takes T times the memory that it takes otherwise,
+            so make them small.
+        device: Where the model is.
+        autocast: Makes the context of the forward pass.
+        progress: Show a progress bar.
+
+    Returns:
+        Top-1 accuracy in per cent after 1, 2, ... T steps, and the firing rate over all of them, the mean over layers.
+    """
+    training = model.training
+    model.eval()
+    probed = WithRates(model, steps=True)
+    hits: Any = 0
+    rate, samples = 0.0, 0
+    try:
+        for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
+            with autocast():
+                logits, rates = probed(images.to(device))
+            # Of the sum and of the mean, the largest is the same one.
+            right = logits.float().cumsum(0).argmax(2) == labels.to(device)
+            hits += right.sum(1).cpu()
+            rate += len(images) * rates.mean().item()
+            samples += len(images)
+    finally:
+        model.train(training)
+    if samples == 0:
+        raise ValueError("The split to evaluate on is empty.")
+    return (100 * hits / samples).tolist(), rate / samples
 
 
 def open_model(

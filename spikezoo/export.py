@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
 from spikezoo.hub import describe
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, conv_out
+from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock, conv_out
 from spikezoo.models.spikformer import SpikingSelfAttention
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
 from spikezoo.transforms import fold_bn, fold_mpbn
@@ -289,6 +289,8 @@ class _NirGraph:
             return self.residual_block(name, module, x)
         if kind is Pool:
             return self.pool(name, module.pool, x)
+        if kind is Flatten:
+            return self.flatten(name, x, average=False)
         raise _refuse(name, f"a {kind.__name__} has no counterpart in NIR.")
 
     def conv_norm_neuron(self, name: str, module: ConvNormNeuron, x: _Signal) -> _Signal:
@@ -356,6 +358,8 @@ class _NirGraph:
         config, folded = neuron.config, neuron.folded
         if config.reset == "soft":
             raise _refuse(name, "neurons of NIR are reset to v_reset, and none subtracts its threshold (reset='soft').")
+        if config.v_init:
+            raise _refuse(name, f"neurons of NIR start at rest, and these at v_init={config.v_init} above it.")
         threshold, polarity = torch.tensor(config.threshold), torch.tensor(1.0)
         if folded is not None:
             places = (1,) * (len(x.shape) - folded.threshold.dim())
@@ -363,6 +367,9 @@ class _NirGraph:
         threshold = threshold * polarity
         if config.firing == ">=":
             threshold = torch.nextafter(threshold, torch.tensor(-torch.inf))
+        if neuron.mask is not None:  # a removed neuron never fires
+            mask = neuron.mask.reshape(*neuron.mask.shape, *(1,) * (len(x.shape) - neuron.mask.dim()))
+            threshold = torch.where(mask, threshold, torch.finfo(threshold.dtype).max)
         if (polarity < 0).any():
             x = self.add(f"{name}.polarity", self.nir.Scale(self._full(x, polarity)), x, x.shape)
         rest = config.v_reset * polarity

@@ -404,7 +404,14 @@ class SpikingNeuron(nn.Module):
 
     Shape: ``[T, B, ...]`` input current to ``[T, B, ...]`` spikes 0 or 1 of the input's dtype. The membrane
     potential of half-precision input is kept in float32.
+
+    Attributes:
+        mask: Which neurons exist, bool ``[C]`` or ``[C, H, W]`` (of linear layers ``[F]``); those that do not are
+            silent. None, where nothing was removed, means all. See :mod:`spikezoo.transforms.dynsnn`.
+        shape: ``(C,)`` or ``(C, H, W)``, how many neurons the layer has; () where nobody said.
     """
+
+    mask: Tensor | None
 
     def __init__(self, config: NeuronConfig, norm: MembraneNorm | None = None) -> None:
         super().__init__()
@@ -412,6 +419,8 @@ class SpikingNeuron(nn.Module):
         self.norm = norm
         self.folded: FoldedThreshold | None = None  # takes the place of `norm` in a folded model
         self.probe: list[Tensor] | None = None  # set by WithRates for the length of one call
+        self.register_buffer("mask", None)
+        self.shape: tuple[int, ...] = ()
         self.drop = 0.0  # dropout of the spikes, set by the factory
 
     def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
@@ -443,18 +452,32 @@ class SpikingNeuron(nn.Module):
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
         # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
+        if self.mask is not None:
+            out = out * self._existing(self.mask, out)
         if self.probe is not None:
             self.probe.append(out.float().mean(tuple(range(1, out.dim()))))
         if self.drop and self.training:
             out = out * F.dropout(torch.ones_like(out[0]), self.drop)  # the same neurons at all steps
         return out
 
+    def _existing(self, mask: Tensor, out: Tensor) -> Tensor:
+        """The mask, shaped so that it broadcasts over spikes ``[T, B, ...]``."""
+        if mask.dim() == 1:
+            return mask.view(-1, *[1] * (out.dim() - 3))
+        if mask.shape != out.shape[2:]:  # a 1x1 map would broadcast silently
+            raise ValueError(
+                f"The mask of single neurons was made for feature maps {tuple(mask.shape)} and the layer got "
+                f"{tuple(out.shape[2:])}: use images of the model's img_size, or dynsnn with per='channel'."
+            )
+        return mask
+
     def extra_repr(self) -> str:
         """What print(model) shows."""
         c = self.config
         leak = "" if c.kind == "if" else f"tau={c.tau}, " if c.tau is not None else f"decay={c.decay}, "
         leak += f"v_init={c.v_init}, " if c.v_init else ""
-        return f"{leak}threshold={c.threshold}, reset={c.reset}, firing={c.firing!r}, surrogate={c.surrogate}"
+        mask = "" if self.mask is None else f", mask={tuple(self.mask.shape)}"
+        return f"{leak}threshold={c.threshold}, reset={c.reset}, firing={c.firing!r}, surrogate={c.surrogate}{mask}"
 
 
 class LIF(SpikingNeuron):
@@ -561,6 +584,8 @@ class NeuronFactory:
         else:
             neuron = (IF if kind == "if" else LIF)(self.config, norm)
         neuron.drop = self.drop
+        if isinstance(neuron, SpikingNeuron):
+            neuron.shape = (channels, *size)
         return neuron
 
 

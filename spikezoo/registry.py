@@ -151,9 +151,9 @@ _classes: dict[str, type[nn.Module]] = {}
 
 def _levels(arguments: Mapping[str, Any]) -> int:
     """Feature levels of a model: its stem and its stages, which are blocks where it has a depth."""
-    depth = arguments.get("depth")
-    if "widths" not in arguments and "hidden" in arguments:
-        return len(arguments["hidden"])  # a net of linear layers, the first of which is its stem
+    depth, hidden = arguments.get("depth"), arguments.get("hidden")
+    if "widths" not in arguments and isinstance(hidden, Sequence):
+        return len(hidden)  # a net of linear layers, the first of which is its stem
     return 1 + (depth if isinstance(depth, int) else len(arguments.get("widths", (0, 0))))
 
 
@@ -371,7 +371,8 @@ def create_model(
         **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
             ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
             ``features_only``, ``out_indices``, ``cache_dir`` (of the Hub); and transforms with their arguments, applied
-            last: ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``.
+            last: ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``,
+            ``dynsnn=dict(per='channel')``.
 
     Returns:
         The model, in training mode; in evaluation mode where a transform that ends training was applied.

@@ -1,4 +1,4 @@
-"""The sparse code of weights: per tensor the smallest of dense, bitmask and ticket, bit-exact and checked when read.
+"""The sparse code of weights: per tensor the smallest of dense, bitmask, ticket and mask, exact and checked when read.
 
 A coded tensor ``p`` becomes several plain ones, named after it, as in the sparse-bitmask convention of
 compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convolutions pack as tightly as matrices:
@@ -9,6 +9,8 @@ compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convo
     p.gain         ticket code: the one magnitude of all values that are not zero
     p.signs        ticket code: one bit a kept value, in order, set where it is negative; left out where the signs
                    come from a seed, which then stands in the metadata with a hash of what it has to give
+
+The mask code, of tensors of bool, is p.shape and p.bitmask alone.
 
     bits           one bit an entry, little-endian, every row padded to whole bytes
     deflate        those bytes, Huffman coded
@@ -51,6 +53,11 @@ _INTEGERS = {
 _ENTRY_BYTES = 100  # what one more tensor costs in the header of the file, about
 _MASKS = ("bits", "deflate", "gaps", "holes")
 _PARTS = ("shape", "bitmask", "compressed", "gain", "signs")
+_CODES = {
+    "bitmask": {"shape", "bitmask", "compressed"},
+    "ticket": {"shape", "bitmask", "gain"},
+    "mask": {"shape", "bitmask"},
+}
 
 
 def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -169,12 +176,13 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
     bits = values.view(integer).numpy()
     mask = bits != 0
     kept = int(np.count_nonzero(mask))
+    boolean = tensor.dtype == torch.bool
     ticket = tensor.is_floating_point() and _one_magnitude(bits, mask) and not values[int(mask.argmax())].isnan()
-    if not ticket and kept * tensor.element_size() + tensor.numel() // 100 >= tensor.nbytes:
+    if not (ticket or boolean) and kept * tensor.element_size() + tensor.numel() // 100 >= tensor.nbytes:
         return None  # even the best mask would not pay
     code, packed = _pack_mask(mask, shape)
     parts = {"shape": torch.tensor(shape), "bitmask": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
-    facts: dict[str, Any] = {"code": "ticket" if ticket else "bitmask", "mask": code}
+    facts: dict[str, Any] = {"code": "ticket" if ticket else "mask" if boolean else "bitmask", "mask": code}
     if ticket:
         parts["gain"] = values[int(mask.argmax())].abs().reshape(1)
         negative = bits < 0  # the sign bit of a float is that of the integer
@@ -183,7 +191,7 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
             facts |= {"seed": seed, "signs": _signs_hash(signs)}
         else:
             parts["signs"] = torch.from_numpy(np.packbits(negative[mask], bitorder="little"))
-    else:
+    elif not boolean:
         parts["compressed"] = torch.from_numpy(bits[mask]).view(tensor.dtype) if kept else values[:0]
     coded = sum(part.nbytes + _ENTRY_BYTES for part in parts.values())
     return (facts, parts) if coded < tensor.nbytes + _ENTRY_BYTES else None
@@ -200,11 +208,11 @@ def _one_magnitude(bits: np.ndarray, mask: np.ndarray) -> bool:
 def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     """Check and decode one tensor."""
     code, mask_code = facts.get("code"), facts.get("mask")
-    wanted = {"bitmask": {"shape", "bitmask", "compressed"}, "ticket": {"shape", "bitmask", "gain"}}.get(str(code))
-    if wanted is None or mask_code not in _MASKS:
+    wanted = _CODES.get(str(code), set()).copy()
+    if not wanted or mask_code not in _MASKS:
         raise ValueError(
-            f"{name} is stored in the code {code!r} with the mask code {mask_code!r}; known are bitmask and ticket, "
-            f"with {', '.join(_MASKS)}. Update spikezoo, or fetch the file again."
+            f"{name} is stored in the code {code!r} with the mask code {mask_code!r}; known are "
+            f"{', '.join(_CODES)}, with {', '.join(_MASKS)}. Update spikezoo, or fetch the file again."
         )
     if code == "ticket" and "seed" not in facts:
         wanted.add("signs")
@@ -217,6 +225,8 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
         raise ValueError(f"{name}.bitmask is {tuple(parts['bitmask'].shape)} of {parts['bitmask'].dtype}: no mask.")
     shape = tuple(stored.tolist())
     mask = _unpack_mask(mask_code, parts["bitmask"].numpy().tobytes(), shape, name)
+    if code == "mask":
+        return torch.from_numpy(mask.copy()).reshape(shape)
     kept = int(np.count_nonzero(mask))
     if code == "bitmask":
         values = parts["compressed"]

@@ -235,6 +235,18 @@ def test_nir_of_event_frames(tmp_path):
     torch.testing.assert_close(found, model.double()(frames), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("per", ["unit", "channel"])
+def test_nir_of_removed_neurons(per, tmp_path):
+    model = spikezoo.apply(make("test_mpbn_resnet"), "dynsnn", per=per).eval()
+    for module in model.modules():
+        if getattr(module, "mask", None) is not None:
+            module.mask.view(-1)[::3] = False
+    x = image_for(model)
+    graph = nir.read(export(model, tmp_path / "net.nir"))
+    found = simulate(graph, x.double().expand(model.T, *x.shape))["output"].mean(0)
+    torch.testing.assert_close(found, model.double()(x.double()), rtol=0, atol=1e-4)
+
+
 def test_nir_in_spikingjelly(tmp_path):
     pytest.importorskip("nirtorch")
     from spikingjelly.activation_based.nir_exchange import import_from_nir
@@ -255,6 +267,7 @@ def test_nir_in_spikingjelly(tmp_path):
         ("test_spiking_vgg", {}, r"'stages.0.0.pool': NIR has no max-pooling. .* Export to .onnx"),
         ("test_spikformer", {}, r"'stages.0.0.attn': attention multiplies signals"),
         ("test_mpbn_vgg", {"reset": "soft"}, r"'stem.0.neuron': .*reset='soft'"),
+        ("test_mpbn_vgg", {"v_init": 0.25}, r"'stem.0.neuron': .* start at rest, and these at v_init=0.25"),
         ("test_mpbn_vgg", {"neuron": "relu"}, r"'stem.0.neuron': NIR has no neuron such as ReLU"),
         ("test_mpbn_vgg", {"global_pool": "max"}, r"'head.global_pool': NIR has no max-pooling"),
         ("test_mpbn_resnet", {"img_size": 20}, r"'stages.2.0.pool': AvgPool2d.* on a map of 5x5 leaves out places"),
@@ -269,6 +282,14 @@ def test_what_nir_cannot_hold(name, arguments, message, tmp_path):
 # --------------------------------------------------------------------------------------------------------------
 # ONNX
 # --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["poisson", "ttfs"])
+def test_onnx_does_not_encode(encoding, tmp_path):
+    model = spikezoo.create_model("test_mpbn_vgg", encoding=encoding).eval()
+    with pytest.raises(ValueError, match=f"spikezoo.encoding.{encoding} makes"):
+        export(model, tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def onnxruntime():

@@ -330,6 +330,8 @@ def test_fold_bn_raises_where_it_cannot():
     model = spikezoo.create_model("test_spiking_vgg")
     with pytest.raises(ValueError, match="fold_bn was applied already"):
         fold_bn(fold_bn(model))
+    with pytest.raises(ValueError, match=r"Nothing to fold: SpikingResNet has no batch norm.*rmp_\* models"):
+        fold_bn(spikezoo.create_model("test_rmp_resnet"))
     with pytest.raises(ValueError, match="Nothing to fold: Linear has no batch norm"):
         fold_bn(nn.Linear(2, 2))
     with torch.no_grad():

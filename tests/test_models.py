@@ -28,6 +28,7 @@ MICRO = [name for name in ALL if name.startswith("test_")]
 FIVE = [*MICRO, "mpbn_resnet20"]
 PLAIN_VGG, MLP = "test_spiking_vgg", "test_spiking_mlp"
 TIED = (PLAIN_VGG, MLP, "test_rmp_resnet")  # whose linear layers tie them to their image size; they have no biases
+BARE = (MLP, "test_rmp_resnet")  # without norms
 PATCHED = ("test_spikformer", "test_autost")  # whose patches must divide the image
 
 
@@ -196,6 +197,38 @@ def test_shapes_and_cfg_of_every_row(name):
         model.get_submodule(info["module"])
     wrapped = spikezoo.create_model(name, features_only=True, device="meta")
     assert wrapped.feature_info.channels() == [level.shape[2] for level in levels]
+
+
+@pytest.mark.parametrize("name", [*NORMLESS, *MLPS, "test_rmp_resnet"])
+def test_nets_without_norms_and_biases(name):
+    model = spikezoo.create_model(name, device="meta")
+    assert all(n.endswith("weight") and p.dim() > 1 for n, p in model.named_parameters())
+    assert list(model.buffers()) == []
+    assert model.neuron_config.reset == ("hard" if name in MLPS else "soft")
+
+
+def test_norms_are_an_argument():
+    torch.manual_seed(0)
+    for name in ("spiking_lenet", "test_mpbn_vgg", "test_rmp_resnet"):
+        with_norms, without = (spikezoo.create_model(name, norm=norm, mpbn="none") for norm in (True, False))
+        assert any(isinstance(m, nn.BatchNorm2d) for m in with_norms.modules())
+        assert not any(isinstance(m, nn.BatchNorm2d | nn.BatchNorm1d) for m in without.modules())
+        assert all(p.dim() > 1 for p in without.parameters())
+        for parameter in without.parameters():  # He et al.'s initialisation, where there is enough to measure it
+            if parameter.numel() > 500:
+                fan_in = parameter[0].numel()
+                assert parameter.std().item() == pytest.approx(
+                    (2 / fan_in) ** 0.5, rel=5 / (2 * parameter.numel()) ** 0.5
+                )
+
+
+def test_flattened_map_by_hand():
+    model = make("test_rmp_resnet", T=2).eval()
+    x = image_for(model)
+    last = model.forward_intermediates(x)[1][-1]
+    assert last.shape == (2, 16, 4, 4)
+    logits = torch.einsum("bf,kf->bk", last.reshape(2, 256), model.get_classifier().weight)
+    torch.testing.assert_close(model(x), logits)
 
 
 def test_element_norms_of_the_imagenet_nets_fit_their_images():

@@ -89,14 +89,56 @@ BY_HAND = {
         [0.5, 0.75, 1.0, 1.0, -0.5, 0.0, 1.5, 0.25, 1.0],
         [0, 0, 1, 1, 0, 0, 1, 0, 1],
     ),
+    # half the threshold to start from: the first spike comes two steps earlier, and then one every four
+    "v_init": (
+        {"kind": "if", "reset": "soft", "v_init": 0.5},
+        [0.25] * 9,
+        [0.75, 1.0, 0.25, 0.5, 0.75, 1.0, 0.25, 0.5, 0.75],
+        [0, 1, 0, 0, 0, 1, 0, 0, 0],
+    ),
+    # as v_reset, from -0.5 + 0.25; a spike leaves -0.5
+    "v_init and v_reset": (
+        {"decay": 0.5, "threshold": 0.5, "firing": ">", "v_reset": -0.5, "v_init": 0.25},
+        [0.5, 0.25, 0.75, 0.5, 0.75, 0.0, 2.0, 1.0, 0.625],
+        [0.125, 0.0625, 0.53125, 0.0, 0.5, 0.0, 1.75, 0.5, 0.625],
+        [0, 0, 1, 0, 0, 0, 1, 0, 1],
+    ),
+    "v_init and tau": (
+        {"tau": 2.0, "v_init": 0.5},
+        [1.0, 0.25, 1.5, 2.0, -1.0, 0.5, 3.0, 0.5, 1.75],
+        [0.75, 0.5, 1.0, 1.0, -0.5, 0.0, 1.5, 0.25, 1.0],
+        [0, 0, 1, 1, 0, 0, 1, 0, 1],
+    ),
+    "v_init and one step": ({"decay": 0.5, "v_init": 1.0}, [0.5], [1.0], [1]),
 }
 
 
 @pytest.mark.parametrize("case", BY_HAND)
-def test_nine_membrane_potentials_by_hand(case):
+def test_membrane_potentials_by_hand(case):
     arguments, x, potentials, spikes = BY_HAND[case]
     neuron = NeuronFactory(NeuronConfig(**arguments))(1)
     assert _potentials(neuron, x) == (potentials, spikes)
+
+
+def test_dropout_of_neurons():
+    torch.manual_seed(0)
+    x = torch.full((5, 100, 40), 2.0)
+    rectified, fired = (NeuronFactory(NeuronConfig(kind=kind), drop=0.25)(40) for kind in ("relu", "if"))
+    for neuron, value in ((rectified, 2.0), (fired, 1.0)):
+        out = neuron(x)
+        kept = out > 0
+        torch.testing.assert_close(out[kept], torch.full_like(out[kept], value / 0.75))
+        # 4000 neurons that are kept or not; of the rectified ones 20,000, for they know no time.
+        assert abs(kept.float().mean() - 0.75) < 5 * (0.75 * 0.25 / 4000) ** 0.5
+        assert torch.equal(neuron.eval()(x), torch.full_like(x, value))
+    out = fired.train()(x)
+    assert torch.equal(out, out[:1].expand_as(out))  # a neuron is there at all steps or at none
+    model = spikezoo.create_model("test_spiking_mlp", neuron_drop=0.5, T=2, threshold=0.1)
+    image = torch.randn(2, 3, 32, 32)
+    assert not torch.equal(model(image), model(image))
+    plain = spikezoo.create_model("test_spiking_mlp", T=2, threshold=0.1).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(image), plain(image)) and plain(image).any()
 
 
 def test_charge_by_hand():
@@ -358,7 +400,8 @@ def test_spikes_keep_the_layout_of_the_input():
 
 
 def test_compiled_neuron_equals_eager():
-    neuron = LIF(NeuronConfig(decay=0.25, threshold=0.5, surrogate="tanh"), MembraneNorm("channel", 3))
+    config = NeuronConfig(decay=0.25, threshold=0.5, v_init=0.25, surrogate="tanh")
+    neuron = LIF(config, MembraneNorm("channel", 3))
     compiled = torch.compile(copy.deepcopy(neuron), fullgraph=True)
     x = torch.randn(2, 4, 3, 2, 2)
     results = []
@@ -437,6 +480,7 @@ def test_relu_and_sign_twins():
         ({"kind": "plif", "tau": 1.0}, r"tau=1\.0: a learned time constant starts above 1"),
         ({"threshold": 0.0}, r"threshold=0\.0: expected a positive number"),
         ({"threshold": math.nan}, r"threshold=nan: expected a finite number"),
+        ({"v_init": math.inf}, r"v_init=inf: expected a finite number"),
         ({"v_reset": None}, r"v_reset=None: expected a finite number"),
         ({"surrogate_alpha": -1.0}, r"surrogate_alpha=-1\.0: expected a positive number"),
         ({"detach_reset": "false"}, r"detach_reset='false': expected True or False"),

@@ -69,7 +69,9 @@ def random_bits(dtype, shape, kept, seed=0):
 @pytest.mark.parametrize("dtype", [*CODED, *DENSE_ONLY], ids=str)
 def test_every_type(round_trip, dtype, kept):
     _, _, codes = round_trip({"a": random_bits(dtype, (24, 10, 3, 3), kept)})
-    if dtype in DENSE_ONLY or kept == 1:
+    if dtype == torch.bool:
+        assert codes["a"]["code"] == "mask"
+    elif dtype in DENSE_ONLY or kept == 1:
         assert not codes
     elif kept < 0.1:
         assert codes["a"]["code"] == "bitmask"
@@ -424,11 +426,23 @@ def ticket(seed=None, digest=None, **parts):
     return {f"a.{name}": part for name, part in parts.items() if part is not None}, facts
 
 
+def test_masks_of_bool_take_a_bit_an_entry(round_trip):
+    for kept in (0.0, 0.01, 0.4, 0.5, 0.99, 1.0):
+        mask = torch.rand(64, 20, 20, generator=torch.Generator().manual_seed(1)) < kept
+        _, stored, codes = round_trip({"a": mask})
+        assert codes["a"]["code"] == "mask" and stored.keys() == {"a.shape", "a.bitmask"}
+        assert stored["a.bitmask"].nbytes <= 64 * 50  # 400 bits a row
+    assert not round_trip({"a": torch.ones(16, dtype=torch.bool)})[2]  # the parts would take more than it
+
+
 def test_handmade_files_are_read():
     # Without this the tests below could pass on a file that is wrong in another way.
     for mask in ("bits", "deflate", "gaps", "holes"):
         parts, code = bitmask(mask)
         assert decode(parts, sealed(parts, {"a": code}))["a"].tolist() == [[0, 1, 0, 0, 2], [3, 0, 0, 4, 0]]
+    parts, _ = bitmask(compressed=None)
+    found = decode(parts, sealed(parts, {"a": {"code": "mask", "mask": "bits"}}))["a"]
+    assert found.dtype == torch.bool and found.tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 1, 0]]
     parts, code = ticket()
     assert decode(parts, sealed(parts, {"a": code}))["a"].tolist() == [[0, 0.5, 0, 0, -0.5], [0.5, 0, 0, -0.5, 0]]
     signs = seeded_signs(3, (2, 5))

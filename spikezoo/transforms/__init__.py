@@ -8,8 +8,10 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     fold_bn     batch norm into the convolution or linear layer before it; equal up to rounding
     ticket      lottery ticket: frozen weights, learned scores, a mask of the best (LT, SLT, MPLT, MPSLT)
     multisp     a ticket in the patch embedding, and only the strongest patches for the blocks (MultiSp, PEPSp)
+    dynsnn      a mask of the neurons, to remove those that hardly fire (DynSNN)
     bake        tickets into plain weights; exact
     tune        baked tickets with their zeros fixed, to train the other weights
+    compact     channels whose neurons are masked, out of the weights; equal up to rounding
 
 Example:
     >>> model = replay(spikezoo.create_model('mpbn_resnet20'), [('fold_mpbn', {}), ('fold_bn', {})])
@@ -24,6 +26,8 @@ from typing import Any
 from torch import nn
 
 from spikezoo.neurons import UnknownArgumentError, nearest
+from spikezoo.transforms.compact import compact
+from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
 from spikezoo.transforms.multisp import multisp
 from spikezoo.transforms.tickets import bake, set_epoch, ticket, tune
@@ -33,6 +37,8 @@ __all__ = [
     "TRANSFORMS",
     "apply",
     "bake",
+    "compact",
+    "dynsnn",
     "fold_bn",
     "fold_mpbn",
     "multisp",
@@ -47,11 +53,13 @@ TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
     "fold_bn": fold_bn,
     "ticket": ticket,
     "multisp": multisp,
+    "dynsnn": dynsnn,
     "bake": bake,
     "tune": tune,
+    "compact": compact,
 }
 # What create_model takes as arguments, to apply them to what it made.
-FLAGS = ("ticket", "multisp")
+FLAGS = ("ticket", "multisp", "dynsnn")
 
 
 def apply(model: nn.Module, name: str, **arguments: Any) -> nn.Module:

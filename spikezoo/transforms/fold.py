@@ -39,6 +39,12 @@ def _check_dtype(dtype: torch.dtype, transform: str) -> None:
         )
 
 
+def _refuse_tickets(model: nn.Module) -> None:
+    """Raise where the weights of a model are made from scores."""
+    if any(parametrize.is_parametrized(module) for module in model.modules()):
+        raise ValueError("The weights of this model are tickets, which learn scores: spikezoo.bake it first.")
+
+
 def _refuse_where(bad: Tensor, layer: str, reason: str) -> None:
     """Raise if any entry of a per-channel ``[C]`` or per-element ``[C, ...]`` mask is set, naming the first."""
     if not bad.any():
@@ -248,8 +254,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
         if isinstance(module, ConvNormNeuron | LinearNormNeuron)
     ]
     layers = [(name, module) for name, module in layers if not isinstance(module.norm, nn.Identity | None)]
-    if any(parametrize.is_parametrized(module) for module in folded.modules()):
-        raise ValueError("The weights of this model are tickets, which learn scores: spikezoo.bake it first.")
+    _refuse_tickets(model)
     if not layers:
         raise ValueError(
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."

@@ -1,0 +1,229 @@
+"""Conversion: a trained ReLU network becomes a spiking one with the same weights up to a factor a layer.
+
+A ReLU's activation becomes the firing rate of an integrate-and-fire neuron with soft reset. Every layer has a unit: the
+activation that one spike a time step stands for, measured on data by SpikingJelly's calibration. The units go into the
+weights, ``w * unit_in / unit_out`` and ``b / unit_out``, so that all spikes are 0 or 1 and all thresholds are 1: the
+result is an ordinary model of the same architecture, which is counted, stored, pruned and deployed as any other.
+
+Papers: "Conversion of Continuous-Valued Deep Networks to Efficient Event-Driven Networks for Image Classification"
+(Rueckauer et al. 2017; units from maxima and percentiles); "RMP-SNN: Residual Membrane Potential Neuron for Enabling
+Deeper High-Accuracy and Low-Latency Spiking Neural Network" (arXiv:2003.01811; soft reset).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spikezoo.encoding import poisson
+from spikezoo.hub import describe
+from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock
+from spikezoo.neurons import ReLU, Sign, SpikingNeuron, nearest
+from spikezoo.registry import create_model
+from spikezoo.transforms import fold_bn, replay
+
+__all__ = ["convert"]
+
+RATE_CODES = ("direct", "poisson")
+# Images a pass of the calibration where it is given one tensor.
+BATCH = 64
+# Transforms that leave plain weights behind, and that a spiking network could not take in this form.
+_SPENT = ("ticket", "bake", "tune")
+_TWIN = "convert takes the ReLU twin, create_model(name, neuron='relu'), with its trained weights."
+
+
+class _Flow:
+    """What drives what in a model: its weight layers in the order of the data flow, and the neurons between them.
+
+    Attributes:
+        layers: Name of every convolution or linear layer, of the neuron whose output it takes (INPUT for the images),
+            and of the neuron that it drives (LOGITS for the classifier).
+        first: Of a neuron that an identity shortcut feeds, the first neuron on that line of shortcuts. They add up
+            their spikes, so they must have one unit.
+    """
+
+    INPUT, LOGITS = "input", "logits"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[tuple[str, str, str]] = []
+        self.first: dict[str, str] = {}
+        source = self.INPUT
+        for name in ("stem", "stages", "neck"):
+            source = self._follow(name, model.get_submodule(name), source)
+        self.layers.append(("head.fc", source, self.LOGITS))
+
+    def _follow(self, name: str, module: nn.Module, source: str) -> str:
+        """Note a module's layers; the neuron whose output it passes on."""
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            for child, part in module.named_children():
+                source = self._follow(f"{name}.{child}", part, source)
+            return source
+        if isinstance(module, Flatten) or (isinstance(module, Pool) and isinstance(module.pool, nn.AvgPool2d)):
+            return source  # linear, and it keeps the unit
+        if isinstance(getattr(module, "pool", None), nn.MaxPool2d):
+            raise ValueError(
+                f"Layer {name!r}: a max-pool takes the largest value of every step, whose mean over time is more than "
+                "the largest mean, and more time does not mend that. Train a network with average pooling, such as "
+                "spiking_vgg16."
+            )
+        target = f"{name}.neuron"
+        if isinstance(module, ConvNormNeuron | LinearNormNeuron) and module.neuron is not None:
+            self._drive(name, module, source, target)
+        elif isinstance(module, ResidualBlock):
+            inner = self._follow(f"{name}.conv1", module.conv1, source)
+            self._drive(f"{name}.conv2", module.conv2, inner, target)
+            if module.shortcut is None:
+                self.first[target] = self.first.get(source, source)
+            else:
+                self._drive(f"{name}.shortcut", module.shortcut, source, target)
+        else:
+            raise ValueError(
+                f"Layer {name!r}: a {type(module).__name__} has no spiking form that keeps its output as a rate. "
+                "convert takes networks of convolutions, linear layers, average pooling and residual blocks: the VGG "
+                "and ResNet families and the MLPs."
+            )
+        return target
+
+    def _drive(self, name: str, module: nn.Module, source: str, target: str) -> None:
+        part = "linear" if isinstance(module, LinearNormNeuron) else "conv"
+        self.layers.append((f"{name}.{part}", source, target))
+
+
+def _check(ann: nn.Module, encoding: str) -> None:
+    """Raise where a network is no trained ReLU twin as ``create_model`` makes it."""
+    if encoding not in RATE_CODES:
+        hint = "one spike a pixel is no rate. " if encoding == "ttfs" else ""
+        raise ValueError(f"encoding={encoding!r}: {hint}{nearest(encoding, RATE_CODES)}")
+    for name, module in ann.named_modules():
+        if isinstance(module, SpikingNeuron):
+            raise ValueError(f"Layer {name!r} is a {type(module).__name__} neuron, which spikes already: {_TWIN}")
+        if isinstance(module, Sign):
+            raise ValueError(f"Layer {name!r}: the sign of -1, 0 or +1 is not a firing rate. {_TWIN}")
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"Layer {name!r}: its weights are a ticket, which learns scores: spikezoo.bake it first.")
+    for name, tensor in ann.named_parameters():
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is of {tensor.dtype}: convert ann.float(), and round the result.")
+
+
+def _batches(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:
+    """Batches of images of a tensor, or of a loader that gives images alone or with labels."""
+    for batch in data.split(BATCH) if isinstance(data, Tensor) else data:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        if images.dim() != 4:
+            raise ValueError(
+                f"Calibration batch of shape {tuple(images.shape)}: expected images [B, C, H, W]. A ReLU network has "
+                "no time that event frames could run through."
+            )
+        yield images
+
+
+def _activations(ann: nn.Module, data: Tensor | Iterable[Any], mode: str | float, encoding: str) -> dict[str, float]:
+    """The unit of every ReLU, as SpikingJelly's calibration finds it: its name -> a positive number."""
+    from spikingjelly.activation_based.ann2snn.modules import VoltageHook
+    from spikingjelly.activation_based.ann2snn.recipes.rate_coding import validate_rate_coding_mode
+
+    try:
+        validate_rate_coding_mode(mode)
+    except NotImplementedError:
+        raise ValueError(
+            f"mode={mode!r}: expected 'max', a percentile such as '99.9%', or a fraction of the maximum such as 0.9."
+        ) from None
+    device = next(ann.parameters()).device
+    observers = {name: VoltageHook(mode=mode) for name, module in ann.named_modules() if isinstance(module, ReLU)}
+    handles = [
+        ann.get_submodule(name).register_forward_hook(
+            lambda _module, _input, output, observer=observer: observer(output)
+        )
+        for name, observer in observers.items()
+    ]
+    empty = True
+    try:
+        for images in _batches(data):
+            if encoding == "poisson":
+                poisson(images, 1, seed=0)  # raises outside [0, 1]
+            ann(images.to(device))
+            empty = False
+    finally:
+        for handle in handles:
+            handle.remove()
+    if empty:
+        raise ValueError("data holds no batch: give some images to measure activations on, a few hundred will do.")
+    units = {name: float(observer.scale) for name, observer in observers.items()}
+    for name, unit in units.items():
+        if not 0 < unit < float("inf"):
+            raise ValueError(
+                f"Layer {name!r}: its activations of mode={mode!r} are {unit} on these images, which no firing rate "
+                "can stand for. A layer that is zero nearly everywhere needs mode='max' and more images; one that is "
+                "not finite has weights or images that are not."
+            )
+    return units
+
+
+@torch.no_grad()
+def convert(
+    ann: nn.Module,
+    data: Tensor | Iterable[Any],
+    T: int,
+    mode: str | float = "max",
+    encoding: str = "direct",
+    half_threshold: bool = False,
+) -> nn.Module:
+    """Convert a trained ReLU network into a spiking one that codes activations as firing rates.
+
+    The units are what SpikingJelly's converter measures: of every batch the maximum of a layer's activations, a
+    percentile or a fraction of it, and over batches a moving average that gives a new batch a tenth. Neurons that an
+    identity shortcut joins share the largest of their units. Batch norms are folded first.
+
+    Args:
+        ann: A model of ``create_model(name, neuron='relu')``; it stays as it is.
+        data: Images ``[B, C, H, W]`` as in training, or a loader of batches, of which labels are ignored.
+        T: Time steps.
+        mode: What one spike a step stands for: 'max' of the layer's activations, a percentile such as '99.9%' (larger
+            ones are cut off, all others need less time), or a fraction of the maximum such as 0.9.
+        encoding: 'direct' (the image as a current at every step) or 'poisson' (pixels in [0, 1] as random spikes).
+        half_threshold: Start membrane potentials at half the threshold, so that rates round instead of being rounded
+            down.
+
+    Returns:
+        The spiking model in evaluation mode, of the same architecture with ``neuron='if'`` and ``reset='soft'``.
+
+    Raises:
+        ValueError: No ReLU twin, a layer without spiking form (named), a layer that is silent on ``data``, no data,
+            or an unknown mode or encoding.
+
+    Example:
+        >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
+    """
+    _check(ann, encoding)
+    facts = describe(ann)
+    flow = _Flow(ann)
+    if not isinstance(ann.head.fc, nn.Linear):  # type: ignore[union-attr]
+        raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
+    plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
+    neuron = {"neuron": "if", "reset": "soft", "threshold": 1.0, "v_reset": 0.0, "firing": ">=", "mpbn": "none"}
+    neuron |= {"v_init": 0.5 if half_threshold else 0.0, "encoding": encoding, "T": T}
+    model: Any = create_model(facts["architecture"], **{**facts["model_args"], **neuron})
+    model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])
+    measured = _activations(plain, data, mode, encoding)
+    units = {flow.INPUT: 1.0, flow.LOGITS: 1.0, **measured}
+    for name, unit in measured.items():
+        first = flow.first.get(name, name)
+        units[first] = max(units[first], unit)
+    units |= {name: units[first] for name, first in flow.first.items()}
+    for name, source, target in flow.layers:
+        layer = plain.get_submodule(name)
+        layer.weight *= units[source] / units[target]
+        if layer.bias is not None:
+            layer.bias /= units[target]
+    like = next(plain.parameters())
+    model.to(like.device, like.dtype).load_state_dict(plain.state_dict())
+    inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}
+    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
+    return model.eval()

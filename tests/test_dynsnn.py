@@ -1,0 +1,685 @@
+"""DynSNN: rates by hand, what fades, what belongs to a neuron, reactivation, pruning, training, the command."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import DISTRIBUTED, ROOT, assert_same_end, assert_same_weights, interrupted, load, summary
+from torch import nn
+
+import spikezoo
+from spikezoo.__main__ import main
+from spikezoo.checkpoint import load_state
+from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
+from spikezoo.transforms import dynsnn, replay
+from spikezoo.transforms.dynsnn import (
+    _Reach,
+    dynsnn_report,
+    fade,
+    find_threshold,
+    masks_of,
+    neuron_rates,
+    prune,
+    reactivate,
+    share,
+    sweep_thresholds,
+    threshold_for,
+    without,
+)
+
+MICRO = ["test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_spikformer", "test_autost"]
+
+
+@pytest.fixture(scope="module")
+def train():
+    return load("train")
+
+
+@pytest.fixture
+def fast(train, monkeypatch):
+    monkeypatch.setattr(train, "plot", lambda *_: [])
+    return train
+
+
+def images_for(model, count=4):
+    return torch.randn(count, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(5))
+
+
+def settled(name="test_spiking_vgg", per="channel", **arguments):
+    """A model whose neurons fire, with random norms, biases and masks of DynSNN."""
+    torch.manual_seed(3)
+    model = spikezoo.create_model(name, T=3, dynsnn={"per": per}, **arguments).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        for _ in range(4):
+            model(torch.randn(16, model.in_chans, *model.img_size))
+    return model.eval()
+
+
+def remove_half(model):
+    """Remove a random half of the neurons, at least one of each layer left; the rates that say so."""
+    generator = torch.Generator().manual_seed(1)
+    rates = {name: torch.rand(mask.shape, generator=generator) for name, mask in masks_of(model).items()}
+    for rate in rates.values():
+        rate.view(-1)[0] = 1.0
+    return rates
+
+
+class Repeat(nn.Module):
+    """The same image at T steps, weights, neurons, and the mean over time."""
+
+    def __init__(self, weight, neuron, T=4):
+        super().__init__()
+        self.linear = nn.Linear(*reversed(weight.shape), bias=False)
+        self.linear.weight.data = weight
+        self.neuron, self.T = neuron, T
+
+    def forward(self, x):
+        return self.neuron(self.linear(x).expand(self.T, *x.shape[:1], -1)).mean(0)
+
+
+# ---------------------------------------------------------------------------------------------- rates by hand
+
+
+def test_rates_of_three_neurons_by_hand():
+    # Integrate and fire, threshold 1, hard reset, T=4. Input currents of the first sample: 0.3 (0.3 0.6 0.9 1.2: one
+    # spike), 0.5 (two), 1 (four); of the second 0.6 (two), 1 (four), 2 (four); of the third 0, 0, 0.
+    net = Repeat(torch.tensor([[0.3], [0.5], [1.0]]), IF(NeuronConfig(kind="if")))
+    x = torch.tensor([[1.0], [2.0], [0.0]])
+    wanted = torch.tensor([(1 / 4 + 2 / 4) / 3, (2 / 4 + 1) / 3, (1 + 1) / 3], dtype=torch.float64)
+    for batches in ([x], [x[:2], x[2:]], [(x, torch.arange(3))]):
+        (rate,) = neuron_rates(net, batches).values()
+        torch.testing.assert_close(rate, wanted, rtol=0, atol=1e-15)
+    assert neuron_rates(net, [x]).keys() == {"neuron"}
+
+
+def test_silent_and_always_firing_nets():
+    silent, busy = (Repeat(torch.full((5, 1), weight), LIF(NeuronConfig())) for weight in (0.0, 9.0))
+    x = torch.ones(2, 1)
+    assert neuron_rates(silent, [x])["neuron"].tolist() == [0] * 5
+    assert neuron_rates(busy, [x])["neuron"].tolist() == [1] * 5
+    assert not fade(neuron_rates(silent, [x]), 0)["neuron"].any()  # 0 removes nothing, even what never fires
+    assert fade(neuron_rates(silent, [x]), 1e-9)["neuron"].all()
+    assert not fade(neuron_rates(busy, [x]), 1)["neuron"].any()
+
+
+def test_rates_of_maps_and_of_a_wider_batch(monkeypatch):
+    model = settled(per="unit")
+    x = images_for(model, 7)
+    seen = {}
+    forward = SpikingNeuron.forward
+    monkeypatch.setattr(
+        SpikingNeuron, "forward", lambda self, x: seen.setdefault(self, []).append(forward(self, x)) or seen[self][-1]
+    )
+    with torch.no_grad():
+        model(x)
+    monkeypatch.undo()
+    rates, channels = neuron_rates(model, x.split(3)), neuron_rates(model, [x], per="channel")
+    for name, neuron in model.named_modules():
+        if isinstance(neuron, SpikingNeuron):
+            (spikes,) = seen[neuron]
+            torch.testing.assert_close(rates[name], spikes.double().mean((0, 1)), rtol=0, atol=1e-12)
+            assert rates[name].shape == neuron.shape == neuron.mask.shape
+            by_channel = rates[name].flatten(1).mean(1) if rates[name].dim() > 1 else rates[name]
+            torch.testing.assert_close(channels[name], by_channel, rtol=0, atol=1e-12)
+    assert neuron_rates(settled(per="channel"), [x])["stem.0.neuron"].dim() == 1  # what the masks are made for
+
+
+def test_nothing_of_the_measurement_survives():
+    model = settled().train()
+    model.stem.eval()  # a part that stays as it is
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    neuron_rates(model, [images_for(model)])
+    dynsnn_report(model)
+    with pytest.raises(RuntimeError):
+        neuron_rates(Broken(model), [images_for(model)])
+    assert model.training and not model.stem.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Broken(nn.Module):
+    """Fails after its model has run."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        self.model(x)
+        raise RuntimeError
+
+
+# ------------------------------------------------------------------------------------------ what fades
+
+
+def by_hand():
+    """Rates of two layers, of 4 neurons and of 3 channels of 2x2 neurons, and a model of such layers."""
+    neurons = LIF(NeuronConfig()), LIF(NeuronConfig())
+    neurons[0].shape, neurons[1].shape = (4,), (3, 2, 2)
+    for neuron in neurons:
+        neuron.mask = torch.ones(neuron.shape[:1], dtype=torch.bool)
+    model = nn.ModuleDict({"a": neurons[0], "b": neurons[1]})
+    rates = {"a": [0.1, 0.2, 0.3, 0.9], "b": [0.15, 0.0, 0.8]}
+    return model, {name: torch.tensor(values, dtype=torch.float64) for name, values in rates.items()}
+
+
+def test_threshold_for_a_compression_by_hand():
+    model, rates = by_hand()
+    # In order: 0 (four neurons), 0.1 (one), 0.15 (four), 0.2, 0.3 (one each), 0.8 (four), 0.9 (one); 16 in all.
+    for compression, removed in (
+        (0, 0),
+        (0.01, 4),
+        (4 / 16, 4),
+        (0.26, 5),
+        (5 / 16, 5),
+        (0.4, 9),
+        (0.6, 10),
+        (0.65, 11),
+    ):
+        threshold = threshold_for(model, rates, compression)
+        assert share(model, fade(rates, threshold)) == 100 * removed / 16, compression
+    with pytest.raises(ValueError, match=r"remove all 3 neurons of layer 'b'.* 0\.8; .* at most 0\.6875 can go"):
+        threshold_for(model, rates, 0.7)
+    with pytest.raises(ValueError, match="compression=1"):
+        threshold_for(model, rates, 1)
+
+
+def test_fading_neurons_are_silent_for_a_while():
+    model, rates = by_hand()
+    with without(model, fade(rates, 0.15)):
+        assert masks_of(model)["a"].tolist() == [False, True, True, True]
+        assert masks_of(model)["b"].tolist() == [True, False, True]
+        x = torch.full((2, 1, 3, 2, 2), 5.0)
+        assert model["b"](x).mean((0, 1, 3, 4)).tolist() == [1, 0, 1]
+    assert all(mask.all() for mask in masks_of(model).values())
+
+
+def test_the_threshold_of_a_tolerance_is_the_highest():
+    model, rates = by_hand()
+    asked = []
+
+    def accuracy(net):
+        asked.append(share(net, {name: ~mask for name, mask in masks_of(net).items()}))
+        return 90 - asked[-1] / 10  # a point for every ten per cent of the neurons
+
+    # The thresholds 0, 0.1, 0.15, 0.2, 0.3, 0.8 remove 0, 4, 5, 9, 10, 11 of 16: 0 25 31.25 56.25 62.5 68.75 per cent.
+    for tolerance, threshold in ((0, 0), (2.4, 0), (2.5, 0.1), (5.6, 0.15), (5.7, 0.2), (6.5, 0.3), (100, 0.8)):
+        assert find_threshold(model, rates, accuracy, tolerance) == threshold, tolerance
+    rows = sweep_thresholds(model, rates, accuracy, 99)
+    assert [(row["threshold"], row["compression"]) for row in rows] == [
+        (0, 0), (0.1, 25), (0.15, 31.25), (0.2, 56.25), (0.3, 62.5), (0.8, 68.75)
+    ]  # fmt: skip
+    assert all(row["top1"] == pytest.approx(90 - row["compression"] / 10) for row in rows)
+    assert len(sweep_thresholds(model, rates, accuracy, 3)) == 3
+
+
+# --------------------------------------------------------------------------------- what belongs to a neuron
+
+
+def test_what_matters_by_hand():
+    # Four convolutions of 4, 6, 8, 10 channels with a max-pool behind the 2nd, 3rd and 4th, one linear layer of 16.
+    model = settled()
+    alive = {name: torch.ones_like(mask) for name, mask in masks_of(model).items()}
+    names = list(alive)
+    alive[names[0]][[0, 2]] = False
+    alive[names[3]][[1]] = False
+    alive[names[4]][3:9] = False
+    reach = _Reach(model, alive)
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert layers == list(reach.layers) and len(layers) == 6
+    rows, columns = zip(*[reach.matters(name) for name in layers], strict=True)
+    assert [(~flags).nonzero().flatten().tolist() for flags in rows] == [[0, 2], [], [], [1], [*range(3, 9)], []]
+    places = model.img_size[0] // 8  # the linear layer reads the map of a channel in one go
+    assert [(~flags).nonzero().flatten().tolist() for flags in columns] == [
+        [], [0, 2], [], [], [*range(places**2, 2 * places**2)], [*range(3, 9)]
+    ]  # fmt: skip
+    assert [(~flags).nonzero().flatten().tolist() for flags in reach.norms.values()] == [
+        [0, 2],
+        [],
+        [],
+        [1],
+        [*range(3, 9)],
+    ]
+
+
+def test_a_residual_stream_keeps_what_one_of_its_joins_needs():
+    model = settled("test_spiking_resnet")
+    blocks = [name for name, m in model.named_modules() if type(m).__name__ == "ResidualBlock" and m.shortcut is None]
+    name = blocks[0]  # its shortcut is the identity
+    stream = f"{name.rpartition('.')[0]}.{int(name.rpartition('.')[2]) - 1}.neuron" if not name.endswith(".0") else None
+    before = stream if stream in masks_of(model) else [n for n in masks_of(model) if n < name][-1]
+    for dead, gone in (([before], False), ([before, f"{name}.neuron"], True)):
+        alive = {n: torch.ones_like(mask) for n, mask in masks_of(model).items()}
+        for neuron in dead:
+            alive[neuron][0] = False
+        reach = _Reach(model, alive)
+        assert bool(reach.matters(f"{name}.conv1.conv")[1][0]) is False  # the first layer of the block reads neurons
+        readers = [n for n in reach.layers if n.startswith(name.rpartition(".")[0]) and n > f"{name}.neuron"]
+        readers = readers or ["head.fc"]
+        assert bool(reach.matters(readers[0])[1][0]) is not gone
+        assert bool(reach.matters(f"{name}.conv2.conv")[0][0]) is not gone
+
+
+def test_synapses_neurons_and_parameters_by_hand():
+    model = settled("test_mpbn_vgg", img_size=8)
+    rows = dynsnn_report(model)
+    # Convolutions 3 -> 6 at 8x8, 6 -> 8 and 8 -> 8 at 4x4, 8 -> 12 at 2x2, each followed by pooling but the second; a
+    # 3x3 kernel has 3n - 2 taps a side within a map of n, so 22^2 = 484, 10^2, 10^2, 4^2; the classifier 12 x 10.
+    shapes = [neuron.shape for neuron in model.modules() if isinstance(neuron, SpikingNeuron)]
+    assert shapes == [(6, 8, 8), (8, 4, 4), (8, 4, 4), (12, 2, 2)]
+    assert rows["neurons"] == 6 * 64 + 8 * 16 + 8 * 16 + 12 * 4
+    chans = [(model.in_chans, 6, 484), (6, 8, 100), (8, 8, 100), (8, 12, 16)]
+    assert rows["synapses"] == sum(a * b * taps for a, b, taps in chans) + 120 == rows["synapses_left"]
+    assert rows["parameters"] == sum(p.numel() for p in model.parameters()) == rows["parameters_left"]
+    names = list(masks_of(model))
+    rates = {name: torch.ones(mask.shape) for name, mask in masks_of(model).items()}
+    rates[names[1]][[2, 5]] = 0.1
+    prune(model, rates, 0.2)
+    rows = dynsnn_report(model)
+    assert rows["neurons_left"] == rows["neurons"] - 2 * 16
+    chans[1:3] = [(6, 6, 100), (6, 8, 100)]
+    assert rows["synapses_left"] == sum(a * b * taps for a, b, taps in chans) + 120
+    # Of each channel: its row, its column in the next layer, bias, scale and shift of both norms.
+    assert rows["parameters_left"] == rows["parameters"] - 2 * (6 * 9 + 8 * 9 + 1 + 2 + 2)
+
+
+@pytest.mark.parametrize("per", ["unit", "channel"])
+@pytest.mark.parametrize("name", MICRO)
+def test_pruned_weights_change_no_logit(name, per):
+    model = settled(name, per)
+    rates, x = remove_half(model), images_for(model)
+    whole = model(x)
+    with torch.no_grad(), without(model, fade(rates, 0.5)):
+        masked = model(x)
+    before = dynsnn_report(model, x)
+    prune(model, rates, 0.5)
+    assert torch.equal(model(x), masked) and not torch.equal(masked, whole)
+    after = dynsnn_report(model, x)
+    assert after["neurons_left"] < before["neurons_left"] and after["synapses_left"] < before["synapses_left"]
+    assert after["sops_exact"] < before["sops_exact"]
+    assert after["neurons_removed"] == pytest.approx(share(model, {n: ~m for n, m in masks_of(model).items()}))
+    zeros = sum(int((p == 0).sum()) for p in model.parameters())
+    assert zeros > 0.4 * (after["parameters"] - after["parameters_left"])
+    again = neuron_rates(model, [x])
+    assert all(not rate[~masks_of(model)[layer]].any() for layer, rate in again.items())
+
+
+@pytest.mark.parametrize("name", ["test_spiking_vgg", "test_mpbn_vgg"])
+def test_what_was_removed_stays_removed_in_training(name):
+    model = settled(name)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+
+    def step():
+        optimizer.zero_grad()
+        model.train()(images_for(model)).square().sum().backward()
+        optimizer.step()
+
+    step()
+    prune(model, remove_half(model), 0.5, optimizer)
+    zeros = {n: p == 0 for n, p in model.named_parameters() if p.dim() > 1}
+    assert all(flags.any() for flags in list(zeros.values())[1:-1])
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    step()
+    step()
+    for n, p in model.named_parameters():
+        if n in zeros:
+            assert torch.equal(p == 0, zeros[n]) and not torch.equal(p, before[n])
+
+
+def test_a_layer_is_not_emptied():
+    model = settled()
+    rates = neuron_rates(model, [images_for(model)])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    highest, name = min((float(rate.max()), name) for name, rate in rates.items())
+    with pytest.raises(ValueError, match=f"remove all .* neurons of layer {name!r}, .*busiest has a firing rate of"):
+        prune(model, rates, min(1.0, highest + 1e-6))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    prune(model, rates, highest)
+    assert all(mask.any() for mask in masks_of(model).values())
+    for threshold in (-0.1, 1.1, float("nan"), True, "0.1", None):
+        with pytest.raises(ValueError, match=r"threshold=.*expected a firing rate in \[0, 1\]"):
+            prune(model, rates, threshold)
+
+
+def test_threshold_zero_prunes_nothing():
+    model = settled()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prune(model, {name: torch.zeros(mask.shape) for name, mask in masks_of(model).items()}, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------- reactivation
+
+
+@pytest.mark.parametrize("weights", ["in", "out", "both"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_reactivation_draws_anew_what_belongs_to_the_neuron(weights, optimizer):
+    model = settled("test_mpbn_vgg")
+    ema = spikezoo.create_model("test_mpbn_vgg", T=3, dynsnn={"per": "channel"})
+    kinds = {"sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9), "adam": lambda p: torch.optim.Adam(p, 0.01)}
+    optimizer = kinds[optimizer](list(model.parameters()))
+    model(images_for(model)).square().sum().backward()
+    optimizer.step()
+    names = list(masks_of(model))
+    fading = {name: torch.zeros_like(mask) for name, mask in masks_of(model).items()}
+    fading[names[1]][[2, 5]] = True  # of the second convolution
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    before, averaged = ({n: v.clone() for n, v in m.state_dict().items()} for m in (model, ema))
+    reactivate(model, fading, optimizer, ema, torch.Generator().manual_seed(7), weights)
+
+    touched = {n: torch.zeros_like(v, dtype=torch.bool) for n, v in before.items()}
+    if weights in ("in", "both"):
+        touched[f"{layers[1]}.weight"][[2, 5]] = True
+        touched[f"{layers[1]}.bias"][[2, 5]] = True
+        block = layers[1].rpartition(".")[0]
+        for norm in (f"{block}.norm", f"{block}.neuron.norm"):
+            for value, start in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+                touched[f"{norm}.{value}"][[2, 5]] = True
+                assert model.state_dict()[f"{norm}.{value}"][[2, 5]].tolist() == [start] * 2
+    if weights in ("out", "both"):
+        touched[f"{layers[2]}.weight"][:, [2, 5]] = True
+    for name, value in model.state_dict().items():
+        assert torch.equal(value[~touched[name]], before[name][~touched[name]]), name
+        if "weight" in name and touched[name].any():
+            assert (value[touched[name]] != before[name][touched[name]]).all(), name
+        assert torch.equal(ema.state_dict()[name], torch.where(touched[name], value, averaged[name])), name
+    for name, parameter in model.named_parameters():
+        state = [v for v in optimizer.state[parameter].values() if v.shape == parameter.shape]
+        assert state and all(not value[touched[name]].any() for value in state), name
+        assert all(value[~touched[name]].any() for value in state) or touched[name].all() or ".norm" in name
+    new = model.state_dict()[f"{layers[1 if weights == 'in' else 2]}.weight"]
+    assert new.std() < 2 * before[f"{layers[1 if weights == 'in' else 2]}.weight"].std()
+    fresh = settled("test_mpbn_vgg")
+    fresh.load_state_dict(before)
+    reactivate(fresh, fading, None, None, torch.Generator().manual_seed(7), weights)
+    assert_same_weights(fresh.state_dict(), model.state_dict())
+
+
+def test_a_channel_is_drawn_anew_where_all_its_neurons_fade():
+    model = settled(per="unit")
+    fading = {name: torch.zeros_like(mask) for name, mask in masks_of(model).items()}
+    first = next(iter(fading))
+    fading[first][0] = True
+    fading[first][1, 1:] = True  # but not its first row
+    before = model.stem[0].conv.weight.clone()
+    reactivate(model, fading)
+    changed = (model.stem[0].conv.weight != before).flatten(1)
+    assert changed[0].all() and not changed[1:].any()
+
+
+def test_what_cannot_be_reactivated():
+    model = settled()
+    fading = fade(neuron_rates(model, [images_for(model)]), 0.1)
+    with pytest.raises(ValueError, match=r"weights='input' .*'in'"):
+        reactivate(model, fading, weights="input")
+    prune(model, remove_half(model), 0.5)
+    with pytest.raises(ValueError, match="were removed"):
+        reactivate(model, fading)
+    ticket = spikezoo.create_model("test_spiking_vgg", ticket={}, dynsnn={})
+    with pytest.raises(ValueError, match="tickets"):
+        reactivate(ticket, {name: ~mask for name, mask in masks_of(ticket).items()})
+
+
+# ------------------------------------------------------------------------------------------ the transform
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"per": "neuron"}, "per='neuron' does not exist"),
+        ({"threshold": 1.5}, r"threshold=1.5: expected a firing rate in \[0, 1\]"),
+        ({"compression": 1.0}, "compression=1.0"),
+        ({"reactivate_at": 3, "threshold": 0.1}, r"reactivate_at=3: expected a list"),
+        ({"reactivate_at": [0], "threshold": 0.1}, "reactivate_at=0: expected epochs"),
+        ({"reactivate_at": [1, 5], "prune_at": 4, "threshold": 0.1}, "is not reactivated"),
+        ({"prune_at": 4}, "give threshold or compression"),
+        ({"prune_at": 4.5, "threshold": 0.1}, "prune_at=4.5"),
+        ({"samples": 0}, "samples=0"),
+        ({"weights": "input"}, "weights='input' does not exist"),
+        ({"treshold": 0.1}, "no argument 'treshold'.*'threshold'"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        spikezoo.create_model("test_spiking_vgg", dynsnn=arguments)
+
+
+def test_models_that_cannot_have_masks():
+    with pytest.raises(ValueError, match="no spiking neurons: create it with neuron='lif'"):
+        spikezoo.create_model("test_spiking_vgg", neuron="relu", dynsnn={})
+    with pytest.raises(ValueError, match="have a mask already"):
+        dynsnn(settled())
+    with pytest.raises(ValueError, match="Nobody said how many neurons '1' has"):
+        dynsnn(nn.Sequential(nn.Linear(2, 3), LIF(NeuronConfig())))
+    with pytest.raises(ValueError, match="per='unit' on a model that selects patches"):
+        spikezoo.create_model("test_spikformer", multisp={}, dynsnn={})
+    with pytest.raises(ValueError, match="neurons have no masks"):
+        masks_of(spikezoo.create_model("test_spiking_vgg"))
+    with pytest.raises(ValueError, match="No batches"):
+        neuron_rates(settled(), [])
+
+
+def test_masks_of_single_neurons_tie_the_model_to_its_size():
+    channel, unit = (settled("test_mpbn_vgg", per) for per in ("channel", "unit"))
+    x = torch.randn(1, channel.in_chans, 40, 40)
+    assert channel(x).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"made for feature maps .* and the layer got .*per='channel'"):
+        unit(x)
+
+
+@pytest.mark.parametrize("per", ["unit", "channel"])
+def test_a_checkpoint_remembers_what_was_removed(tmp_path, per):
+    model = settled("test_spiking_resnet", per)
+    spikezoo.save_checkpoint(model, tmp_path / "whole")
+    prune(model, remove_half(model), 0.5)
+    folder = spikezoo.save_checkpoint(model, tmp_path / "pruned")
+    loaded = spikezoo.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert loaded.recipe == model.recipe and loaded.recipe[0][1]["per"] == per
+    assert all(torch.equal(mask, masks_of(model)[name]) for name, mask in masks_of(loaded).items())
+    x = images_for(model)
+    assert torch.equal(loaded(x), model(x))
+    bits = sum(mask.numel() for mask in masks_of(model).values()) / 8
+    stored = load_file(folder / "model.safetensors")
+    masks = {name: tensor for name, tensor in stored.items() if ".mask" in name}
+    assert sum(tensor.nbytes for tensor in masks.values()) <= 1.1 * bits + 8 * 4 * len(masks)
+    if per == "channel":
+        assert (folder / "model.safetensors").stat().st_size < (tmp_path / "whole/model.safetensors").stat().st_size
+
+
+def test_masks_outlive_folds_and_replay():
+    model = settled("test_mpbn_vgg")
+    prune(model, remove_half(model), 0.5)
+    x = images_for(model)
+    folded = replay(model, [("fold_mpbn", {}), ("fold_bn", {})])
+    torch.testing.assert_close(folded(x), model(x))
+    assert dynsnn_report(folded)["neurons_removed"] == dynsnn_report(model)["neurons_removed"]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), model(x))
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+DYNSNN = (
+    "--dynsnn per=channel compression=0.3 threshold=0.2 reactivate_at=[1] prune_at=2 samples=50 --epochs 3 "
+    "--model-ema --model-ema-decay 0.7 --grad-accum-steps 2 --recovery-interval 2"
+)
+
+
+def flags(output, *more):
+    base = "--model test_spiking_vgg --T 2 --dataset digits --subset 64 -b 16 --lr 0.05 --experiment run"
+    return [*base.split(), *DYNSNN.split(), "--output", str(output), *map(str, more)]
+
+
+def test_training_reactivates_and_prunes(fast, tmp_path, monkeypatch, capsys):
+    seen = []
+    for name in ("reactivate", "prune"):
+        original = getattr(fast, name)
+
+        def spy(model, *args, name=name, original=original):
+            seen.append((name, model.training, model.num_classes))
+            return original(model, *args)
+
+        monkeypatch.setattr(fast, name, spy)
+    fast.main(flags(tmp_path))
+    assert [name for name, *_ in seen] == ["reactivate", "prune"]
+    told = capsys.readouterr().out
+    assert "epoch 1/3: DynSNN reactivates" in told and "epoch 2/3: DynSNN prunes" in told
+    rows = summary(tmp_path / "run")
+    assert [bool(row["eval_dynsnn_fading"]) for row in rows] == [True, True, False]
+    assert [bool(row["eval_dynsnn_top1_before"]) for row in rows] == [True, True, False]
+    removed = [float(row["eval_dynsnn_removed"]) for row in rows]
+    assert removed[0] == 0 and removed[1] == removed[2] >= 30
+    results = json.loads((tmp_path / "run" / "config.json").read_text())["spikezoo"]["results"]
+    assert results["neurons_removed"] == removed[2] and results["synapses_left"] < results["synapses"]
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert dynsnn_report(model)["neurons_removed"] == pytest.approx(removed[2])
+    averaged = load_state(tmp_path / "run" / "last.safetensors")["ema"]
+    assert_same_weights(model.state_dict(), averaged)
+    dead = {n: ~m for n, m in masks_of(model).items()}
+    assert not model.stem[0].conv.weight[dead["stem.0.neuron"]].any()
+
+
+@pytest.mark.parametrize("call", [6, 11])  # after the epoch with the reactivation, and after that with the pruning
+def test_resume_is_bit_identical(fast, tmp_path, monkeypatch, call):
+    fast.main(flags(tmp_path / "whole"))
+    argv = flags(tmp_path / "parts", "--resume", "auto")
+    interrupted(fast, argv, call, monkeypatch)
+    torch.manual_seed(99)
+    fast.main(argv)
+    assert_same_end(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+
+def test_resume_after_sigkill_while_neurons_are_removed(fast, tmp_path):
+    argv = flags(tmp_path / "parts", "--resume", "auto")
+    code = f"""
+        import importlib.util, os, signal
+        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
+        train = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(train)
+        original = train.prune
+        def prune(*args):
+            original(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        train.prune = prune
+        train.main({argv!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(summary(tmp_path / "parts" / "run")) == 1
+    fast.main(argv)
+    fast.main(flags(tmp_path / "whole"))
+    assert_same_end(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+
+def test_two_processes(tmp_path):
+    argv = [*flags("x")[:-2], "--device", "cpu", "-b", "8"]
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED).format(script=str(ROOT / "train.py"), argv=argv))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [load_state(tmp_path / f"whole-{rank}.safetensors") for rank in range(2)]
+    masks = {name: value for name, value in ranks[0]["model"].items() if name.endswith(".mask")}
+    assert masks and not all(mask.all() for mask in masks.values())
+    for part in ("model", "ema"):  # the statistics of the norms are averaged in the former alone
+        kept = [{n: v for n, v in rank[part].items() if "running" not in n} for rank in ranks]
+        assert_same_weights(*kept)
+    assert_same_end(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+
+def test_runs_that_make_no_sense(fast, tmp_path):
+    with pytest.raises(ValueError, match="acts after epoch 2, and the run has --epochs 1"):
+        fast.main(flags(tmp_path, "--epochs", 1))
+    with pytest.raises(ValueError, match="no spiking neurons"):
+        fast.main(flags(tmp_path, "--neuron", "relu", "--T", 1))
+    with pytest.raises(ValueError, match=r"would remove all .* neurons of layer"):
+        fast.main(flags(tmp_path, "--dynsnn", "threshold=1", "prune_at=1"))
+    fast.main(flags(tmp_path / "masks", "--dynsnn", "per=channel", "--epochs", 1))  # masks alone
+    assert "eval_dynsnn_removed" in summary(tmp_path / "masks" / "run")[0]
+
+
+# -------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, train):
+    folder = tmp_path_factory.mktemp("trained")
+    run = "--model test_spiking_vgg --T 2 --dataset digits --subset 320 -b 16 --epochs 4 --lr 0.1 --experiment run"
+    plot, train.plot = train.plot, lambda *_: []
+    try:
+        train.main([*run.split(), "--output", str(folder)])
+    finally:
+        train.plot = plot
+    return folder / "run"
+
+
+@pytest.mark.parametrize("how", [("--compression", "0.25"), ("--tolerance", "5"), ("--threshold", "0.05")])
+def test_command(trained, tmp_path, capsys, how):
+    pytest.importorskip("matplotlib")
+    pictures = tmp_path / "rates.png", tmp_path / "sweep.png"
+    more = ["--samples", "200", "--plot-rates", str(pictures[0]), "--plot-threshold", str(pictures[1])]
+    assert main(["dynsnn", "--checkpoint", str(trained), *how, *more, "--output", str(tmp_path / "new")]) == 0
+    told = capsys.readouterr().out
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    results = json.loads((tmp_path / "new" / "config.json").read_text())["spikezoo"]["results"]
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    report = dynsnn_report(model)
+    assert report["neurons_left"] == results["neurons_left"] and f"{report['neurons_left']:,}" in told
+    load("validate").main(["--checkpoint", str(tmp_path / "new")])
+    assert f'"top1": {results["top1"]}' in capsys.readouterr().out
+    if how[0] == "--compression":
+        assert results["neurons_removed"] >= 25
+    assert f"{results['top1']:.2f} %" in told
+    # What was pruned is pruned on.
+    assert main(["dynsnn", "--checkpoint", str(tmp_path / "new"), "--compression", "0.5", "--samples", "50"]) == 0
+
+
+def test_command_says_what_is_wrong(trained, tmp_path, capsys):
+    for argv, words in (
+        ([], "How much may go?"),
+        (["--threshold", "2"], "threshold=2.0"),
+        (["--compression", "0.99"], "would remove all"),
+        (["--tolerance", "-1"], "tolerance=-1"),
+        (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
+        (["--table", str(tmp_path)], "train.py --plan"),
+    ):
+        assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_table(tmp_path, capsys):
+    rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
+    rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
+    with open(tmp_path / "results.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("name", "top1", "neurons_removed"), *rows])
+    assert main(["dynsnn", "--table", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
+    assert first.split() == [
+        "snn_t",
+        "98.00",
+        "±1.41",
+        "97.9",
+        "-",
+        "98.00",
+        "±0.71",
+        "98.0",
+        "0.00",
+        "-0.10",
+        "54.50",
+        "±0.71",
+        "53.71",
+    ]
+    assert second.split() == ["other", "50.00", "±0.00", "-", "-", "nan", "-"]
