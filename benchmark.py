@@ -187,7 +187,8 @@ def _(source: ConvNormNeuron) -> nn.Module:
     layers = [_same_weights(twin, conv)]
     if source.pool is not None:
         layers.append(in_spikingjelly(source.pool))
-    layers.append(_same_weights(layer.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine), norm))
+    if isinstance(norm, nn.BatchNorm2d):
+        layers.append(_same_weights(layer.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine), norm))
     if source.neuron is not None:
         layers.append(_neuron(source.neuron))
     return nn.Sequential(*layers)

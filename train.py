@@ -77,7 +77,7 @@ from tqdm import tqdm
 import spikezoo
 from spikezoo.checkpoint import atomic, load_state, read_config, save_state
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate, input_statistics, write_rows
+from spikezoo.evaluation import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates, nearest
 from spikezoo.transforms.dynsnn import (
@@ -146,7 +146,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dataset",
         default="digits",
         help="digits, mnist, fashion_mnist, cifar10, cifar100, npz:PATH, "
-        "imagenet or another name that timm reads (default: %(default)s)",
+        "imagenet or another name that timm reads; of events nmnist, cifar10dvs, dvs128gesture, events:PATH "
+        "(default: %(default)s)",
     )
     group.add_argument("--data-dir", metavar="DIR", help="folder of the dataset (default: $SPIKEZOO_DATA or ./data)")
     group.add_argument("--dataset-download", action=Switch, default=True)
@@ -167,17 +168,27 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("-j", "--workers", type=int, default=2, help="loader processes; small sets are held in memory")
     group.add_argument("--hflip", type=float, help="probability of a horizontal flip (default: the dataset's)")
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
+    group.add_argument(
+        "--roll", type=int, default=0, metavar="PIXELS", help="largest shift, what leaves on one side comes in again"
+    )
     group.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="side of one square hole an image")
-    group.add_argument("--aa", metavar="POLICY", help="cifar10, imagenet, svhn, trivial or timm's rand-... strings")
+    group.add_argument(
+        "--aa", metavar="POLICY", help="cifar10, imagenet, svhn, trivial or timm's rand-... strings; for events snn"
+    )
     group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing")
     group.add_argument("--mixup", type=float, default=0.0)
     group.add_argument("--cutmix", type=float, default=0.0)
     group.add_argument("--mixup-prob", type=float, default=1.0)
     group.add_argument("--mixup-switch-prob", type=float, default=0.5)
+    group.add_argument(
+        "--frames-by",
+        help="of event recordings, which become T frames: number (of events, the default), time or duration",
+    )
+    group.add_argument("--duration-us", type=int, metavar="US", help="length of a frame, for --frames-by duration")
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="spiking_conv4", help="a name of spikezoo.list_models()")
-    group.add_argument("--T", type=int, help="time steps (default: the model's)")
+    group.add_argument("--T", type=int, help="time steps, frames of an event recording (default: the model's)")
     group.add_argument("--mpbn", help="membrane normalisation: channel, element, none (default: the model's)")
     group.add_argument("--neuron", help="lif, if, plif, or the twins relu and sign (default: the model's)")
     group.add_argument("--num-classes", type=int, help="(default: the dataset's)")
@@ -661,7 +672,7 @@ class Run:
             in_chans=model.in_chans,
             channels_last=args.channels_last,
             num_workers=args.workers,
-            **input_statistics(model, args.mean, args.std),
+            **input_options(model, args.dataset, args.mean, args.std, args.frames_by, args.duration_us),
         )
         soft = bool(args.mixup or args.cutmix)
         self.train_loader = loader(
@@ -671,6 +682,7 @@ class Run:
             subset=args.subset,
             hflip=args.hflip,
             crop_padding=args.crop_padding,
+            roll=args.roll,
             cutout=args.cutout,
             auto_augment=args.aa,
             reprob=args.reprob,
@@ -683,7 +695,8 @@ class Run:
         )
         self.val_loader = loader(args.val_split, batch_size=args.validation_batch_size or args.batch_size)
         info = self.val_loader.info
-        self.inputs = {"mean": list(info.mean), "std": list(info.std)}
+        frames = {key: value for key, value in self.val_loader.facts.items() if key in ("frames_by", "duration_us")}
+        self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
         self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn else None
         self.objective = Objective(args, soft)
         if args.rate_penalty and not model.neuron_config.spiking:
@@ -777,6 +790,7 @@ class Run:
                 "dataset": self.args.dataset,
                 "split": self.args.val_split,
                 "inputs": self.inputs,
+                **self.val_loader.facts,
                 "recipe": self.recipe,
             },
             "epoch": self.epoch,
@@ -1067,6 +1081,7 @@ class Run:
         results = {
             "dataset": self.args.dataset,
             "split": self.args.val_split,
+            **self.val_loader.facts,
             **measured,
             "epochs": self.epochs,
             "T": self.model.T,
@@ -1075,7 +1090,7 @@ class Run:
             "seed": self.args.seed,
             **environment(),
         }
-        model.pretrained_cfg |= {**self.inputs, "inputs": self.inputs}
+        model.pretrained_cfg |= {"mean": self.inputs["mean"], "std": self.inputs["std"], "inputs": self.inputs}
         spikezoo.save_checkpoint(model, self.folder, results)
         pictures = plot(self.folder, final["layer_firing_rates"])
         rate = final["firing_rate"]

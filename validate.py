@@ -30,7 +30,7 @@ import spikezoo
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
-from spikezoo.evaluation import check_results_file, environment, evaluate, input_statistics, open_model, write_rows
+from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates
 from spikezoo.registry import is_reference, locate
@@ -75,6 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--split", default="test")
     group.add_argument("-b", "--batch-size", type=int, default=128)
     group.add_argument("-j", "--workers", type=int, default=2)
+    group.add_argument(
+        "--frames-by", help="of event recordings: number, time or duration (default: the checkpoint's, else number)"
+    )
+    group.add_argument("--duration-us", type=int, metavar="US", help="length of a frame (default: the checkpoint's)")
 
     group = parser.add_argument_group("run")
     group.add_argument("--amp", action="store_true", help="mixed precision")
@@ -133,7 +137,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         in_chans=model.in_chans,
         channels_last=args.channels_last,
         num_workers=args.workers,
-        **input_statistics(model, args.mean, args.std),
+        **input_options(model, dataset, args.mean, args.std, args.frames_by, args.duration_us),
     )
     classes, own = loader.info.num_classes, config.get("spikezoo", {}).get("dataset")
     # A net may have been trained with more classes than its own data has.
@@ -167,6 +171,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         "firing_rate": None if result["firing_rate"] is None else round(result["firing_rate"], 6),
         "dataset": dataset,
         "split": args.split,
+        **loader.facts,
         "samples": result["samples"],
         "img_size": model.img_size[0],
         "weights": weights,
@@ -191,7 +196,8 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
     if args.count:
         # Outside autocast and uncompiled: counts belong to the model, not to how it runs.
         prices = {"mac_pj": args.mac_pj, "sop_pj": args.sop_pj}
-        counted = count_loader(model, loader, args.count_images, inputs="analog", **prices)  # pixels are no spikes
+        inputs = "auto" if model.takes_events else "analog"  # pixels are no spikes, whatever their values
+        counted = count_loader(model, loader, args.count_images, inputs=inputs, **prices)
         mean = counted.mean
         row |= mean.row() | {f"{key}_std": None if math.isnan(value) else value for key, value in counted.std.items()}
         print(

@@ -5,6 +5,8 @@
     activations    a picture of the activation maps of several checkpoints
     convert        make a spiking network of a trained ReLU network, and its accuracy over time
     export         write a model as ONNX or NIR
+    events         a picture of a recording's event frames
+    raster         a picture of a layer's spikes, and the firing rates of all layers, over time
     push           publish a checkpoint on the Hugging Face Hub
     dynsnn         remove neurons that hardly fire, without training; or print the table of a plan of such runs
     search         find AutoST architectures
@@ -20,6 +22,8 @@ Example:
     python -m spikezoo export --checkpoint output/quickstart --output quickstart.onnx
     python -m spikezoo dynsnn --checkpoint output/quickstart --tolerance 0.3 --output smaller --plot-threshold sweep.png
     python -m spikezoo dynsnn --table output/table1
+    python -m spikezoo events nmnist --data-dir DATA --T 10 --plot events.png
+    python -m spikezoo raster --checkpoint output/nmnist_subset --data-dir DATA --plot raster.png
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
     python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
     python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
@@ -42,6 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
@@ -53,10 +58,11 @@ from spikezoo.evaluation import (
     check_results_file,
     environment,
     evaluate,
-    input_statistics,
+    input_options,
     open_model,
     write_rows,
 )
+from spikezoo.events import open_events
 from spikezoo.export import check_suffix, export
 from spikezoo.hub import push_folder, save_checkpoint
 from spikezoo.transforms import apply
@@ -82,7 +88,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _loader(
     args: argparse.Namespace, dataset: str, model: Any, images: int, split: str | None = None, **options: Any
 ) -> Any:
-    """Batches of a dataset's images as a model takes them."""
+    """Batches of a dataset's images or recordings as a model takes them."""
     return create_loader(
         dataset,
         split or args.split,
@@ -92,7 +98,7 @@ def _loader(
         img_size=model.img_size[0],
         in_chans=model.in_chans,
         num_workers=0,
-        **input_statistics(model),
+        **input_options(model, dataset),
         **options,
     )
 
@@ -102,6 +108,13 @@ def _to_device(model: Any, device: str) -> Any:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch has no CUDA in it
         raise ValueError(f"--device {device}: {error} Use --device cpu.") from error
+
+
+def _image(loader: Any, number: int, where: str) -> Tensor:
+    """One image of a loader whose batches have one."""
+    if not 0 <= number < len(loader):
+        raise ValueError(f"image={number}: {where} has images 0 to {len(loader) - 1}.")
+    return next(loader.iterate(number))[0][0]
 
 
 def _open(
@@ -153,7 +166,7 @@ def _count(args: argparse.Namespace) -> int:
     loader: Iterable[Any]
     if dataset == "none":
         noise = torch.randn if model.encoding == "direct" else torch.rand
-        loader = [noise(args.images, model.in_chans, *model.img_size)]
+        loader = [noise(args.images, *model.input_shape)]
     else:
         loader = _loader(args, dataset, model, min(args.images, 64))
     summary = count_loader(
@@ -166,7 +179,7 @@ def _count(args: argparse.Namespace) -> int:
         pj_per_byte=args.pj_per_byte,
         norm_ops=args.norm_ops,
         neuron_ops=args.neuron_ops,
-        inputs="analog",  # pixels are no spikes, even where they happen to be whole numbers
+        inputs="auto" if model.takes_events else "analog",  # pixels are no spikes, even where they are whole numbers
     )
     source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"
     if args.plot:
@@ -249,12 +262,10 @@ def _activations(args: argparse.Namespace) -> int:
     for checkpoint in args.checkpoint:
         _, model, dataset, _ = _open(args, None, checkpoint, {}, dataset)
         loader = _loader(args, dataset, model, 1)
-        if args.image >= len(loader):
-            raise ValueError(f"image={args.image}: {dataset}/{args.split} has images 0 to {len(loader) - 1}.")
-        image = next(iter(loader.iterate(args.image)))[0]
-        layer, maps = pictures.activation_maps(model, image[0], args.layer)
+        image = _image(loader, args.image, f"{dataset}/{args.split}")
+        layer, maps = pictures.activation_maps(model, image, args.layer)
         columns.append((f"{pictures.caption(model)}\n{layer}", maps))
-        pixels = pictures.to_pixels(image, loader.info.mean, loader.info.std)[0]
+        pixels = pictures.to_pixels(image[None], loader.info.mean, loader.info.std)[0]
     title = f"Activations (mean over time), image {args.image} of {dataset}/{args.split}"
     pictures.draw_activations(columns, pixels, args.plot, args.channels, title)
     print(f"Wrote {args.plot}")
@@ -499,6 +510,67 @@ def _dynsnn_table(folder: str) -> str:
         cells += [drop, shown(pruned, "neurons_removed", paper[3])]
         lines.append(f"{case:<14}{''.join(f'{cell:<20}' for cell in cells)}".rstrip())
     return "\n".join(lines)
+    return 0
+
+
+def _add_events(commands: Any) -> None:
+    parser = commands.add_parser("events", help="draw the event frames of a recording")
+    parser.add_argument("dataset", help="nmnist, cifar10dvs, dvs128gesture, events:PATH, ...")
+    _add_data(parser)
+    parser.add_argument("--recording", type=int, default=0, help="its number in the split (default: %(default)s)")
+    parser.add_argument("--T", type=int, default=10, help="frames (default: %(default)s)")
+    parser.add_argument("--frames-by", default="number", help="number (of events), time or duration")
+    parser.add_argument("--duration-us", type=int, metavar="US", help="length of a frame, for --frames-by duration")
+    parser.add_argument("--plot", metavar="FILE", required=True, help="picture to write: .png, .pdf or .svg")
+    parser.set_defaults(run=_events)
+
+
+def _events(args: argparse.Namespace) -> int:
+    pictures.check_picture(args.plot)
+    how = {"frames_by": args.frames_by, "duration_us": args.duration_us}
+    found = open_events(
+        args.dataset, args.split, T=args.T, data_dir=args.data_dir, download=args.dataset_download, **how
+    )
+    if not 0 <= args.recording < len(found):
+        raise ValueError(f"recording={args.recording}: {found.split} has recordings 0 to {len(found) - 1}.")
+    frames, label = found.sample(args.recording), found.classes[int(found.labels[args.recording])]
+    title = f"{args.dataset}/{args.split}, recording {args.recording} of class {label}: {frames.sum():,.0f} events"
+    pictures.draw_events(frames, args.plot, title)
+    print(f"{title}. Wrote {args.plot}")
+    return 0
+
+
+def _add_raster(commands: Any) -> None:
+    parser = commands.add_parser("raster", help="draw a layer's spikes over time, and the firing rates of all layers")
+    parser.add_argument("name", nargs="?", help="model, see spikezoo.list_models() (default: the checkpoint's)")
+    parser.add_argument("--checkpoint", metavar="FILE_OR_DIR", help="weights, or a folder that train.py wrote")
+    parser.add_argument("--T", type=int, help="time steps")
+    parser.add_argument("--layer", help="such as stages.0.0 (default: the neurons in the middle)")
+    parser.add_argument("--neurons", type=int, default=200, help="how many, evenly chosen (default: %(default)s)")
+    parser.add_argument("--dataset", help="(default: the checkpoint's, else what fits the model's input)")
+    _add_data(parser)
+    parser.add_argument("--image", type=int, default=0, help="number in the split (default: %(default)s)")
+    parser.add_argument("--plot", metavar="FILE", required=True, help="picture to write: .png, .pdf or .svg")
+    parser.set_defaults(run=_raster)
+
+
+def _raster(args: argparse.Namespace) -> int:
+    pictures.check_picture(args.plot)
+    if args.neurons < 1:
+        raise ValueError(f"neurons={args.neurons}: expected an integer >= 1.")
+    given = {} if args.T is None else {"T": args.T}
+    name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
+    loader = _loader(args, dataset, model, 1)
+    image = _image(loader, args.image, f"{dataset}/{args.split}")
+    layer, spikes, rates = pictures.spikes_over_time(model, image, args.layer)
+    said = ", random weights" if weights == "random" else ""
+    title = f"{name}{said}; image {args.image} of {dataset}/{args.split}"
+    pictures.draw_raster(layer, spikes, rates, args.plot, args.neurons, title)
+    print(
+        f"{layer}: {spikes.sum():,.0f} spikes of {spikes.shape[1]:,} neurons in {spikes.shape[0]} time steps, firing "
+        f"rate {spikes.mean():.4f}. Wrote {args.plot}"
+    )
+    return 0
 
 
 def _add_push(commands: Any) -> None:
@@ -634,6 +706,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_convert(commands)
     _add_export(commands)
     _add_dynsnn(commands)
+    _add_events(commands)
+    _add_raster(commands)
     _add_push(commands)
     _add_search(commands)
     args = parser.parse_args(argv)

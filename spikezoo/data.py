@@ -1,4 +1,4 @@
-"""Datasets by name: small images in memory, augmented in batches; bigger ones by timm's readers.
+"""Datasets by name: small images in memory and event frames, augmented in batches; bigger ones by timm's readers.
 
 Everything random here (order, flips, crops, erasing, policies, mixing) is a pure function of the seed, the epoch, the
 position and the rank. A run that stops in mid-epoch therefore continues exactly with ``loader.iterate(start_batch)``
@@ -65,6 +65,7 @@ class Loader(Protocol):
 
     info: DatasetInfo
     num_samples: int
+    facts: dict[str, Any]  # what a result has to say of the data besides its name
 
     def __len__(self) -> int: ...
 
@@ -106,8 +107,11 @@ _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image fo
 
 
 def list_datasets() -> list[str]:
-    """Lists what ``--dataset`` understands: the names held in memory, then image folders and patterns."""
-    return [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+    """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
+    from spikezoo.events import list_event_datasets  # which builds on this file
+
+    images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+    return images + list_event_datasets()
 
 
 def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
@@ -121,8 +125,12 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
         ValueError: The name is unknown or the file is not usable.
         FileNotFoundError: The file or folder is not there.
     """
+    from spikezoo.events import event_info, is_event_dataset
+
     if name in _INFOS:
         return _INFOS[name]
+    if is_event_dataset(name):
+        return event_info(name, data_dir)
     if name.startswith("npz:"):
         path = _npz_path(name, data_dir)
         stat = path.stat()
@@ -147,11 +155,17 @@ def natural_dataset(img_size: int, in_chans: int, num_classes: int) -> str:
         return "mnist"
     if img_size == 32 and num_classes in (10, 100):
         return f"cifar{num_classes}"
-    if img_size >= 64 and in_chans == 3:  # two channels are event frames
+    if img_size >= 64 and in_chans == 3:
         return "imagenet"
+    for name in list_datasets() if in_chans == 2 else ():
+        if name in ("nmnist", "cifar10dvs", "dvs128gesture"):
+            info = dataset_info(name)
+            if (img_size, num_classes) == (info.img_size, info.num_classes):
+                return name
     raise ValueError(
         f"no dataset is the natural one for img_size={img_size}, in_chans={in_chans}, num_classes={num_classes}; name "
-        f"one, e.g. --dataset digits (8 px), mnist (28), cifar10, cifar100 (32), imagenet (64 and more) or npz:PATH"
+        f"one, e.g. --dataset digits (8 px), mnist (28), cifar10, cifar100 (32), imagenet (64 and more) or npz:PATH; "
+        f"nmnist, cifar10dvs, dvs128gesture or events:PATH for event frames (in_chans=2)"
     )
 
 
@@ -172,7 +186,10 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
         return _load_torchvision(name, split, _data_root(data_dir), download)
     if name.startswith("npz:"):
         return _load_npz(_npz_path(name, data_dir), split)
-    _check_timm_name(name)
+    from spikezoo.events import is_event_dataset
+
+    if not is_event_dataset(name):
+        _check_timm_name(name)
     raise ValueError(f"dataset {name!r} is not held in memory; use create_loader({name!r}, ...) instead")
 
 
@@ -204,7 +221,7 @@ def _check_timm_name(name: str) -> None:
         hint = f"for a folder or tar file of images type --dataset folder --data-dir {name}"
     elif name.lower().startswith(("hfids/", "wds/", "tfds/")):
         hint = "streams are not read, as they cannot be resumed in mid-epoch; type --dataset hfds/NAME or folder"
-    elif near := difflib.get_close_matches(name.lower(), [*_INFOS, *_FOLDER_NAMES], n=3, cutoff=0.5):
+    elif near := difflib.get_close_matches(name.lower(), list_datasets(), n=3, cutoff=0.5):
         hint = f"did you mean {' or '.join(near)}? Type --dataset {near[0]}"
     else:
         hint = "e.g. --dataset digits"
@@ -213,7 +230,7 @@ def _check_timm_name(name: str) -> None:
 
 # Option -> the least whole number (or the choices), and an example.
 _WHOLE = {"batch_size": (1, 128), "img_size": (1, 32), "in_chans": (1, 3), "num_classes": (1, 10), "subset": (1, 1000)}
-_WHOLE |= {"crop_padding": (0, 4), "cutout": (0, 16), "num_workers": (0, 2)}
+_WHOLE |= {"crop_padding": (0, 4), "cutout": (0, 16), "num_workers": (0, 2), "roll": (0, 5), "T": (1, 10)}
 _FRACTIONS = {"hflip": 0.5, "reprob": 0.25, "mixup_prob": 0.5, "mixup_switch_prob": 0.5, "smoothing": 0.1}
 _CHOICES = {
     "remode": ("const", "rand", "pixel"),
@@ -233,22 +250,27 @@ class LoaderOptions:
     seed: int = 0  # of everything random
     rank: int = 0  # number of this process
     world_size: int = 1  # number of processes, which share the samples out among them
-    # Side length of the delivered images; array datasets are resized (bilinear with antialiasing). Default: the stored
-    # one, 224 for timm's.
+    # Side length of the delivered images; arrays are resized (bilinear with antialiasing), events shared out by area.
+    # Default: the stored one, 224 for timm's.
     img_size: int | None = None
     mean: Sequence[float] | None = None  # of the channels, for the normalisation; default: the dataset's
     std: Sequence[float] | None = None  # likewise
     in_chans: int | None = None  # channels of the delivered images: 1 to 3 repeats, 3 to 1 takes the luma
     channels_last: bool = False  # whether the batches have torch's channels_last memory format
-    hflip: float | None = None  # probability of mirroring; default: 0 for digits, mnist, grey npz files, else 0.5
+    # Probability of mirroring; default: 0 for digits, mnist, grey npz files and, but for CIFAR10-DVS, events, else 0.5.
+    hflip: float | None = None
     # Zeros (before normalisation) around an array image out of which a window of the old size is cut; default: 2 for
-    # 28 px, else an eighth of the size (4 for 32 px). timm's datasets have random resized crops instead.
+    # 28 px, 0 for event frames, else an eighth of the size (4 for 32 px). timm's datasets have random resized crops
+    # instead.
     crop_padding: int | None = None
+    # Largest shift in each direction, by which images and event frames are rolled: what leaves on one side comes in on
+    # the other.
+    roll: int = 0
     # Side of a square hole in every image, its centre anywhere in the image, clipped at the border; 0 for none. It is
     # filled before the normalisation, as the authors of MPBN do it, so it is black, not the mean.
     cutout: int = 0
-    # cifar10, imagenet or svhn (torchvision's AutoAugment), trivial, or timm's rand-m9-mstd0.5 and the like; comes
-    # before the crop for arrays.
+    # cifar10, imagenet or svhn (torchvision's AutoAugment), trivial, or timm's rand-m9-mstd0.5 and the like; for event
+    # frames snn; comes before the crop for arrays and events.
     auto_augment: str | None = None
     reprob: float = 0.0  # probability of timm's random erasing
     remode: str = "pixel"  # what it erases with: const (0 after normalisation), rand or pixel
@@ -264,6 +286,10 @@ class LoaderOptions:
     scale: tuple[float, float] = (0.08, 1.0)  # range of the area of random resized crops (timm's datasets)
     crop_pct: float | None = None  # part of the image that an evaluation sees (timm's datasets); default: 0.875
     interpolation: str = "bicubic"  # of timm's datasets
+    T: int = 4  # frames of a recording; images have none
+    # How a recording becomes frames: number (of events; the default), time or duration, see events.open_events.
+    frames_by: str | None = None
+    duration_us: int | None = None  # length of a frame in microseconds, for duration
 
     def __post_init__(self) -> None:
         for option, value in vars(self).items():
@@ -281,7 +307,7 @@ class LoaderOptions:
                 _bad(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
         if not 0 <= self.rank < self.world_size:
             _bad("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
-        if self.auto_augment:
+        if self.auto_augment and self.auto_augment != "snn":
             _policy(self.auto_augment, 32, IMAGENET_DEFAULT_MEAN)  # said before the data is read or downloaded
 
 
@@ -450,14 +476,91 @@ def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
-def _cutout(images: Tensor, size: int, row: Tensor, column: Tensor) -> Tensor:
-    """Zeroes a square of side ``size`` with the centre (row, column) [B], clipped at the border."""
-    top, left = (row - size // 2)[:, None], (column - size // 2)[:, None]
+def _cutout(images: Tensor, size: int | Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Zeroes a square of side ``size`` (or sides [B]) with the centre (row, column) [B], clipped at the border."""
+    top, left = row - size // 2, column - size // 2
     y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
-    rows = (y >= top) & (y < top + size)
-    columns = (x >= left) & (x < left + size)
+    rows = (y >= top[:, None]) & (y < (top + size)[:, None])
+    columns = (x >= left[:, None]) & (x < (left + size)[:, None])
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def _roll(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Rolls every image by its shifts (down, right) [B]."""
+    count, _, height, width = images.shape
+    rows = (torch.arange(height, device=images.device) - down[:, None]) % height
+    columns = (torch.arange(width, device=images.device) - right[:, None]) % width
+    which = torch.arange(count, device=images.device)[:, None, None]
+    # The channels come last where indices stand on both sides of them.
+    return images[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _snn_policy(frames: Tensor, generator: torch.Generator) -> Tensor:
+    """Does one of six things to every sample [B, C, H, W], H = W: the event policy of the Spikformer authors.
+
+    Nothing, a shear along the rows (by up to 0.3 radian), a shift along rows or columns (by up to 5 whole pixels), a
+    rotation (by up to 30 degrees), or one square hole (of 0.1 to 11 % of the area). What comes from outside is empty,
+    and a pixel takes the value of the nearest one. Magnitudes are drawn evenly, by the authors from 31 values.
+    """
+    count, size = len(frames), frames.shape[-1]
+    chosen = torch.randint(6, (count,), generator=generator)
+    signed, positive = 2 * torch.rand(count, generator=generator) - 1, torch.rand(count, generator=generator)
+
+    def only(kind: int, values: Tensor) -> Tensor:
+        return torch.where(chosen == kind, values, 0)
+
+    angle = torch.deg2rad(30 * only(4, signed))
+    shift = torch.randint(-5, 6, (count,), generator=generator) * (2 / size)  # the frame goes from -1 to 1
+    source = torch.stack(
+        [
+            torch.stack([angle.cos(), angle.sin() + only(1, 0.3 * signed).tan(), only(2, shift)], 1),
+            torch.stack([-angle.sin(), angle.cos(), only(3, shift)], 1),
+        ],
+        1,
+    )
+    moved = (chosen > 0) & (chosen < 5)
+    if moved.any():
+        where = moved.to(frames.device)
+        grid = F.affine_grid(source[moved].to(frames), [int(moved.sum()), *frames.shape[1:]], align_corners=False)
+        frames = frames.clone()
+        frames[where] = F.grid_sample(frames[where], grid, "nearest", align_corners=False)
+    side = only(5, ((0.001 + 0.109 * positive).sqrt() * size).round().clamp(min=1)).long()
+    places = torch.rand(2, count, generator=generator)
+    row, column = ((places * (size - side + 1)).long() + side // 2).to(frames.device)
+    return _cutout(frames, side.to(frames.device), row, column)
+
+
+@functools.lru_cache(maxsize=16)
+def _shares(old: int, new: int) -> Tensor:
+    """Which share of each of ``old`` pixels in a row falls into each of ``new``: [new, old], columns sum up to 1."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * (old / new)
+    pixels = torch.arange(old, dtype=torch.float64)
+    shares = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return shares.clamp_(min=0).float()
+
+
+def _fit(frames: Tensor, size: int) -> Tensor:
+    """Brings frames of events to a square: pads the shorter side, then shares each event out by area.
+
+    An event of a pixel that two pixels of the new size share counts in both, by the area; so the sum over a frame stays
+    the number of its events.
+
+    Args:
+        frames: Numbers of events, float32 [B, T, 2, H, W].
+        size: Side length.
+
+    Returns:
+        [B, T, 2, size, size].
+    """
+    height, width = frames.shape[-2:]
+    if height != width:
+        down, right = max(width - height, 0), max(height - width, 0)
+        frames = F.pad(frames, (right // 2, right - right // 2, down // 2, down - down // 2))
+    if frames.shape[-1] == size:
+        return frames
+    shares = _shares(frames.shape[-1], size).to(frames.device)
+    return shares @ frames @ shares.T
 
 
 def _cutout_pil(image: Image.Image, size: int) -> Image.Image:
@@ -535,9 +638,11 @@ class _BaseLoader:
 
     info: DatasetInfo
     num_samples: int
+    facts: dict[str, Any]
 
     def __init__(self, count: int, labels: Callable[[], Tensor], info: DatasetInfo, options: LoaderOptions) -> None:
         self.options = options
+        self.facts = {}
         self.device = torch.device(options.device)
         channels = options.in_chans or info.in_chans
         if channels != info.in_chans and {channels, info.in_chans} != {1, 3}:
@@ -595,17 +700,45 @@ class _BaseLoader:
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         raise NotImplementedError
 
+    def _move(self, images: Tensor, epoch: int, batch: int, padding: int, hflip: float) -> Tensor:
+        """Crop, flip, cutout and roll of [B, C, H, W]."""
+        options = self.options
+        generator = _generator("augment", options.seed, epoch, batch, options.rank)
+        count, height, width = len(images), images.shape[2], images.shape[3]
+
+        def draw(limit: int) -> Tensor:
+            return torch.randint(limit, (count,), generator=generator).to(images.device)
+
+        if padding:
+            top, left = draw(2 * padding + 1), draw(2 * padding + 1)
+            images = _crop(images, padding, top, left)
+        if hflip:
+            chosen = torch.rand(count, generator=generator) < hflip
+            images = torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
+        if options.cutout:
+            images = _cutout(images, options.cutout, draw(height), draw(width))
+        if options.roll:
+            far = 2 * options.roll + 1
+            images = _roll(images, draw(far) - options.roll, draw(far) - options.roll)
+        return images
+
     def _finish(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> Batch:
         if self._mixup is not None:
             # timm mixes each image with its mirror position and refuses odd batches: there the last image stays.
             even = len(images) // 2 * 2
+            # It takes the axes 2 and 3 for height and width: the time steps of event frames pass for channels. That is
+            # a view, and it mixes in place.
+            flat = images.flatten(1, -3)
             with _seeded("mix", self.options.seed, epoch, batch, self.options.rank):
-                soft = [self._mixup(images[:even], labels[:even])[1]] if even else []
+                soft = [self._mixup(flat[:even], labels[:even])[1]] if even else []
             if even < len(images):
                 soft.append(mixup_target(labels[even:], self._mixup.num_classes, 1.0, self.options.smoothing))
             labels = torch.cat(soft)
         if self.options.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+            if images.dim() == 5:  # so that the T * B frames, which a model sees as one batch, have this format
+                images = images.permute(1, 0, 3, 4, 2).contiguous().permute(1, 0, 4, 2, 3)
+            else:
+                images = images.contiguous(memory_format=torch.channels_last)
         return images, labels
 
 
@@ -625,19 +758,18 @@ def _make_mixup(info: DatasetInfo, options: LoaderOptions) -> Mixup | None:
 class ArrayLoader(_BaseLoader):
     """Batches of a dataset that is one uint8 tensor on the device.
 
-    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, flip, cutout (all on
-    uint8), normalisation, random erasing, mixing.
+    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, flip, cutout, roll
+    (all on uint8), normalisation, random erasing, mixing.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, info: DatasetInfo, options: LoaderOptions) -> None:
         super().__init__(len(labels), lambda: labels, info, options)
         size, channels = self.info.img_size, self.info.in_chans
-        self._hflip, self._padding = options.hflip, options.crop_padding
-        if self._hflip is None:
-            grey_file = info.name.startswith("npz:") and info.in_chans == 1
-            self._hflip = 0.0 if info.name in _NO_FLIP or grey_file else 0.5
-        if self._padding is None:
-            self._padding = 2 if size == 28 else size // 8
+        grey_file = info.name.startswith("npz:") and info.in_chans == 1
+        own = 0.0 if info.name in _NO_FLIP or grey_file else 0.5
+        self._hflip: float = own if options.hflip is None else options.hflip
+        padding = 2 if size == 28 else size // 8
+        self._padding: int = padding if options.crop_padding is None else options.crop_padding
         self._images, self._labels = images.to(self.device), labels.to(self.device)
         self._mean, self._std = (
             torch.tensor(values, device=self.device).mul_(255).view(1, channels, 1, 1)
@@ -647,6 +779,8 @@ class ArrayLoader(_BaseLoader):
         if options.train and options.auto_augment:
             if channels not in (1, 3):
                 _bad("auto_augment", options.auto_augment, f"left out for {channels} channels", "auto_augment=None")
+            if options.auto_augment == "snn":
+                _bad("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
             self._policy = _policy(options.auto_augment, size, self.info.mean)
         if options.train and options.reprob:
             # Its noise is drawn on the CPU for the reason that the module's first lines give.
@@ -678,26 +812,60 @@ class ArrayLoader(_BaseLoader):
         return images if images.shape[-1] == size else TF.resize(images, [size, size], antialias=True)
 
     def _augment(self, images: Tensor, epoch: int, batch: int) -> Tensor:
-        options = self.options
-        place = (options.seed, epoch, batch, options.rank)
         if self._policy is not None:
-            with _seeded("policy", *place):
+            with _seeded("policy", self.options.seed, epoch, batch, self.options.rank):
                 images = _apply_policy(self._policy, images)
-        generator = _generator("augment", *place)
-        count, height, width = len(images), images.shape[2], images.shape[3]
+        return self._move(images, epoch, batch, self._padding, self._hflip)
 
-        def draw(limit: int) -> Tensor:
-            return torch.randint(limit, (count,), generator=generator).to(images.device)
 
-        if self._padding:
-            top, left = draw(2 * self._padding + 1), draw(2 * self._padding + 1)
-            images = _crop(images, self._padding, top, left)
-        if self._hflip:
-            chosen = torch.rand(count, generator=generator) < self._hflip
-            images = torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
-        if options.cutout:
-            images = _cutout(images, options.cutout, draw(height), draw(width))
-        return images
+# --- event frames ---------------------------------------------------------------------------------------------
+
+# Whether somebody waves the left hand or the right is a class of DVS128 Gesture, and a mirrored 2 is no digit.
+_FLIPPED_EVENTS = ("cifar10dvs", "cifar10dvs_tebn")
+
+
+class EventLoader(_BaseLoader):
+    """Batches of event frames: numbers of events, off and on, as float32 [B, T, 2, H, W].
+
+    A train batch goes through, in this order: resizing, the policy, crop, flip, cutout, roll, normalisation, mixing.
+    All of it acts on height and width, alike on all time steps of a recording.
+    """
+
+    def __init__(self, frames: Any, info: DatasetInfo, options: LoaderOptions) -> None:
+        if options.train and options.auto_augment not in (None, "snn"):
+            _bad("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
+        if options.train and options.reprob:
+            _bad("reprob", options.reprob, "left out for event frames (cutout makes empty holes)", 0)
+        super().__init__(len(frames), lambda: frames.labels, replace(info, split_note=frames.split), options)
+        self.frames = frames
+        self.facts = {"split_note": frames.split, "frames_by": options.frames_by or "number"}
+        if options.duration_us is not None:
+            self.facts["duration_us"] = options.duration_us
+        self._labels = frames.labels.to(self.device)
+        own = 0.5 if info.name in _FLIPPED_EVENTS else 0.0
+        self._hflip: float = own if options.hflip is None else options.hflip
+        self._mean, self._std = (
+            torch.tensor(values, device=self.device).view(1, 1, 2, 1, 1) for values in (self.info.mean, self.info.std)
+        )
+
+    def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        options, count = self.options, self.options.batch_size
+        shard = self._shard(epoch)
+        for batch in range(start_batch, len(self)):
+            index = shard[batch * count : (batch + 1) * count]
+            stored = torch.from_numpy(np.asarray(self.frames.frames[index.numpy()]))
+            frames = _fit(stored.to(self.device).to(torch.float32), self.info.img_size)
+            if options.train:
+                frames = self._augment(frames, epoch, batch)
+            frames = ((frames - self._mean) / self._std).contiguous()
+            yield self._finish(frames, self._labels[index.to(self.device)], epoch, batch)
+
+    def _augment(self, frames: Tensor, epoch: int, batch: int) -> Tensor:
+        flat = frames.flatten(1, 2)  # the time steps as channels
+        if self.options.auto_augment:
+            place = (self.options.seed, epoch, batch, self.options.rank)
+            flat = _snn_policy(flat, _generator("policy", *place))
+        return self._move(flat, epoch, batch, self.options.crop_padding or 0, self._hflip).unflatten(1, (-1, 2))
 
 
 # --- timm's readers -------------------------------------------------------------------------------------------
@@ -823,6 +991,8 @@ class TimmLoader(_BaseLoader):
     """
 
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
+        if options.train and options.roll:
+            _bad("roll", options.roll, "0 for datasets that timm reads", 0)
         info = replace(info, num_classes=len(_classes_of(dataset)) or options.num_classes or 0)
         super().__init__(len(dataset), lambda: _labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
@@ -854,19 +1024,27 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         **options: The attributes of ``LoaderOptions``.
 
     Returns:
-        The loader: normalised float32 images [B, C, H, W] and int64 targets [B], or soft float32 targets
-        [B, num_classes] with mixup or cutmix.
+        The loader: normalised float32 images [B, C, H, W] or event frames [B, T, 2, H, W] and int64 targets [B], or
+        soft float32 targets [B, num_classes] with mixup or cutmix.
 
     Raises:
         ValueError: An argument is not possible.
         FileNotFoundError: The data is not there.
     """
+    from spikezoo.events import is_event_dataset, open_events
+
     known = [field.name for field in fields(LoaderOptions)]
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1, cutoff=0)[0]
             raise ValueError(f"create_loader has no option {option!r}: did you mean {near}? It has {', '.join(known)}")
     chosen = LoaderOptions(**options)
+    if is_event_dataset(name):
+        how: dict[str, Any] = {"frames_by": chosen.frames_by or "number", "duration_us": chosen.duration_us}
+        recordings = open_events(name, split, data_dir=chosen.data_dir, T=chosen.T, download=chosen.download, **how)
+        return EventLoader(recordings, dataset_info(name, chosen.data_dir), chosen)
+    if chosen.frames_by or chosen.duration_us:
+        _bad("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
         info = dataset_info(name, chosen.data_dir)
         return ArrayLoader(*load_arrays(name, split, chosen.data_dir, chosen.download), info, chosen)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, find_weights, read_config
 from spikezoo.data import dataset_info, natural_dataset
+from spikezoo.events import is_event_dataset
 from spikezoo.neurons import WithRates
 from spikezoo.registry import create_model, is_reference, locate, model_info
 
@@ -32,7 +33,7 @@ __all__ = [
     "check_results_file",
     "environment",
     "evaluate",
-    "input_statistics",
+    "input_options",
     "open_model",
     "write_rows",
 ]
@@ -209,20 +210,33 @@ def open_model(
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
 
 
-def input_statistics(
-    model: Any, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> dict[str, Sequence[float]]:
-    """How images are normalised for a model, as arguments of ``create_loader``; empty means as the dataset has it.
+def input_options(
+    model: Any,
+    dataset: str,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    frames_by: str | None = None,
+    duration_us: int | None = None,
+) -> dict[str, Any]:
+    """How a model takes a dataset's images or recordings, as options of :func:`spikezoo.data.create_loader`.
+
+    What the user gave comes first, then what the weights were trained with, then what the encoding needs; the rest is
+    as the dataset has it.
 
     Args:
-        model: A model of ``create_model``; what its weights were trained with, or else what its encoding needs,
-            comes before the dataset's.
-        mean: What the user gave, which comes first.
+        model: A model of ``create_model``.
+        dataset: Name of the dataset.
+        mean: Of the channels, for the normalisation.
         std: Likewise.
+        frames_by: What event frames are cut by.
+        duration_us: Of event frames, in microseconds.
     """
-    given = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    stored = dict(model.pretrained_cfg.get("inputs", {}))
+    if frames_by is not None or not is_event_dataset(dataset):
+        stored = {key: value for key, value in stored.items() if key in ("mean", "std")}
     pixels = {} if model.encoding == "direct" else {"mean": (0.0,), "std": (1.0,)}
-    return {**pixels, **model.pretrained_cfg.get("inputs", {}), **given}
+    given = {"mean": mean, "std": std, "frames_by": frames_by, "duration_us": duration_us}
+    return {"T": model.T, **pixels, **stored, **{key: value for key, value in given.items() if value is not None}}
 
 
 def _commit() -> str:

@@ -583,9 +583,9 @@ class NeuronFactory:
             neuron = PLIF(self.config, norm, **self.dd)
         else:
             neuron = (IF if kind == "if" else LIF)(self.config, norm)
-        neuron.drop = self.drop
         if isinstance(neuron, SpikingNeuron):
             neuron.shape = (channels, *size)
+        neuron.drop = self.drop
         return neuron
 
 

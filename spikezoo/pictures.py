@@ -1,4 +1,4 @@
-"""Pictures of what a model does: patches that it keeps, activation maps, accuracy over time, firing rates.
+"""Pictures of what a model sees and does: patches, activation maps, event frames, spikes, rates and accuracy over time.
 
 Papers: the activation maps of an ANN, a binary-activation network and a binary ticket, side by side, are figure 1 of
 "Gaining the Sparse Rewards by Exploring Binary Lottery Tickets in Spiking Neural Network"; firing rates before and
@@ -23,9 +23,13 @@ __all__ = [
     "check_picture",
     "draw_accuracy",
     "draw_activations",
+    "draw_events",
     "draw_patches",
+    "draw_raster",
     "draw_rates",
     "draw_thresholds",
+    "event_pixels",
+    "spikes_over_time",
     "to_pixels",
 ]
 
@@ -59,10 +63,10 @@ def _write(figure: Any, path: str | Path) -> None:
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Undo the normalisation of images.
+    """Undo the normalisation of images; of event frames sum over time and give the polarities colours.
 
     Args:
-        images: ``[B, C, H, W]`` with 1 or 3 channels.
+        images: ``[B, C, H, W]`` with 1 or 3 channels, or ``[B, T, 2, H, W]``.
         mean: What was subtracted, a channel.
         std: What it was divided by.
 
@@ -72,11 +76,13 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Raises:
         ValueError: Another number of channels.
     """
+    shift, scale = (torch.tensor(value).view(-1, 1, 1) for value in (mean, std))
+    if images.dim() == 5 and images.shape[2] == 2:
+        return event_pixels((images.cpu() * scale + shift).sum(1))
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"Input of shape {tuple(images.shape)}: expected images of 1 or 3 channels, which have colours."
         )
-    shift, scale = (torch.tensor(value).view(-1, 1, 1) for value in (mean, std))
     return (images.cpu() * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
@@ -85,6 +91,151 @@ def _bare(axis: Any) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Event frames
+# --------------------------------------------------------------------------------------------------------------
+
+# What an event takes from white: off leaves blue, on leaves red, and both together black.
+OFF_ON = ((0.87, 0.53, 0.29), (0.16, 0.85, 0.84))
+
+
+def event_pixels(frames: Tensor) -> Tensor:
+    """Colour event frames: blue where the light went off, red where it went on, white where nothing happened.
+
+    Args:
+        frames: Numbers of events ``[..., 2, H, W]``, off and on. All share one scale, which ends at the 99th percentile
+            of the pixels that saw events, lest one restless pixel hide the others.
+
+    Returns:
+        ``[..., H, W, 3]`` in [0, 1].
+    """
+    seen = frames[frames > 0].float()
+    # At least the smallest, for frames of few pixels; torch's quantile refuses many numbers.
+    limit = seen.sort().values[int(0.99 * (len(seen) - 1))] if len(seen) else torch.tensor(1.0)
+    strength = (frames.float() / limit).clamp(0, 1)
+    return (1 - strength.movedim(-3, -1) @ torch.tensor(OFF_ON)).clamp(0, 1)
+
+
+def draw_events(frames: Tensor, path: str | Path, title: str = "") -> None:
+    """Draw the event frames of one recording, in order, with the number of events of each.
+
+    Args:
+        frames: Numbers of events ``[T, 2, H, W]``, off and on.
+        path: Picture file; the suffix names the format.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure_type = check_picture(path)
+    across = min(len(frames), 8)
+    bands = -(-len(frames) // across)
+    figure = figure_type(figsize=(max(1.5 * across, 4) + 0.4, 1.75 * bands + 0.7), layout="constrained")
+    axes = figure.subplots(bands, across, squeeze=False)
+    for axis in axes.flat:
+        _bare(axis)
+    for step, (axis, pixels, frame) in enumerate(zip(axes.flat, event_pixels(frames), frames, strict=False)):
+        axis.imshow(pixels.numpy(), interpolation="nearest")
+        off, on = (f"{events:,.0f}" for events in frame.sum((1, 2)))
+        axis.set_xlabel(f"{step}: {off} off, {on} on", fontsize="x-small")
+    figure.suptitle(f"{title}\nblue off, red on", fontsize="medium")
+    _write(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Spikes over time
+# --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def spikes_over_time(
+    model: nn.Module, image: Tensor, layer: str | None = None
+) -> tuple[str, Tensor, dict[str, list[float]]]:
+    """Every spike of one layer for one input, and the firing rates of all layers.
+
+    Args:
+        model: The model; it is run in evaluation mode.
+        image: ``[C, H, W]``, or event frames ``[T, 2, H, W]``, as the model takes it.
+        layer: Name of a module, of whose neurons the last are taken. None takes those in the middle of the model.
+
+    Returns:
+        The name of the neurons' layer, its spikes ``[T, neurons]``, and of every layer its rate at each time step.
+
+    Raises:
+        ValueError: An unknown layer, or one without spiking neurons.
+    """
+    named = dict(model.named_modules())
+    neurons = [name for name, module in named.items() if isinstance(module, SpikingNeuron)]
+    if not neurons:
+        raise ValueError(f"This {type(model).__name__} has no spiking neurons: its neurons have no time.")
+    if layer is not None and layer not in named:
+        raise ValueError(f"layer={layer!r} is no layer of this {type(model).__name__}. {nearest(layer, named)}")
+    inside = [name for name in neurons if layer is None or name == layer or name.startswith(f"{layer}.")]
+    if not inside:
+        raise ValueError(f"layer={layer!r} has no spiking neurons. {nearest(str(layer), neurons)}")
+    chosen = neurons[len(neurons) // 2] if layer is None else inside[-1]
+    found: dict[str, Tensor] = {}
+    handles = [
+        named[name].register_forward_hook(lambda _module, _inputs, out, name=name: found.update({name: out}))
+        for name in neurons
+    ]
+    training = model.training
+    try:
+        model.eval()(image[None])
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    spikes = {name: out[:, 0].flatten(1).float().cpu() for name, out in found.items()}
+    return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
+
+
+def draw_raster(
+    layer: str,
+    spikes: Tensor,
+    rates: Mapping[str, Sequence[float]],
+    path: str | Path,
+    neurons: int = 200,
+    title: str = "",
+) -> None:
+    """Draw the raster of a layer's spikes, and below it the firing rate of every layer, over the time steps.
+
+    Args:
+        layer: Name of the layer; its rate is drawn in black.
+        spikes: ``[T, neurons]``.
+        rates: Layer -> rate at each time step, in the order of the model.
+        path: Picture file; the suffix names the format.
+        neurons: How many neurons to draw, evenly chosen among all.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure_type = check_picture(path)
+    from matplotlib import colormaps
+
+    steps, total = spikes.shape
+    shown = torch.linspace(0, total - 1, min(neurons, total)).round().long()
+    figure = figure_type(figsize=(7, 7), layout="constrained")
+    raster, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    raster.imshow(spikes[:, shown].T.numpy(), cmap="binary", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    raster.set(ylabel=f"{len(shown):,} of {total:,} neurons", yticks=[])
+    silent = (spikes.sum(0) == 0).float().mean()
+    raster.set_title(f"{layer}: {100 * silent:.0f} % of the neurons never fire", fontsize="small")
+    for number, (name, values) in enumerate(rates.items()):
+        own = name == layer
+        colour = "black" if own else colormaps["viridis"](number / max(len(rates) - 1, 1))
+        rate.plot(range(len(values)), values, "o-", color=colour, markersize=3, linewidth=2 if own else 1, label=name)
+    rate.set(xlabel="time step", ylabel="firing rate", xlim=(-0.5, steps - 0.5))
+    rate.set_ylim(bottom=0)
+    rate.xaxis.get_major_locator().set_params(integer=True)
+    rate.grid(alpha=0.3)
+    if len(rates) <= 24:
+        figure.legend(*rate.get_legend_handles_labels(), loc="outside right center", fontsize="xx-small")
+    figure.suptitle(title, fontsize="medium")
+    _write(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------------------

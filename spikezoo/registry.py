@@ -460,7 +460,7 @@ def create_model(
         model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
         inputs = config.get("spikezoo", {}).get("inputs")
         if inputs and stored.get("in_chans") == model.in_chans:  # what is said of other channels does not fit
-            model.pretrained_cfg |= {**inputs, "inputs": inputs}
+            model.pretrained_cfg |= {"mean": inputs["mean"], "std": inputs["std"], "inputs": inputs}
     for flag, value in flags.items():
         model = apply(model, flag, **value)
     if features.get("features_only"):

@@ -561,9 +561,10 @@ MEASURED = tuple(name for name, metric in METRICS.items() if not metric.analytic
 
 
 def noise(setting: Setting, count: int, seed: int = 0) -> Tensor:
-    """Normally distributed images ``[count, C, H, W]``, for metrics without a dataset."""
+    """Normally distributed images ``[count, C, H, W]``, or frames of two channels, for metrics without a dataset."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, setting.in_chans, setting.img_size, setting.img_size, generator=generator)
+    steps = (setting.T,) if setting.in_chans == 2 else ()
+    return torch.randn(count, *steps, setting.in_chans, setting.img_size, setting.img_size, generator=generator)
 
 
 def images_of(dataset: str, metrics: str | Sequence[str], setting: Setting, seed: int = 0, **options: Any) -> Tensor:
@@ -578,7 +579,7 @@ def images_of(dataset: str, metrics: str | Sequence[str], setting: Setting, seed
     """
     names = [metrics] if isinstance(metrics, str) else metrics
     count = max([1, *(_metric(name).images for name in names)])
-    shape: dict[str, Any] = {"img_size": setting.img_size, "in_chans": setting.in_chans}
+    shape: dict[str, Any] = {"img_size": setting.img_size, "in_chans": setting.in_chans, "T": setting.T}
     loader = create_loader(
         dataset, "train", train=True, batch_size=count, drop_last=False, seed=seed, **shape, **options
     )

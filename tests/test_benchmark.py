@@ -13,7 +13,9 @@ import torch.nn.functional as F
 import spikezoo
 
 SCRIPT = Path(__file__).parents[1] / "benchmark.py"
-NAMES = [name for family in ("spiking_vgg", "spiking_resnet") for name in spikezoo.list_models(module=family)]
+FAMILIES = ("spiking_vgg", "spiking_resnet")
+# The baseline has LIF neurons only, and nets without norms have others.
+NAMES = [n for family in FAMILIES for n in spikezoo.list_models(module=family) if "rmp" not in n and "lenet" not in n]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,11 @@ def test_the_surrogate_that_spikingjelly_lacks_is_replaced_and_named(benchmark):
 def test_what_has_no_counterpart_raises(benchmark, arguments):
     with pytest.raises(ValueError, match="no counterpart"):
         benchmark.SpikingJellyNet(spikezoo.create_model("test_spiking_vgg", **arguments))
+
+
+def test_a_net_without_norms_has_no_counterpart(benchmark):
+    with pytest.raises(ValueError, match="no counterpart"):
+        benchmark.SpikingJellyNet(spikezoo.create_model("test_rmp_resnet"))
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("train", "json"), ("infer", "csv")])

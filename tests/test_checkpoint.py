@@ -447,7 +447,7 @@ def refused(folder, *words):
 
 CHAINS = [(), ("fold_bn",), ("fold_mpbn",), ("fold_mpbn", "fold_bn"), ("fold_bn", "fold_mpbn")]
 CHAINS += [("ticket",), ("ticket", "bake"), ("ticket", "bake", "fold_bn"), ("ticket", "bake", "tune", "bake")]
-CHAINS += [("multisp",), ("multisp", "bake", "fold_bn"), ("dynsnn", "compact")]
+CHAINS += [("multisp",), ("multisp", "bake", "fold_bn"), ("dynsnn",), ("dynsnn", "compact")]
 ROUND_TRIPS = [
     (name, mpbn, chain)
     for name in MICRO

@@ -140,7 +140,7 @@ def test_natural_dataset(shape, name):
     assert natural_dataset(*shape) == name
 
 
-@pytest.mark.parametrize("shape", [(32, 3, 7), (28, 3, 10), (16, 3, 10), (128, 2, 10)])
+@pytest.mark.parametrize("shape", [(32, 3, 7), (28, 3, 10), (16, 3, 10), (48, 2, 10)])
 def test_natural_dataset_unknown(shape):
     with pytest.raises(ValueError, match="--dataset digits"):
         natural_dataset(*shape)

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_models import fill
 from test_train import DISTRIBUTED, ROOT, assert_same_end, assert_same_weights, interrupted, load, summary
 from torch import nn
 
@@ -34,7 +35,8 @@ from spikezoo.transforms.dynsnn import (
     without,
 )
 
-MICRO = ["test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_spikformer", "test_autost"]
+MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
+MICRO += ["test_spikformer", "test_autost"]
 
 
 @pytest.fixture(scope="module")
@@ -53,20 +55,13 @@ def images_for(model, count=4):
 
 
 def settled(name="test_spiking_vgg", per="channel", **arguments):
-    """A model whose neurons fire, with random norms, biases and masks of DynSNN."""
-    torch.manual_seed(3)
-    model = spikezoo.create_model(name, T=3, dynsnn={"per": per}, **arguments).train()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-        for _ in range(4):
-            model(torch.randn(16, model.in_chans, *model.img_size))
-    return model.eval()
+    """A model whose neurons fire, down to the classifier, with masks of DynSNN."""
+    return fill(spikezoo.create_model(name, T=3, dynsnn={"per": per}, **arguments)).eval()
 
 
-def remove_half(model):
-    """Remove a random half of the neurons, at least one of each layer left; the rates that say so."""
-    generator = torch.Generator().manual_seed(1)
+def random_rates(model, seed=1):
+    """Rates drawn at random from 0 to 1, the first of each layer 1, so that some neuron of it stays."""
+    generator = torch.Generator().manual_seed(seed)
     rates = {name: torch.rand(mask.shape, generator=generator) for name, mask in masks_of(model).items()}
     for rate in rates.values():
         rate.view(-1)[0] = 1.0
@@ -251,22 +246,43 @@ def test_what_matters_by_hand():
     ]
 
 
-def test_a_residual_stream_keeps_what_one_of_its_joins_needs():
-    model = settled("test_spiking_resnet")
-    blocks = [name for name, m in model.named_modules() if type(m).__name__ == "ResidualBlock" and m.shortcut is None]
-    name = blocks[0]  # its shortcut is the identity
-    stream = f"{name.rpartition('.')[0]}.{int(name.rpartition('.')[2]) - 1}.neuron" if not name.endswith(".0") else None
-    before = stream if stream in masks_of(model) else [n for n in masks_of(model) if n < name][-1]
-    for dead, gone in (([before], False), ([before, f"{name}.neuron"], True)):
-        alive = {n: torch.ones_like(mask) for n, mask in masks_of(model).items()}
-        for neuron in dead:
-            alive[neuron][0] = False
-        reach = _Reach(model, alive)
-        assert bool(reach.matters(f"{name}.conv1.conv")[1][0]) is False  # the first layer of the block reads neurons
-        readers = [n for n in reach.layers if n.startswith(name.rpartition(".")[0]) and n > f"{name}.neuron"]
-        readers = readers or ["head.fc"]
-        assert bool(reach.matters(readers[0])[1][0]) is not gone
-        assert bool(reach.matters(f"{name}.conv2.conv")[0][0]) is not gone
+def dead_parts(name, removed):
+    """Layers with the rows and the columns that only removed neurons have; ``removed`` is layer -> channels."""
+    model = settled(name)
+    alive = {neuron: torch.ones_like(mask) for neuron, mask in masks_of(model).items()}
+    for neuron, channels in removed.items():
+        alive[neuron][channels] = False
+    reach = _Reach(model, alive)
+    parts = {layer: [(~flags).nonzero().flatten().tolist() for flags in reach.matters(layer)] for layer in reach.layers}
+    return {layer: tuple(part) for layer, part in parts.items() if part != [[], []]}
+
+
+def test_what_belongs_to_the_neurons_of_residual_blocks():
+    # The shortcut of the first block is the identity, the others have a convolution; the last map is averaged.
+    name = "test_spiking_resnet"
+    assert dead_parts(name, {"stem.0.neuron": [1]}) == {"stem.0.conv": ([1], []), "stages.0.0.conv1.conv": ([], [1])}
+    assert dead_parts(name, {"stages.0.0.neuron": [0, 5]}) == {
+        "stages.0.0.conv2.conv": ([0, 5], []),
+        "stages.1.0.conv1.conv": ([], [0, 5]),
+        "stages.1.0.shortcut.conv": ([], [0, 5]),
+    }
+    assert dead_parts(name, {"stages.2.0.neuron": [3], "stages.2.0.conv1.neuron": [2]}) == {
+        "stages.2.0.conv1.conv": ([2], []),
+        "stages.2.0.conv2.conv": ([3], [2]),
+        "stages.2.0.shortcut.conv": ([3], []),
+        "neck.0.linear": ([], [3]),
+    }
+
+
+def test_a_stream_keeps_what_one_of_its_joins_adds():
+    model = settled("test_spikformer")
+    names = list(masks_of(model))
+    first, encoding = names[3:5]  # of the fourth convolution, and of the one that is added to it
+    readers = {name for name in _Reach(model, {}).layers if name.startswith("stages.0.0.attn.") and name[16] in "qkv"}
+    assert len(readers) == 3
+    assert not readers & dead_parts("test_spikformer", {first: [2]}).keys()
+    found = dead_parts("test_spikformer", {first: [2], encoding: [2]})
+    assert all(found[reader] == ([], [2]) for reader in readers)
 
 
 def test_synapses_neurons_and_parameters_by_hand():
@@ -296,19 +312,24 @@ def test_synapses_neurons_and_parameters_by_hand():
 @pytest.mark.parametrize("name", MICRO)
 def test_pruned_weights_change_no_logit(name, per):
     model = settled(name, per)
-    rates, x = remove_half(model), images_for(model)
+    x = images_for(model)
     whole = model(x)
-    with torch.no_grad(), without(model, fade(rates, 0.5)):
-        masked = model(x)
+    for seed in range(30):
+        rates = random_rates(model, seed)
+        with torch.no_grad(), without(model, fade(rates, 0.3)):
+            masked = model(x)
+        if not torch.equal(masked[0], masked[1]):
+            break
     before = dynsnn_report(model, x)
-    prune(model, rates, 0.5)
+    prune(model, rates, 0.3)
     assert torch.equal(model(x), masked) and not torch.equal(masked, whole)
+    assert not torch.equal(masked[0], masked[1])  # some of it fires down to the classifier
     after = dynsnn_report(model, x)
     assert after["neurons_left"] < before["neurons_left"] and after["synapses_left"] < before["synapses_left"]
     assert after["sops_exact"] < before["sops_exact"]
     assert after["neurons_removed"] == pytest.approx(share(model, {n: ~m for n, m in masks_of(model).items()}))
     zeros = sum(int((p == 0).sum()) for p in model.parameters())
-    assert zeros > 0.4 * (after["parameters"] - after["parameters_left"])
+    assert zeros >= 0.4 * (after["parameters"] - after["parameters_left"])
     again = neuron_rates(model, [x])
     assert all(not rate[~masks_of(model)[layer]].any() for layer, rate in again.items())
 
@@ -324,7 +345,7 @@ def test_what_was_removed_stays_removed_in_training(name):
         optimizer.step()
 
     step()
-    prune(model, remove_half(model), 0.5, optimizer)
+    prune(model, random_rates(model), 0.5, optimizer)
     zeros = {n: p == 0 for n, p in model.named_parameters() if p.dim() > 1}
     assert all(flags.any() for flags in list(zeros.values())[1:-1])
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -421,7 +442,7 @@ def test_what_cannot_be_reactivated():
     fading = fade(neuron_rates(model, [images_for(model)]), 0.1)
     with pytest.raises(ValueError, match=r"weights='input' .*'in'"):
         reactivate(model, fading, weights="input")
-    prune(model, remove_half(model), 0.5)
+    prune(model, random_rates(model), 0.5)
     with pytest.raises(ValueError, match="were removed"):
         reactivate(model, fading)
     ticket = spikezoo.create_model("test_spiking_vgg", ticket={}, dynsnn={})
@@ -480,7 +501,7 @@ def test_masks_of_single_neurons_tie_the_model_to_its_size():
 def test_a_checkpoint_remembers_what_was_removed(tmp_path, per):
     model = settled("test_spiking_resnet", per)
     spikezoo.save_checkpoint(model, tmp_path / "whole")
-    prune(model, remove_half(model), 0.5)
+    prune(model, random_rates(model), 0.5)
     folder = spikezoo.save_checkpoint(model, tmp_path / "pruned")
     loaded = spikezoo.create_model(f"local-dir:{folder}", pretrained=True).eval()
     assert loaded.recipe == model.recipe and loaded.recipe[0][1]["per"] == per
@@ -497,7 +518,7 @@ def test_a_checkpoint_remembers_what_was_removed(tmp_path, per):
 
 def test_masks_outlive_folds_and_replay():
     model = settled("test_mpbn_vgg")
-    prune(model, remove_half(model), 0.5)
+    prune(model, random_rates(model), 0.5)
     x = images_for(model)
     folded = replay(model, [("fold_mpbn", {}), ("fold_bn", {})])
     torch.testing.assert_close(folded(x), model(x))
@@ -539,7 +560,7 @@ def test_training_reactivates_and_prunes(fast, tmp_path, monkeypatch, capsys):
     removed = [float(row["eval_dynsnn_removed"]) for row in rows]
     assert removed[0] == 0 and removed[1] == removed[2] >= 30
     results = json.loads((tmp_path / "run" / "config.json").read_text())["spikezoo"]["results"]
-    assert results["neurons_removed"] == removed[2] and results["synapses_left"] < results["synapses"]
+    assert results["neurons_removed"] == pytest.approx(removed[2]) and results["synapses_left"] < results["synapses"]
     model = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert dynsnn_report(model)["neurons_removed"] == pytest.approx(removed[2])
     averaged = load_state(tmp_path / "run" / "last.safetensors")["ema"]
@@ -637,7 +658,7 @@ def test_command(trained, tmp_path, capsys, how):
     report = dynsnn_report(model)
     assert report["neurons_left"] == results["neurons_left"] and f"{report['neurons_left']:,}" in told
     load("validate").main(["--checkpoint", str(tmp_path / "new")])
-    assert f'"top1": {results["top1"]}' in capsys.readouterr().out
+    assert f"top-1 {results['top1']:.2f} %" in capsys.readouterr().out
     if how[0] == "--compression":
         assert results["neurons_removed"] >= 25
     assert f"{results['top1']:.2f} %" in told

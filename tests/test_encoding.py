@@ -10,7 +10,7 @@ from test_models import fill
 
 import spikezoo
 from spikezoo.encoding import direct, poisson, ttfs
-from spikezoo.evaluation import input_statistics
+from spikezoo.evaluation import input_options
 
 CODES = ("poisson", "ttfs")
 
@@ -181,9 +181,9 @@ def test_the_rows_encode_and_take_pixels(tmp_path):
     for name, (encoding, T) in codes.items():
         model = spikezoo.create_model(name, device="meta")
         assert (model.encoding, model.T, model.neuron_config.kind) == (encoding, T, "if")
-        assert input_statistics(model) == {"mean": (0.0,), "std": (1.0,)}
+        assert input_options(model, "mnist") == {"T": T, "mean": (0.0,), "std": (1.0,)}
         twin = spikezoo.create_model(name, neuron="relu", device="meta")  # the ANN has no time to encode in
-        assert (twin.encoding, twin.T) == ("direct", 1) and input_statistics(twin) == {}
+        assert (twin.encoding, twin.T) == ("direct", 1) and input_options(twin, "mnist") == {"T": 1}
     model = spikezoo.create_model("test_spiking_mlp", encoding="poisson", encoding_seed=7, T=3)
     spikezoo.save_checkpoint(model, tmp_path)
     again = spikezoo.create_model(f"local-dir:{tmp_path}", True)

@@ -265,12 +265,9 @@ def test_our_plans_make_models(train, path):
     runs, chart = train.read_plan(path, "output", [])
     assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
     for run in runs:
-        facts = {"cifar10": 10, "cifar100": 100}
-        train_args = {
-            "num_classes": facts[run.args.dataset], "in_chans": 3, "img_size": 32, "T": run.args.T,
-            "neuron": run.args.neuron, "ticket": run.args.ticket or None, **run.args.model_kwargs,
-        }  # fmt: skip
-        model = spikezoo.create_model(run.args.model, device="meta", **train_args)
+        arguments = train.model_arguments(run.args)
+        arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first
+        model = spikezoo.create_model(run.args.model, device="meta", **arguments)
         assert bool(run.args.ticket) == (model.recipe != [])
         assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket
 

@@ -101,12 +101,12 @@ def test_model_info(name):
 
 
 def test_create_model_through_both_doors():
-    ours = spikezoo.create_model("test_mpbn_resnet", T=3, num_classes=7, in_chans=2, img_size=16)
-    theirs = timm.create_model("test_mpbn_resnet", T=3, num_classes=7, in_chans=2, img_size=16)
+    ours = spikezoo.create_model("test_mpbn_resnet", T=3, num_classes=7, in_chans=1, img_size=16)
+    theirs = timm.create_model("test_mpbn_resnet", T=3, num_classes=7, in_chans=1, img_size=16)
     assert type(ours) is type(theirs) and ours.training and theirs.training
-    assert (ours.T, ours.num_classes, ours.in_chans, ours.img_size) == (3, 7, 2, (16, 16))
+    assert (ours.T, ours.num_classes, ours.in_chans, ours.img_size) == (3, 7, 1, (16, 16))
     theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 2, 16, 16)
+    x = torch.randn(2, 1, 16, 16)
     assert torch.equal(ours.eval()(x), theirs.eval()(x))
     assert ours.pretrained_cfg["architecture"] == "test_mpbn_resnet"
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.data import create_loader
-from spikezoo.evaluation import input_statistics, open_model
+from spikezoo.evaluation import input_options, open_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -699,9 +699,9 @@ def test_the_statistics_of_the_inputs_travel_with_the_weights(fast, tmp_path, st
     assert rate(tmp_path / stored) == pytest.approx(reached["firing_rate"], abs=1e-5)
     assert abs(rate(tmp_path / stored, "--mean", "0.5") - reached["firing_rate"]) > 1e-2
     model, dataset, _ = open_model("test_mpbn_vgg", {}, checkpoint=tmp_path / stored)
-    assert input_statistics(model) == {"mean": [0.0], "std": [1.0]}
-    assert input_statistics(model, [0.5]) == {"mean": [0.5], "std": [1.0]}
-    images = next(iter(create_loader(dataset, "test", **input_statistics(model))))[0]
+    assert input_options(model, dataset) == {"T": model.T, "mean": [0.0], "std": [1.0]}
+    assert input_options(model, dataset, [0.5]) == {"T": model.T, "mean": [0.5], "std": [1.0]}
+    images = next(iter(create_loader(dataset, "test", **input_options(model, dataset))))[0]
     assert images.min() == 0 and images.max() == 1
     spikezoo.save_checkpoint(model, tmp_path / "again", {"dataset": "digits"})
     assert rate(tmp_path / "again") == pytest.approx(reached["firing_rate"], abs=1e-5)
@@ -715,8 +715,9 @@ def test_statistics_of_other_channels_are_not_taken(tmp_path):
     model = spikezoo.create_model("test_mpbn_vgg")
     model.pretrained_cfg |= {"inputs": {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}}
     spikezoo.save_checkpoint(model, tmp_path / "colour")
-    assert input_statistics(spikezoo.create_model(f"local-dir:{tmp_path / 'colour'}", True))["mean"] == [0.1, 0.2, 0.3]
-    assert input_statistics(spikezoo.create_model(f"local-dir:{tmp_path / 'colour'}", True, in_chans=1)) == {}
+    stored = f"local-dir:{tmp_path / 'colour'}"
+    assert input_options(spikezoo.create_model(stored, True), "cifar10")["mean"] == [0.1, 0.2, 0.3]
+    assert "mean" not in input_options(spikezoo.create_model(stored, True, in_chans=1), "mnist")
 
 
 def test_args_yaml_repeats_the_run_in_a_new_folder(fast, tmp_path):

@@ -7,6 +7,9 @@
       -> mean over T                                           [B, F, h, w]     forward_features
       -> pool, linear     no firing                            [B, num_classes] forward_head
 
+A model of two input channels is for event frames, whose channels are the polarities (off, on), and takes nothing else;
+the number of time steps is that of the frames. Any other model is for images, and takes a sequence of them, too.
+
 The head is linear (pooling by 'avg'), so the mean over time may come first: the result equals the mean over time of
 the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the mean over time comes first, too.
 """
@@ -58,9 +61,10 @@ class SpikingModel(nn.Module):
 
     Args:
         num_classes: Classes of the head; 0 leaves it out.
-        in_chans: Input channels.
+        in_chans: Input channels; 2 makes a model for event frames.
         img_size: Height and width of the input, one number for squares.
-        T: Time steps for images. None takes 4, or 1 for neurons without time (relu, sign).
+        T: Time steps for images; of event models the number of frames to train with. None takes 4, or 1 for neurons
+            without time (relu, sign).
         neuron: lif, if, plif, or the twins relu and sign.
         mpbn: Membrane normalisation: channel, element, or 'none' (also None).
         global_pool: Pooling of the head: avg, max or '' for none.
@@ -181,11 +185,28 @@ class SpikingModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ forward
 
+    @property
+    def takes_events(self) -> bool:
+        """Whether the input is event frames ``[B, T, 2, H, W]``, not images ``[B, C, H, W]``."""
+        return self.in_chans == 2
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample: ``(C, H, W)``, or ``(T, 2, H, W)`` of an event model."""
+        return (*((self.T,) if self.takes_events else ()), self.in_chans, *self.img_size)
+
     def _check_input(self, x: Tensor) -> None:
         if x.dim() not in (4, 5):
             raise ValueError(
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "
                 "A single image needs x.unsqueeze(0)."
+            )
+        if self.takes_events and x.dim() == 4:
+            images = 3 if x.shape[1] == 2 else x.shape[1]
+            raise ValueError(
+                f"Input of shape {tuple(x.shape)} is a batch of images [B, C, H, W], and this model was created with "
+                "in_chans=2, for event frames [B, T, 2, H, W]. A single recording [T, 2, H, W] needs x.unsqueeze(0), "
+                f"one frame of each recording x.unsqueeze(1); for images create the model with in_chans={images}."
             )
         if not x.is_floating_point():
             raise ValueError(
@@ -196,7 +217,8 @@ class SpikingModel(nn.Module):
         if channels != self.in_chans:
             raise ValueError(
                 f"Input of shape {tuple(x.shape)} has {channels} channels and the model was created for "
-                f"{self.in_chans}: create it with in_chans={channels}."
+                f"{self.in_chans}: create it with in_chans={channels}"
+                f"{' for event frames' if channels == 2 and x.dim() == 5 else ''}."
             )
         if x.shape[0] == 0 or x.shape[1] == 0:
             raise ValueError(f"Input of shape {tuple(x.shape)} is empty: expected a batch of at least one sample.")
