@@ -30,6 +30,7 @@ import spikezoo
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
+from spikezoo.deploy import PRECISIONS
 from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import WithRates
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
     group.add_argument("--channels-last", action="store_true")
     group.add_argument("--torchcompile", action="store_true")
+    group.add_argument("--deploy", choices=PRECISIONS, help="measure spikezoo.deploy(model, PRECISION) instead")
     group.add_argument("--device", help="(default: cuda where there is one)")
     group.add_argument("--seed", type=int, default=42, help="of random weights")
     group.add_argument("--layer-rates", action="store_true", help="print and record the firing rate of every layer")
@@ -148,8 +150,9 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     result = evaluate(
-        model,
+        spikezoo.deploy(model.eval(), args.deploy) if args.deploy else model,
         loader,
+        rates=not args.deploy,
         device=device,
         autocast=functools.partial(torch.autocast, device.type, half) if args.amp else nullcontext,
         compiled=torch.compile(WithRates(model)) if args.torchcompile else None,
@@ -164,7 +167,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         "top5_err": round(100 - result["top5"], 4),
         "loss": round(result["loss"], 6),
         "images_per_second": round(result["images_per_second"], 1),
-        "param_count": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "param_count": sum(p.numel() for p in model.parameters()),
         "T": model.T,
         "neuron": model.neuron_config.kind,
         "mpbn": model.mpbn or "none",
@@ -179,6 +182,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         "batch_size": args.batch_size,
         "precision": args.amp_dtype if args.amp else "float32",
         "compiled": args.torchcompile,
+        "deployed": args.deploy,
         "device": str(device),
         "seed": args.seed,
         "command": args.command,
@@ -189,7 +193,7 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         f"{name} on {dataset}/{args.split} ({row['samples']:,} images): top-1 {row['top1']:.2f} %, top-5 "
         f"{row['top5']:.2f} %, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s, "
         f"{row['param_count']:,} parameters, T={model.T}, "
-        + (f"firing rate {rate:.4f}" if rate is not None else "no spikes")
+        + (f"firing rate {rate:.4f}" if rate is not None else f"deployed {args.deploy}" if args.deploy else "no spikes")
         + f", weights {weights}",
         flush=True,
     )
@@ -258,6 +262,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"{flag} {price}: expected an energy in picojoule, a number >= 0.")
     if args.results_file:
         check_results_file(args.results_file)
+    if args.deploy and (args.amp or args.torchcompile or args.layer_rates):
+        raise ValueError(
+            f"--deploy {args.deploy} sets the precision, compiles and measures no firing rates: leave --amp, "
+            "--torchcompile and --layer-rates out."
+        )
     config = read_config(args.checkpoint) if args.checkpoint else {}
     names = select(args, config)
     if args.push_to_hub:

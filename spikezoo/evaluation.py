@@ -48,6 +48,7 @@ def evaluate(
     autocast: Callable[[], Any] = nullcontext,
     compiled: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     progress: bool = False,
+    rates: bool = True,
 ) -> dict[str, Any]:
     """Measure a model on a whole split.
 
@@ -58,6 +59,7 @@ def evaluate(
         autocast: Makes the context of the forward pass.
         compiled: A compiled ``WithRates(model)``, used for full batches: a shorter one would be compiled anew.
         progress: Show a progress bar.
+        rates: Measure firing rates; without them the model runs as it is.
 
     Returns:
         top1, top5 (per cent), loss, samples, images_per_second (loading included, without the first batch where
@@ -66,7 +68,7 @@ def evaluate(
     """
     training = model.training
     model.eval()
-    probed = WithRates(model)
+    probed = WithRates(model if rates else nn.Identity())
     sums = torch.zeros(4, dtype=torch.float64)
     rate_sums = torch.zeros(len(probed.names), dtype=torch.float64)
     full = timed = 0
@@ -77,14 +79,14 @@ def evaluate(
             full = full or len(images)
             run = compiled if compiled is not None and len(images) == full else probed
             with autocast():
-                logits, rates = run(images)
+                logits, fired = run(images) if rates else (model(images), torch.zeros(0, 1))
             logits = logits.float()
             top = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             if sums[3] > 0:
                 timed += len(images)
             sums += torch.stack([top[:, 0].sum(), top.sum(), loss, loss.new_tensor(len(images))]).double().cpu()
-            rate_sums += len(images) * rates.mean(1).double().cpu()
+            rate_sums += len(images) * fired.mean(1).double().cpu()
             if not timed:
                 mark = time.perf_counter()
     finally:

@@ -249,7 +249,7 @@ def save_checkpoint(
             "dataset": results.get("dataset"),
             "split": results.get("split"),
             "results": {key: value for key, value in results.items() if key not in ("dataset", "split")},
-            "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "spikezoo_version": __version__,
         },
     }

@@ -159,6 +159,20 @@ def test_amp_and_channels_last_stay_close(validate, tmp_path, folder):
     assert found[("--amp",)]["loss"] == pytest.approx(found[()]["loss"], rel=0.3)  # spikes flip in half precision
 
 
+def test_deployed(validate, tmp_path, folder, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.which", lambda _name: None)  # without the minutes of a compiler
+    file, found = tmp_path / "r.json", {}
+    for flags in ((), ("--deploy", "exact"), ("--deploy", "bf16")):
+        validate.main(["--checkpoint", str(folder), *flags, "--results-file", str(file)])
+        (found[flags[-1:]],) = json.loads(file.read_text())
+    plain, exact, half = found.values()
+    assert [row["deployed"] for row in found.values()] == [None, "exact", "bf16"] and exact["firing_rate"] is None
+    assert exact["top1"] == plain["top1"] and exact["loss"] == plain["loss"] != half["loss"]
+    assert half["loss"] == pytest.approx(plain["loss"], rel=0.3) and "deployed bf16" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="leave --amp"):
+        validate.main(["--checkpoint", str(folder), "--deploy", "exact", "--amp"])
+
+
 def test_torchcompile(validate, tmp_path, folder, arrays, monkeypatch):
     compiled = []
     compile_ = torch.compile
@@ -261,7 +275,7 @@ def test_wildcard_with_csv(validate, tmp_path, npz, capsys):
     found = rows(file)
     assert [row["model"] for row in found] == spikezoo.list_models("test_*_vgg") and len(found) == 2
     columns = """model top1 top1_err top5 top5_err loss images_per_second param_count T neuron mpbn firing_rate dataset
-        split samples img_size weights checkpoint_sha256 batch_size precision compiled device seed command"""
+        split samples img_size weights checkpoint_sha256 batch_size precision compiled deployed device seed command"""
     assert list(found[0]) == [*columns.split(), *environment()]
     assert found[0]["commit"] and found[0]["torch"] == torch.__version__ and found[0]["T"] == "1"
     assert f"Wrote 2 rows to {file}" in capsys.readouterr().out
