@@ -697,7 +697,7 @@ class Run:
         info = self.val_loader.info
         frames = {key: value for key, value in self.val_loader.facts.items() if key in ("frames_by", "duration_us")}
         self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
-        self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn else None
+        self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn is not None else None
         self.objective = Objective(args, soft)
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")

@@ -407,6 +407,9 @@ DYNSNN_PAPER = {
     "bp_stdp": (96.6, 97.2, 96.9, 64.81),
     "rmp_resnet20": (91.36, None, 91.13, 37.13),
     "rmp_vgg16": (69.96, None, 69.65, 31.71),
+    "fc3_57": (99.25, None, 99.23, 57.4),
+    "fc3_70": (99.25, None, 98.98, 69.7),
+    "lenet": (99.50, None, 99.15, 61.5),
 }
 
 
@@ -497,7 +500,7 @@ def _dynsnn_table(folder: str) -> str:
         spread = statistics.stdev(float(row[key]) for row in rows) if len(rows) > 1 else 0.0
         return f"{mean(rows, key):7.2f} ±{spread:4.2f}" + ("      " if paper is None else f" {paper:>5}")
 
-    lines = ["mean ± standard deviation over seeds, per cent; in the last place of a column the paper's"]
+    lines = ["mean ± standard deviation over seeds, per cent; beside them the paper's"]
     heads = [f"{head:<20}" for head in ("baseline", "reactivated", "pruned", "drop", "neurons removed")]
     lines.append(f"{'net':<14}{''.join(heads)}")
     for case, stages in found.items():

@@ -93,7 +93,7 @@ class _Signs(torch.autograd.Function):
 
 def signs_and_gain(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Split weights that are -gain, 0 or +gain into their signs and the gain."""
-    gain = weight.detach().abs().amax()
+    gain = weight.detach().abs().amax(tuple(range(weight.dim())))
     return _Signs.apply(weight, gain), gain
 
 

@@ -437,15 +437,16 @@ def draw_rates(
     """
     figure = check_picture(path)(figsize=(9, 3.5), layout="constrained")
     ranked, binned = figure.subplots(1, 2)
+    highest = max(threshold, *(float(rate.max()) for rate in before.values())) or 1.0
     for label, color, rates in (("before", "C7", before), ("after", "C3", after)):
         row = torch.cat([rate.flatten().cpu() for rate in rates.values()]).sort(descending=True).values.numpy()
         ranked.plot(range(1, len(row) + 1), row, color=color, label=f"{label}: {len(row):,}, mean {row.mean():.3f}")
-        binned.hist(row, bins=40, range=(0, 1), color=color, alpha=0.6, label=label)
+        binned.hist(row, bins=40, range=(0, highest), color=color, alpha=0.6, label=label)
     for axis, line in ((ranked, ranked.axhline), (binned, binned.axvline)):
         line(threshold, color="black", linestyle=":", linewidth=1, label=f"threshold {threshold:.3g}")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize="small")
-    ranked.set(xlabel="neuron, by firing rate", ylabel="spikes per time step", ylim=(0, 1.02))
+    ranked.set(xlabel="neuron, by firing rate", ylabel="spikes per time step")
     binned.set(xlabel="spikes per time step", ylabel="neurons", yscale="log")
     figure.suptitle(title, fontsize="medium")
     _write(figure, path)

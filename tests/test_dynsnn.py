@@ -437,6 +437,21 @@ def test_a_channel_is_drawn_anew_where_all_its_neurons_fade():
     assert changed[0].all() and not changed[1:].any()
 
 
+def test_silent_neurons_fire_again():
+    # Weights whose mean is negative, as a firing-rate penalty makes them: those drawn anew must not share it.
+    model = spikezoo.create_model("spiking_mlp_340", T=4, dynsnn={})
+    x = torch.rand(20, 1, 28, 28)
+    with torch.no_grad():
+        weight = model.stem[0].linear.weight
+        weight.copy_(-0.05 + 0.17 * torch.randn_like(weight))
+        weight[:170] -= 1
+    (name,), (before,) = zip(*neuron_rates(model, [x]).items(), strict=True)
+    assert not before[:170].any()
+    reactivate(model, {name: before == 0}, generator=torch.Generator().manual_seed(1))
+    after = neuron_rates(model, [x])[name]
+    assert (after[:170] > 0).double().mean() > 0.9
+
+
 def test_what_cannot_be_reactivated():
     model = settled()
     fading = fade(neuron_rates(model, [images_for(model)]), 0.1)
@@ -530,13 +545,13 @@ def test_masks_outlive_folds_and_replay():
 # ------------------------------------------------------------------------------------------------- training
 
 DYNSNN = (
-    "--dynsnn per=channel compression=0.3 threshold=0.2 reactivate_at=[1] prune_at=2 samples=50 --epochs 3 "
+    "--dynsnn per=channel compression=0.04 threshold=0.1 reactivate_at=[1] prune_at=2 samples=50 --epochs 3 "
     "--model-ema --model-ema-decay 0.7 --grad-accum-steps 2 --recovery-interval 2"
 )
 
 
 def flags(output, *more):
-    base = "--model test_spiking_vgg --T 2 --dataset digits --subset 64 -b 16 --lr 0.05 --experiment run"
+    base = "--model test_mpbn_vgg --T 2 --dataset digits --subset 64 -b 16 --lr 0.05 --experiment run"
     return [*base.split(), *DYNSNN.split(), "--output", str(output), *map(str, more)]
 
 
@@ -558,7 +573,7 @@ def test_training_reactivates_and_prunes(fast, tmp_path, monkeypatch, capsys):
     assert [bool(row["eval_dynsnn_fading"]) for row in rows] == [True, True, False]
     assert [bool(row["eval_dynsnn_top1_before"]) for row in rows] == [True, True, False]
     removed = [float(row["eval_dynsnn_removed"]) for row in rows]
-    assert removed[0] == 0 and removed[1] == removed[2] >= 30
+    assert removed[0] == 0 and removed[1] == removed[2] >= 4
     results = json.loads((tmp_path / "run" / "config.json").read_text())["spikezoo"]["results"]
     assert results["neurons_removed"] == pytest.approx(removed[2]) and results["synapses_left"] < results["synapses"]
     model = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)

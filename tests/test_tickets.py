@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 
 import spikezoo
 from spikezoo.checkpoint import load_state
+from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import firing_rates
 from spikezoo.transforms import replay, set_epoch, ticket, tune
 from spikezoo.transforms.tickets import tickets
@@ -289,7 +290,7 @@ def test_binary_layers_sum_whole_numbers(bias):
         wanted = whole.float() * gain
         if bias:
             wanted = wanted + net[0].bias[(..., None, None) if len(x) == 4 else ...]
-        assert torch.equal(net(spikes), wanted) and whole.unique().numel() > 20
+        assert torch.equal(net(spikes), wanted) and whole.unique().numel() > 10
         assert (wanted != (F.conv2d if len(x) == 4 else F.linear)(spikes, net[0].weight, net[0].bias)).any()
 
 
@@ -308,7 +309,8 @@ def test_bake_leaves_the_original_a_ticket():
     baked, again = spikezoo.bake(net), spikezoo.bake(net)
     assert [type(module) for module in net.modules()] == classes
     assert len(tickets(net)) == 6 and not tickets(baked)
-    assert {type(m) for _, m in baked.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)} == {nn.Conv2d, nn.Linear}
+    kinds = {type(m) for m in baked.modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert kinds == {TernaryConv2d, TernaryLinear}
     own = {p.data_ptr() for p in net.parameters()}
     assert not own & {p.data_ptr() for p in baked.parameters()}
     kept = baked.stem[0].conv.weight.detach().clone()
