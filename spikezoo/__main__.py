@@ -389,7 +389,8 @@ def _export(args: argparse.Namespace) -> int:
     given = {"T": args.T} if args.T is not None else {}
     name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
     if dataset == "none":
-        images = torch.randn(args.images, model.in_chans, *model.img_size)
+        noise = torch.randn if model.encoding == "direct" else torch.rand
+        images = noise(args.images, *model.input_shape)
     else:
         images = next(iter(_loader(args, dataset, model, args.images)))[0]
     path = export(model.eval(), args.output, images, not args.fixed_batch)

@@ -378,8 +378,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     else:
         notes += filter(None, [_exact_norms(copied)])
     if precision == "int8":
-        shape = (1, copied.in_chans, *copied.img_size)
-        like = torch.zeros(shape) if example is None else example[:1].to(device)
+        like = torch.zeros(1, *copied.input_shape) if example is None else example[:1].to(device)
         notes.append(_to_int8(copied, like))
         if not torch.cpu._is_vnni_supported():
             _LOG.warning("This processor has no eight-bit dot products: precision='int8' may be slower than 'exact'.")

@@ -133,8 +133,14 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     suffix, path = check_suffix(path), Path(path)
     facts = _check_model(model)
     net: Any = copy.deepcopy(model).cpu()
+    if suffix == ".onnx" and net.encoding != "direct":
+        raise ValueError(
+            f"encoding={net.encoding!r} is no operation of ONNX: export the model made with encoding='direct', and give "
+            f"it the frames [B, T, C, H, W] that spikezoo.encoding.{net.encoding} makes."
+        )
     if example is None:
-        example = torch.randn(4, net.in_chans, *net.img_size, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn if net.encoding == "direct" else torch.rand
+        example = noise(4, *net.input_shape, generator=torch.Generator().manual_seed(0))
     if not isinstance(example, Tensor) or example.dtype != torch.float32:
         given = example.dtype if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example is {given}: expected a float32 tensor, normalised as in training.")
