@@ -135,8 +135,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     net: Any = copy.deepcopy(model).cpu()
     if suffix == ".onnx" and net.encoding != "direct":
         raise ValueError(
-            f"encoding={net.encoding!r} is no operation of ONNX: export the model made with encoding='direct', and give "
-            f"it the frames [B, T, C, H, W] that spikezoo.encoding.{net.encoding} makes."
+            f"encoding={net.encoding!r} is no operation of ONNX: export the model made with encoding='direct', and "
+            f"give it the frames [B, T, C, H, W] that spikezoo.encoding.{net.encoding} makes."
         )
     if example is None:
         noise = torch.randn if net.encoding == "direct" else torch.rand
