@@ -67,6 +67,7 @@ from spikezoo.export import check_suffix, export
 from spikezoo.hub import push_folder, save_checkpoint
 from spikezoo.transforms import apply
 from spikezoo.transforms.dynsnn import (
+    compacted,
     dynsnn_report,
     fade,
     find_threshold,
@@ -355,7 +356,10 @@ def _convert(args: argparse.Namespace) -> int:
     print("  top-1  " + " ".join(f"{top1[t - 1]:6.2f}" for t in marks))
     written = [str(path) for path in (args.curve, args.plot, args.output) if path]
     if args.curve:
-        write_rows(args.curve, [{"T": t, "top1": value, "ann_top1": before} for t, value in enumerate(top1, 1)])
+        write_rows(
+            args.curve,
+            [{"T": t, "top1": round(value, 4), "ann_top1": round(before, 4)} for t, value in enumerate(top1, 1)],
+        )
     if args.plot:
         pictures.draw_accuracy(top1, before, args.plot, f"{name}, {args.mode}, {args.encoding}; {dataset}/{args.split}")
     if args.output:
@@ -446,7 +450,7 @@ def _dynsnn(args: argparse.Namespace) -> int:
     if args.samples < 1 or args.batch_size < 1:
         raise ValueError(f"samples={args.samples}, batch-size={args.batch_size}: expected integers >= 1.")
     name, model, dataset, weights = _open(args, None, args.checkpoint, {}, args.dataset)
-    if not any(applied == "dynsnn" for applied, _ in model.recipe):
+    if compacted(model) or not any(applied == "dynsnn" for applied, _ in model.recipe):
         model = apply(model, "dynsnn", per=args.per, threshold=args.threshold, compression=args.compression)
     train, test = (_loader(args, dataset, model, args.batch_size, split) for split in ("train", None))
     if args.samples < train.num_samples:

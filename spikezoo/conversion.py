@@ -77,6 +77,8 @@ class _Flow:
         elif isinstance(module, ResidualBlock):
             inner = self._follow(f"{name}.conv1", module.conv1, source)
             self._drive(f"{name}.conv2", module.conv2, inner, target)
+            if not isinstance(module.neuron, ReLU):
+                raise ValueError(f"Layer {target!r}: a {type(module.neuron).__name__} has no spiking form. {_TWIN}")
             if module.shortcut is None:
                 self.first[target] = self.first.get(source, source)
             else:
@@ -89,7 +91,14 @@ class _Flow:
             )
         return target
 
-    def _drive(self, name: str, module: nn.Module, source: str, target: str) -> None:
+    def _drive(self, name: str, module: Any, source: str, target: str) -> None:
+        for part, kinds in (("norm", (nn.modules.batchnorm._BatchNorm, nn.Identity)), ("neuron", (ReLU,))):
+            found = getattr(module, part)
+            if found is not None and not isinstance(found, kinds):
+                raise ValueError(
+                    f"Layer '{name}.{part}': a {type(found).__name__} has no spiking form. convert takes ReLUs and "
+                    "batch norms as create_model(name, neuron='relu') makes them."
+                )
         part = "linear" if isinstance(module, LinearNormNeuron) else "conv"
         self.layers.append((f"{name}.{part}", source, target))
 

@@ -41,11 +41,13 @@ def poisson(x: Tensor, T: int, seed: int | None = None) -> tuple[Tensor, int]:
         Spikes 0 or 1, ``[T, B, C, H, W]``, and T.
 
     Raises:
-        ValueError: Values outside [0, 1], or not a number.
+        ValueError: Values outside [0, 1], or not a number; T below 1.
 
     Example:
         >>> spikes, T = poisson(torch.full((1, 1, 2, 2), 0.5), T=100, seed=0)
     """
+    if T < 1:
+        raise ValueError(f"T={T}: expected an integer >= 1, the number of time steps.")
     return torch.ops.spikezoo.poisson(x.detach(), T, seed), T
 
 
@@ -54,17 +56,22 @@ def ttfs(x: Tensor, T: int) -> tuple[Tensor, int]:
 
     Args:
         x: Images ``[B, C, H, W]`` with values in [0, 1].
-        T: Time steps.
+        T: Time steps, 2 at least: with one, all pixels would spike alike.
 
     Returns:
         Spikes 0 or 1, ``[T, B, C, H, W]``, and T.
 
     Raises:
-        ValueError: Values outside [0, 1], or not a number.
+        ValueError: Values outside [0, 1], or not a number; T below 2.
 
     Example:
         >>> spikes, T = ttfs(torch.tensor([[[[1.0, 0.0]]]]), T=8)  # the first pixel spikes first, the second last
     """
+    if T < 2:
+        raise ValueError(
+            f"T={T} with encoding='ttfs': the image is in the time of the spikes, and in one step all pixels spike "
+            "alike. Use T=8, or encoding='poisson'."
+        )
     return torch.ops.spikezoo.ttfs(x.detach(), T), T
 
 

@@ -11,9 +11,9 @@ from torch import nn
 import spikezoo
 from spikezoo.layers import LinearNormNeuron
 from spikezoo.neurons import MembraneNorm, NeuronConfig, NeuronFactory, SpikingNeuron
-from spikezoo.transforms import apply, replay
+from spikezoo.transforms import apply, dynsnn, replay
 from spikezoo.transforms.compact import _silent
-from spikezoo.transforms.dynsnn import dynsnn_report, neuron_rates, prune, threshold_for
+from spikezoo.transforms.dynsnn import dynsnn_report, masks_of, neuron_rates, prune, threshold_for
 
 # Neurons of the micro-models whose channels can go, as their layouts have them; streams in brackets.
 FREE = {
@@ -356,6 +356,25 @@ def test_what_dynsnn_removes_is_gone(name, per):
     if per == "channel":
         assert sum(p.numel() for p in smaller.parameters()) == report["parameters_left"]
     assert spikezoo.count(smaller, images(model), inputs="analog").sops_exact == report["sops_exact"] > 0
+
+
+@pytest.mark.parametrize("per", ["unit", "channel"])
+def test_removed_and_compacted_once_more(tmp_path, per):
+    model = made("test_mpbn_resnet", dtype=torch.float32)
+    mask_channels(model, "test_mpbn_resnet")
+    once = dynsnn(spikezoo.compact(model), per=per)
+    x = images(model)
+    assert torch.equal(once(x), spikezoo.compact(model)(x))
+    rates = neuron_rates(once, [x])
+    assert rates.keys() == masks_of(once).keys()
+    prune(once, rates, min(float(rate.max()) for rate in rates.values()))
+    twice = spikezoo.compact(once)
+    torch.testing.assert_close(twice(x), once(x), rtol=0, atol=1e-5)
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in once.parameters())
+    spikezoo.save_checkpoint(twice, tmp_path)
+    assert torch.equal(spikezoo.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), twice(x))
+    with pytest.raises(ValueError, match="have a mask already"):
+        dynsnn(once)
 
 
 def test_compacted_again_and_with_tickets_baked(tmp_path):

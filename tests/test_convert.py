@@ -299,6 +299,23 @@ def test_networks_that_cannot_be_converted(name, arguments, message):
         spikezoo.convert(ann, images(ann, 2), T=2)
 
 
+@pytest.mark.parametrize(
+    "layer, other",
+    [
+        ("stages.0.0.conv1.neuron", nn.GELU()),
+        ("stages.0.0.neuron", nn.GELU()),
+        ("stem.0.neuron", nn.LeakyReLU()),
+        ("stem.0.norm", nn.GroupNorm(2, 8)),
+        ("stages.0.0.conv2.norm", nn.Sequential(nn.BatchNorm2d(8), nn.Sigmoid())),
+    ],
+)
+def test_layers_put_in_by_hand(layer, other):
+    ann = spikezoo.create_model("test_spiking_resnet", neuron="relu")
+    ann.set_submodule(layer, other)
+    with pytest.raises(ValueError, match=f"Layer '{layer}': a {type(other).__name__} has no spiking form"):
+        spikezoo.convert(ann, torch.rand(2, 3, 32, 32), 4)
+
+
 def test_attention_is_named():
     ann = spikezoo.create_model("test_spikformer", neuron="relu")
     ann.stem = nn.Sequential()

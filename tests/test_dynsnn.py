@@ -356,6 +356,43 @@ def test_what_was_removed_stays_removed_in_training(name):
             assert torch.equal(p == 0, zeros[n]) and not torch.equal(p, before[n])
 
 
+@pytest.mark.parametrize("per", ["unit", "channel"])
+@pytest.mark.parametrize("name", ["test_spiking_resnet", "test_spikformer"])
+def test_event_models(name, per):
+    model = settled(name, per, in_chans=2)
+    frames = torch.randn(3, 3, 2, *model.img_size, generator=torch.Generator().manual_seed(5))
+    reactivate(model, {layer: torch.zeros_like(mask) for layer, mask in masks_of(model).items()})
+    rates = neuron_rates(model, [frames])
+    with torch.no_grad(), without(model, fade(random_rates(model), 0.3)):
+        masked = model(frames)
+    before = dynsnn_report(model, frames)
+    assert {layer: rate.shape for layer, rate in rates.items()} == {n: m.shape for n, m in masks_of(model).items()}
+    prune(model, random_rates(model), 0.3)
+    assert torch.equal(model(frames), masked)
+    assert dynsnn_report(model, frames)["synapses_left"] < before["synapses_left"] == before["synapses"]
+
+
+@pytest.mark.parametrize("name", ["test_spikformer", "test_autost"])
+def test_all_features_matter_without_a_classifier(name):
+    # The last sum of a Spikformer passes no neuron, and nothing else reads it.
+    model = settled(name, num_classes=0)
+    x, rates = images_for(model), random_rates(model)
+    with torch.no_grad(), without(model, fade(rates, 0.3)):
+        masked = model(x)
+    prune(model, rates, 0.3)
+    assert torch.equal(model(x), masked) and masked.any()
+
+
+def test_rates_and_masks_of_another_shape():
+    model = settled(per="channel")
+    rates = neuron_rates(model, [images_for(model)], per="unit")
+    with pytest.raises(ValueError, match=r"Layer 'stem.0.neuron': firing rates .* and a mask \(4,\).*without per"):
+        prune(model, rates, 0.1)
+    with pytest.raises(ValueError, match="without per"), without(model, fade(rates, 0.1)):
+        pass
+    assert all(mask.all() for mask in masks_of(model).values())
+
+
 def test_a_layer_is_not_emptied():
     model = settled()
     rates = neuron_rates(model, [images_for(model)])

@@ -37,7 +37,6 @@ def test_ttfs_by_hand():
     frames, T = ttfs(x, 5)
     assert T == 5 and frames.shape == (5, 1, 1, 2, 2)
     assert frames.flatten(1).argmax(0).tolist() == [0, 1, 2, 4] and torch.equal(frames.sum(0), torch.ones(1, 1, 2, 2))
-    assert torch.equal(ttfs(x, 1)[0], torch.ones(1, 1, 1, 2, 2))
 
 
 def test_ttfs_equals_spikingjelly():
@@ -238,3 +237,15 @@ def test_the_first_layer_is_paid_by_the_spike(code):
     plain = spikezoo.create_model("test_spiking_mlp", hidden=[3], in_chans=1, img_size=2, num_classes=2, T=4)
     layer = spikezoo.count(plain, x, inputs="analog").by_module["stem.0.linear"]
     assert layer.macs_paper == 12 and layer.sops_paper == 0
+
+
+@pytest.mark.parametrize("code, T", [(poisson, 0), (poisson, -1), (ttfs, 0), (ttfs, 1)])
+def test_too_few_steps(code, T):
+    with pytest.raises(ValueError, match=f"T={T}"):
+        code(torch.rand(1, 1, 2, 2), T)
+
+
+@pytest.mark.parametrize("code", ["poisson", "ttfs"])
+def test_event_models_take_frames_as_they_are(code):
+    with pytest.raises(ValueError, match="in_chans=2: event frames are their own encoding"):
+        spikezoo.create_model("test_spiking_vgg", in_chans=2, encoding=code)

@@ -121,6 +121,10 @@ class SpikingModel(nn.Module):
                 f"encoding={encoding!r} with neuron={self.neuron_config.kind!r}: a neuron without membrane potential "
                 "cannot gather spikes over time. Use encoding='direct', or neuron='if'."
             )
+        if encoding != "direct" and in_chans == 2:
+            raise ValueError(
+                f"encoding={encoding!r} with in_chans=2: event frames are their own encoding. Use encoding='direct'."
+            )
         self.encoding, self.encoding_seed = encoding, _positive_int("encoding_seed", encoding_seed, 0)
         self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
         for name, rate in (("drop_rate", drop_rate), ("neuron_drop", neuron_drop)):

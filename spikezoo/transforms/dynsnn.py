@@ -30,6 +30,7 @@ from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import check_number
 
 __all__ = [
+    "compacted",
     "dynsnn",
     "dynsnn_report",
     "fade",
@@ -94,6 +95,12 @@ def check_threshold(value: Any) -> float:
     return float(value)
 
 
+def compacted(model: Any) -> bool:
+    """Whether a model was compacted after its neurons got masks, which leaves only those still needed."""
+    last = [name for name, _ in getattr(model, "recipe", []) if name in ("dynsnn", "compact")][-1:]
+    return last == ["compact"]
+
+
 def dynsnn(
     model: nn.Module,
     per: str = "unit",
@@ -107,7 +114,7 @@ def dynsnn(
     """Give every spiking neuron a mask, True where it exists; the rest says when ``train.py`` acts on them.
 
     Args:
-        model: A model with spiking neurons. It stays as it is.
+        model: A model with spiking neurons. It stays as it is. Masks that :func:`compact` left are kept.
         per: 'unit' (every neuron of a map by itself: the mask is ``[C, H, W]``, and ties the model to its img_size) or
             'channel' (``[C]``). Neurons of linear layers are single ones either way.
         threshold: Neurons with a lower firing rate fade, in [0, 1].
@@ -151,6 +158,8 @@ def dynsnn(
     copied = copy.deepcopy(model)
     for name, neuron in _spiking(copied).items():
         if neuron.mask is not None:
+            if compacted(model):
+                continue
             raise ValueError(f"The neurons of {name!r} have a mask already: apply 'dynsnn' once.")
         if not neuron.shape:
             raise ValueError(f"Nobody said how many neurons {name!r} has: make it with a NeuronFactory.")
@@ -307,6 +316,16 @@ def threshold_for(model: nn.Module, rates: Mapping[str, Tensor], compression: fl
     return threshold
 
 
+def _kept(mask: Tensor, fading: Tensor, name: str) -> Tensor:
+    """What a mask leaves without those that fade; shapes that differ could broadcast."""
+    if mask.shape != fading.shape:
+        raise ValueError(
+            f"Layer {name!r}: firing rates {tuple(fading.shape)} and a mask {tuple(mask.shape)}. Measure them with "
+            "neuron_rates(model, batches), without per, which takes what the masks are made for."
+        )
+    return mask & ~fading.to(mask.device)
+
+
 @contextmanager
 def without(model: nn.Module, fading: Mapping[str, Tensor]) -> Iterator[None]:
     """Silence neurons for the length of a block.
@@ -319,7 +338,7 @@ def without(model: nn.Module, fading: Mapping[str, Tensor]) -> Iterator[None]:
     before = {name: mask.clone() for name, mask in masks.items()}
     try:
         for name, mask in masks.items():
-            mask &= ~fading[name]
+            mask.copy_(_kept(mask, fading[name], name))
         yield
     finally:
         for name, mask in masks.items():
@@ -425,21 +444,19 @@ class _Reach:
                 hooks.append((module, self._neuron(alive.get(name))))
         net: Any = model
         like = next(model.parameters())
-        images = torch.ones(1, net.in_chans, *net.img_size, device=like.device, dtype=like.dtype)
+        # One frame of an event model: time shares all weights.
+        images = torch.ones(1, *net.input_shape[-3:], device=like.device, dtype=like.dtype)
+        images = images.unsqueeze(1) if net.takes_events else images
         saves = net.grad_checkpointing
         try:
             net.grad_checkpointing = False  # which would run the hooks twice
             with _evaluating(model, hooks), torch.enable_grad():
-                net(images)
-                total: Any = sum(self.targets)
-                grads = torch.autograd.grad(total, list(self.outputs.values()), allow_unused=True)
+                logits = net(images)  # all of them matter, or features that no neuron puts out
+                total: Any = sum([*self.targets, logits.sum()])
+                grads = torch.autograd.grad(total, list(self.outputs.values()))
         finally:
             net.grad_checkpointing = saves
-        # No gradient at all: the classifier, which feeds nothing.
-        matter = {
-            name: torch.ones(out.shape[1:], dtype=torch.bool, device=out.device) if g is None else (g != 0).any(0)
-            for (name, out), g in zip(self.outputs.items(), grads, strict=True)
-        }
+        matter = {name: (g != 0).any(0) for name, g in zip(self.outputs, grads, strict=True)}
         self.norms = {name: _channels(matter[name]) for name in normed if name in matter}
         self.layers = {name: (inputs, matter[name]) for name, inputs in self.inputs.items()}
 
@@ -544,11 +561,11 @@ def prune(
         ema: An averaged copy of the model, changed alike.
 
     Raises:
-        ValueError: A threshold outside [0, 1], or one that empties a layer, which the message names; nothing is
-            changed then.
+        ValueError: A threshold outside [0, 1], one that empties a layer, which the message names, or rates of
+            another shape than the masks; nothing is changed then.
     """
     fading, masks = fade(rates, threshold), masks_of(model)
-    left = {name: mask & ~fading[name] for name, mask in masks.items()}
+    left = {name: _kept(mask, fading[name], name) for name, mask in masks.items()}
     for name, mask in left.items():
         if not mask.any():
             raise ValueError(
