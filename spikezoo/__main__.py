@@ -518,7 +518,6 @@ def _dynsnn_table(folder: str) -> str:
         cells += [drop, shown(pruned, "neurons_removed", paper[3])]
         lines.append(f"{case:<14}{''.join(f'{cell:<20}' for cell in cells)}".rstrip())
     return "\n".join(lines)
-    return 0
 
 
 def _add_events(commands: Any) -> None:

@@ -149,19 +149,19 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
 
 def natural_dataset(img_size: int, in_chans: int, num_classes: int) -> str:
     """Names the dataset that a model of this shape is made for; ValueError where none fits."""
-    if img_size == 8:
-        return "digits"
-    if img_size == 28 and in_chans == 1:
-        return "mnist"
-    if img_size == 32 and num_classes in (10, 100):
-        return f"cifar{num_classes}"
-    if img_size >= 64 and in_chans == 3:
-        return "imagenet"
-    for name in list_datasets() if in_chans == 2 else ():
-        if name in ("nmnist", "cifar10dvs", "dvs128gesture"):
+    if in_chans == 2:
+        for name in ("nmnist", "cifar10dvs", "dvs128gesture"):
             info = dataset_info(name)
             if (img_size, num_classes) == (info.img_size, info.num_classes):
                 return name
+    elif img_size == 8:
+        return "digits"
+    elif img_size == 28 and in_chans == 1:
+        return "mnist"
+    elif img_size == 32 and num_classes in (10, 100):
+        return f"cifar{num_classes}"
+    elif img_size >= 64 and in_chans == 3:
+        return "imagenet"
     raise ValueError(
         f"no dataset is the natural one for img_size={img_size}, in_chans={in_chans}, num_classes={num_classes}; name "
         f"one, e.g. --dataset digits (8 px), mnist (28), cifar10, cifar100 (32), imagenet (64 and more) or npz:PATH; "

@@ -208,10 +208,11 @@ def read_events(path: str | Path, sensor: tuple[int, int]) -> Events:
             runs backwards or an unknown polarity; the message names the file.
     """
     path = Path(path)
-    if path.suffix not in _READERS:
-        raise ValueError(f"{path}: the format {path.suffix!r} is not read. {nearest(path.suffix, _READERS)}")
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise ValueError(f"{path}: the format {path.suffix!r} is not read. {nearest(suffix, _READERS)}")
     try:
-        return _checked(_READERS[path.suffix](path), sensor)
+        return _checked(_READERS[suffix](path), sensor)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{path}: it is truncated or damaged ({error})") from error
     except ValueError as error:
@@ -304,7 +305,8 @@ def _by_class(folder: Path, only: Sequence[str] | None = None) -> dict[str, list
     for name in sorted(classes, key=natural_key):
         there = list(classes[name].iterdir())
         found[name] = sorted(
-            (path for path in there if path.suffix in _READERS), key=lambda path: natural_key(path.name)
+            (path for path in there if path.suffix.lower() in _READERS and path.is_file()),
+            key=lambda path: natural_key(path.name),
         )
         if not found[name]:
             others = ", ".join(sorted({path.suffix or path.name for path in there})) or "nothing"
@@ -447,7 +449,7 @@ def _sensor(recordings: _Recordings, size: int | Sequence[int] | None) -> tuple[
     """The height and width of the sensor: as asked for, as the folder says, or as the format has it."""
     file = recordings.place / _SENSOR_FILE
     if size is None and file.is_file():
-        size = [int(word) if word.isdecimal() else 0 for word in file.read_text(encoding="utf-8").split()]
+        size = [int(word) if word.isdecimal() else 0 for word in file.read_text("utf-8", "replace").split()]
         option = str(file)
     else:
         option = "size"
@@ -456,7 +458,7 @@ def _sensor(recordings: _Recordings, size: int | Sequence[int] | None) -> tuple[
         if len(sides) != 2 or any(type(side) is not int or side < 1 for side in sides):
             _bad(option, size, "the height and width of the sensor in pixels", "size=(128, 128)")
         return sides
-    suffixes = {path.suffix for path in recordings}
+    suffixes = {path.suffix.lower() for path in recordings}
     own = {_OWN_SENSOR.get(suffix) for suffix in suffixes}
     sensor = own.pop()
     if own or sensor is None:
@@ -834,8 +836,9 @@ def open_events(
         _bad("T", T, "a whole number of frames of at least 1", 10)
     if frames_by not in _FRAMES_BY:
         _bad("frames_by", frames_by, f"one of {', '.join(_FRAMES_BY)}", "frames_by='number'")
-    if (frames_by == "duration") != (duration_us is not None) or (duration_us is not None and duration_us < 1):
-        wanted = "a number of microseconds with frames_by='duration', and not given without"
+    whole = duration_us is None or (type(duration_us) is int and duration_us >= 1)
+    if (frames_by == "duration") != (duration_us is not None) or not whole:
+        wanted = "a whole number of microseconds with frames_by='duration', and not given without"
         _bad("duration_us", duration_us, wanted, "frames_by='duration', duration_us=30000")
     found = _recordings(name, data_dir, size, download)
     folder = _cache_folder(found.place) if cache else None

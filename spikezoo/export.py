@@ -104,15 +104,15 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     (of an image the same at every step); the output is the logits of one step, to be averaged over the steps. The
     metadata of the graph say so, with T, the time step dt in seconds and the convention of the reset.
 
-    Both carry as JSON, under 'spikezoo', what ``spikezoo.create_model`` makes the model of, and the mean and standard
-    deviation that images are normalised with.
+    Both carry as JSON, under 'spikezoo', what ``spikezoo.create_model`` makes the model of, the mean and standard
+    deviation that images are normalised with, and how recordings became frames.
 
     Args:
         model: A model of :func:`spikezoo.create_model` in evaluation mode, tickets baked. It stays as it is.
         path: File to write: .onnx or .nir.
         example: Images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``, float32; the exported network takes the
             same size, and of event frames the same T. ONNX is checked on them, so real images are the better check.
-            None takes four images of noise.
+            None takes four images of noise, or recordings.
         dynamic_batch: Whether the ONNX network takes any batch size, or that of the example only. NIR has no batch.
 
     Returns:
@@ -146,7 +146,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
         raise ValueError(f"example is {given}: expected a float32 tensor, normalised as in training.")
     example = example.detach().cpu()
     cfg = net.pretrained_cfg
-    facts |= {"mean": list(cfg["mean"]), "std": list(cfg["std"]), "spikezoo_version": __version__}
+    inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **cfg.get("inputs", {})}
+    facts |= {**inputs, "spikezoo_version": __version__}
     with torch.no_grad():
         logits = net(example)  # says what is wrong with the example
         with atomic(path) as temporary:

@@ -18,6 +18,7 @@ from spikezoo import data, pictures, search
 from spikezoo.__main__ import main
 from spikezoo.checkpoint import read_config
 from spikezoo.data import create_loader, natural_dataset
+from spikezoo.hub import write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 SENSOR = 8
@@ -303,6 +304,9 @@ def test_the_natural_dataset_of_event_models():
     assert natural_dataset(128, 2, 10) == "cifar10dvs"
     with pytest.raises(ValueError, match=r"events:PATH for event frames \(in_chans=2\)"):
         natural_dataset(48, 2, 10)
+    for size in (8, 32):  # of digits and CIFAR-10, which are images
+        with pytest.raises(ValueError, match=r"events:PATH for event frames \(in_chans=2\)"):
+            natural_dataset(size, 2, 10)
 
 
 def test_the_search_measures_on_frames():
@@ -356,6 +360,62 @@ def test_transforms_take_event_frames(flag):
     frames = torch.poisson(torch.full((3, 5, *model.input_shape[1:]), 0.5))
     out = model(frames)
     assert out.shape == (3, 2) and torch.equal(spikezoo.bake(model)(frames), out)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "nir"])
+def test_export_without_an_example(suffix, tmp_path):
+    pytest.importorskip("nir" if suffix == "nir" else "onnxruntime")
+    model = events_model().eval()
+    model.pretrained_cfg["inputs"] = {"mean": [0.0, 0.0], "std": [1.0, 1.0], "frames_by": "time"}
+    path = spikezoo.export(model, tmp_path / f"a.{suffix}")
+    if suffix == "nir":
+        metadata = pytest.importorskip("nir").read(path).metadata
+        text = metadata["spikezoo"]
+        assert int(metadata["T"]) == 4
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(str(path))
+        assert session.get_inputs()[0].shape[1:] == [4, 2, SENSOR, SENSOR]
+        text = session.get_modelmeta().custom_metadata_map["spikezoo"]
+    assert json.loads(text)["frames_by"] == "time"
+
+
+def test_export_on_noise(tmp_path, capsys):
+    pytest.importorskip("nir")
+    spikezoo.save_checkpoint(events_model(), tmp_path / "run")
+    words = ["export", "--checkpoint", str(tmp_path / "run"), "--dataset", "none", "--images", "2", "--output"]
+    assert main([*words, str(tmp_path / "a.nir")]) == 0
+    assert "Wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_deploy_without_an_example(precision, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _name: None)  # no compiler, whose minutes this need not wait for
+    model = events_model("test_spiking_vgg").eval()
+    frames = torch.poisson(torch.full((3, 5, 2, SENSOR, SENSOR), 0.5), torch.Generator().manual_seed(0))
+    fast = spikezoo.deploy(model, precision)
+    assert fast(frames).shape == (3, 2)
+    if precision == "exact":
+        torch.testing.assert_close(fast(frames), model(frames))
+
+
+def test_dynsnn_removes_neurons_of_event_models(folder, tmp_path, capsys):
+    spikezoo.save_checkpoint(events_model("test_spiking_vgg"), tmp_path / "run", {"dataset": f"events:{folder}"})
+    words = ["dynsnn", "--checkpoint", str(tmp_path / "run"), "--per", "channel", "--compression", "0.3"]
+    assert main([*words, "--output", str(tmp_path / "less")]) == 0
+    assert "neurons with firing rates below" in capsys.readouterr().out
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'less'}", pretrained=True).eval()
+    frames = next(iter(create_loader(f"events:{folder}", "test", T=4, batch_size=8)))[0]
+    small = spikezoo.compact(model)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(frames), model(frames))
+
+
+def test_the_card_says_which_split(tmp_path):
+    results = {"dataset": "cifar10dvs", "split": "test", "top1": 50.0, "frames_by": "duration", "duration_us": 30000}
+    note = "random-90-10-seed0/test, 1000 recordings, sha256 0123456789ab"
+    spikezoo.save_checkpoint(events_model(), tmp_path, {**results, "split_note": note})
+    text = write_card(tmp_path, "org/net").read_text()
+    assert f"| {note} |" in text and "| Length of a frame | 30,000 us |" in text
 
 
 def test_named_event_models():

@@ -437,6 +437,8 @@ def test_folders_that_do_not_fit(tmp_path):
     refused(r".npz files do not tell the size of the sensor. Write its height and width into .*sensor.txt")
     refused(r"size=\(1, 2, 3\) is not possible", size=(1, 2, 3))
     refused(r"outside the sensor of 20 x 20", size=20)
+    (tmp_path / "sensor.txt").write_bytes(b"\xff34 34\n")
+    refused(r"sensor.txt=\[0, 34\] is not possible")
     (tmp_path / "sensor.txt").write_text("34 forty\n")
     refused(r"sensor.txt=\[34, 0\] is not possible: it must be the height and width")
     (tmp_path / "sensor.txt").write_text("34 40\n")
@@ -446,6 +448,16 @@ def test_folders_that_do_not_fit(tmp_path):
         open_events("events:nowhere", "train", T=2)
     with pytest.raises(FileNotFoundError, match="events:: there is no folder"):
         open_events("events:", "train", T=2)
+
+
+def test_suffixes_in_capitals(tmp_path):
+    for number, split in enumerate(("train", "test")):
+        folder = tmp_path / split / "a"
+        folder.mkdir(parents=True)
+        for count in range(2):
+            write_bin(folder / f"{count}.BIN", make(seed=2 * number + count))
+        (folder / "folder.bin").mkdir()  # no recording
+    assert open_events(f"events:{tmp_path}", "train", T=2).frames.shape == (2, 2, 2, 34, 34)
 
 
 def test_bad_arguments(tmp_path):
@@ -459,6 +471,8 @@ def test_bad_arguments(tmp_path):
         ({"T": 2, "frames_by": "duration"}, r"duration_us=None is not possible"),
         ({"T": 2, "duration_us": 100}, r"duration_us=100 is not possible"),
         ({"T": 2, "frames_by": "duration", "duration_us": 0}, r"duration_us=0 is not possible"),
+        ({"T": 2, "frames_by": "duration", "duration_us": 2.5}, r"duration_us=2.5 .* a whole number of microseconds"),
+        ({"T": 2, "frames_by": "duration", "duration_us": "9"}, r"duration_us='9' is not possible"),
     ):
         with pytest.raises(ValueError, match=message):
             open_events(f"events:{tmp_path}", "train", **options)

@@ -268,7 +268,9 @@ def test_our_plans_make_models(train, path):
         arguments = train.model_arguments(run.args)
         arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first
         model = spikezoo.create_model(run.args.model, device="meta", **arguments)
-        assert bool(run.args.ticket) == (model.recipe != [])
+        assert [name for name, _ in model.recipe] == [
+            flag for flag in ("ticket", "dynsnn") if getattr(run.args, flag) not in (None, {})
+        ]
         assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket
 
 
