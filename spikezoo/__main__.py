@@ -432,7 +432,8 @@ def _add_dynsnn(commands: Any) -> None:
     parser.add_argument("--dataset", help="(default: the checkpoint's)")
     _add_data(parser)
     parser.add_argument("-b", "--batch-size", type=int, default=256)
-    parser.add_argument("--output", metavar="DIR", help="write the smaller net there")
+    parser.add_argument("--output", metavar="DIR", help="write the pruned net there, masks and zeros in its place")
+    parser.add_argument("--compact", action="store_true", help="write it with what was removed gone from its weights")
     parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after")
     parser.add_argument("--plot-threshold", metavar="FILE", help="draw accuracy and compression over the threshold")
     parser.add_argument("--table", metavar="DIR", help="only print the table of a finished plan of configs/dynsnn")
@@ -445,6 +446,8 @@ def _dynsnn(args: argparse.Namespace) -> int:
         return 0
     if args.threshold is args.compression is args.tolerance is None:
         raise ValueError("How much may go? Give --threshold, --compression or --tolerance 0.3.")
+    if args.compact and not args.output:
+        raise ValueError("--compact is for what is written: give --output DIR, too.")
     for path in filter(None, (args.plot_rates, args.plot_threshold)):
         pictures.check_picture(path)
     if args.samples < 1 or args.batch_size < 1:
@@ -480,8 +483,9 @@ def _dynsnn(args: argparse.Namespace) -> int:
     if args.output:
         results = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
         facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold}
-        save_checkpoint(model, args.output, {**facts, **results, **left, **environment()})
-        print(f"Wrote {args.output}")
+        written = apply(model, "compact") if args.compact else model
+        save_checkpoint(written, args.output, {**facts, **results, **left, **environment()})
+        print(f"Wrote {args.output}: {sum(p.numel() for p in written.parameters()):,} parameters")
     return 0
 
 

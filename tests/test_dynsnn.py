@@ -715,11 +715,17 @@ def test_command(trained, tmp_path, capsys, how):
         assert results["neurons_removed"] >= 25
     assert f"{results['top1']:.2f} %" in told
     # What was pruned is pruned on.
-    assert main(["dynsnn", "--checkpoint", str(tmp_path / "new"), "--compression", "0.5", "--samples", "50"]) == 0
+    again = ["dynsnn", "--checkpoint", str(tmp_path / "new"), "--compression", "0.5", "--samples", "50"]
+    assert main([*again, "--output", str(tmp_path / "small"), "--compact"]) == 0
+    small = spikezoo.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True)
+    assert small.recipe[-1][0] == "compact" and sum(p.numel() for p in small.parameters()) < sum(
+        p.numel() for p in model.parameters()
+    )
 
 
 def test_command_says_what_is_wrong(trained, tmp_path, capsys):
     for argv, words in (
+        (["--compression", "0.2", "--compact"], "give --output DIR, too"),
         ([], "How much may go?"),
         (["--threshold", "2"], "threshold=2.0"),
         (["--compression", "0.99"], "would remove all"),
