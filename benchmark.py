@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -36,6 +34,7 @@ from torch import Tensor, nn
 import spikezoo
 from spikezoo import sparse
 from spikezoo.checkpoint import write_checkpoint
+from spikezoo.deploy import has_compiler
 from spikezoo.evaluation import check_results_file, environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock
 from spikezoo.models._base import SpikingModel
@@ -99,12 +98,8 @@ class Settings:
             raise ValueError(
                 f"device={self.device!r} is not available: use device='cpu', or 'cuda' where torch sees it."
             )
-        if self.torchcompile and not _has_compiler():
+        if self.torchcompile and not has_compiler():
             raise ValueError("torchcompile needs a C++ compiler and none was found: install g++, or set CXX.")
-
-
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,11 @@ def _loader(
     )
 
 
+def _noise(model: Any, images: int) -> Tensor:
+    """Random input of a model; of a model that encodes pixels, in [0, 1]."""
+    return (torch.randn if model.encoding == "direct" else torch.rand)(images, *model.input_shape)
+
+
 def _to_device(model: Any, device: str) -> Any:
     try:
         return model.to(device)
@@ -165,11 +170,7 @@ def _count(args: argparse.Namespace) -> int:
     name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
     _to_device(model, args.device)
     loader: Iterable[Any]
-    if dataset == "none":
-        noise = torch.randn if model.encoding == "direct" else torch.rand
-        loader = [noise(args.images, *model.input_shape)]
-    else:
-        loader = _loader(args, dataset, model, min(args.images, 64))
+    loader = [_noise(model, args.images)] if dataset == "none" else _loader(args, dataset, model, min(args.images, 64))
     summary = count_loader(
         model,
         loader,
@@ -393,8 +394,7 @@ def _export(args: argparse.Namespace) -> int:
     given = {"T": args.T} if args.T is not None else {}
     name, model, dataset, weights = _open(args, args.name, args.checkpoint, given, args.dataset)
     if dataset == "none":
-        noise = torch.randn if model.encoding == "direct" else torch.rand
-        images = noise(args.images, *model.input_shape)
+        images = _noise(model, args.images)
     else:
         images = next(iter(_loader(args, dataset, model, args.images)))[0]
     path = export(model.eval(), args.output, images, not args.fixed_batch)

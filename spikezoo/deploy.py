@@ -137,7 +137,7 @@ class EightBit(nn.Module):
         self.stride, self.padding = (conv.stride, conv.padding) if conv is not None else ((1, 1), (0, 0))
         self.dilation, self.groups = (conv.dilation, conv.groups) if conv is not None else ((1, 1), 1)
         self.register_buffer("weight", whole.to(torch.int8).view(*weight.shape, *[1] * (4 - weight.dim())))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale if self.linear or self.ternary else scale.view(-1, 1, 1))
         self.bias = layer.bias
         self.geometry: tuple[Any, ...] = (self.padding, self.weight.shape[2:], self.stride)
         self._packed: Any = None
@@ -173,8 +173,7 @@ class EightBit(nn.Module):
         y = _eight_bit(x[..., None, None] if self.linear else x, self.weight, self.key)
         y = y.flatten(1) if self.linear else y
         y = y / self.levels if self.levels > 1 else y  # a power of two: exact
-        shape = (-1,) if self.linear or self.scale.dim() == 0 else (-1, 1, 1)
-        y = y * (self.scale if self.ternary else self.scale.view(shape))
+        y = y * self.scale
         return y if self.bias is None else y + self.bias.view((-1,) if self.linear else (-1, 1, 1))
 
 

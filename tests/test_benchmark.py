@@ -179,7 +179,7 @@ def test_bad_settings(benchmark, arguments, message):
 
 
 def test_compiling_needs_a_compiler(benchmark, monkeypatch):
-    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match=r"C\+\+ compiler"):
         benchmark.Settings("test_mpbn_resnet", torchcompile=True)
 
