@@ -23,8 +23,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, TernaryConv2d, TernaryLinear, signs_and_gain
+from spikezoo.layers import (
+    ConvNormNeuron,
+    LinearNormNeuron,
+    Pool,
+    ResidualBlock,
+    TernaryConv2d,
+    TernaryLinear,
+    signs_and_gain,
+)
 from spikezoo.neurons import SpikingNeuron, nearest
 from spikezoo.transforms import fold_bn, fold_mpbn
 from spikezoo.transforms.tickets import tickets
@@ -245,15 +254,12 @@ class Deployed(nn.Module):
     def __init__(self, model: nn.Module, precision: str, compiled: bool, notes: list[str]) -> None:
         super().__init__()
         self.model, self.precision, self.notes = model, precision, notes
-        half = precision == "bf16"
-        self._dtype = torch.bfloat16 if half else torch.float32
+        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._format = torch.contiguous_format if precision == "exact" else torch.channels_last
         self._shapes: set[tuple[int, ...]] = set()
         self._features: Callable[[Tensor], Tensor] = self._sequence
         if compiled:
-            # Frozen weights are laid out anew for the processor, which changes roundings: not for 'exact' and 'int8'.
-            options: dict[str, Any] = {"freezing": half, "layout_optimization": half}
-            self._features = torch.compile(self._sequence, dynamic=False, options=options)
+            self._features = torch.compile(self._sequence, dynamic=False)
         self.compiled = compiled
         self.eval()
 
@@ -283,7 +289,10 @@ class Deployed(nn.Module):
         x = x.to(self._dtype)
         if x.dim() == 4:
             x = x.contiguous(memory_format=self._format)
-        features = self._features(x)
+        # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'. Only a
+        # patch of the whole configuration freezes; as an option of torch.compile it does nothing.
+        with inductor.patch(freezing=self.precision == "bf16"):
+            features = self._features(x)
         return self.model.forward_head(features)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
@@ -319,18 +328,43 @@ def _to_bf16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+class _Float(nn.Module):
+    """A module that cannot read bytes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        """As the module."""
+        return self.module(x.float(), *arguments)
+
+
 def _to_int8(model: nn.Module, example: Tensor) -> str:
-    """Replace the layers on spikes, let neurons give bytes where these read them; say how many there are."""
+    """Replace the layers on spikes and let neurons give bytes; say how many layers there are."""
     levels = _levels(model, example)
     total = 0
+    unread: list[tuple[nn.Module, str, nn.Module]] = []  # who reads spikes and cannot read bytes
     for parent in list(model.modules()):
-        if not isinstance(parent, ConvNormNeuron | LinearNormNeuron):
-            continue
-        total += 1
-        name = "conv" if isinstance(parent, ConvNormNeuron) else "linear"
-        layer = getattr(parent, name)
-        if layer in levels:
-            setattr(parent, name, EightBit(layer, levels[layer]))
+        for name, child in parent.named_children():
+            if isinstance(child, ConvNormNeuron | LinearNormNeuron):
+                total += 1
+                inner = "conv" if isinstance(child, ConvNormNeuron) else "linear"
+                layer = getattr(child, inner)
+                if layer in levels:
+                    setattr(child, inner, EightBit(layer, levels[layer]))
+                else:
+                    unread.append((parent, name, child))
+            elif isinstance(child, Pool) and not isinstance(child.pool, nn.MaxPool2d):
+                unread.append((parent, name, child))
+    blocks = [m for m in model.modules() if isinstance(m, ConvNormNeuron | LinearNormNeuron | ResidualBlock)]
+    neurons = {m for m in model.modules() if isinstance(m, SpikingNeuron)}
+    if neurons == {block.neuron for block in blocks if block.neuron is not None}:
+        # Nobody else reads spikes, as attention would.
+        for neuron in neurons:
+            neuron.spike_dtype = torch.uint8
+        for parent, name, child in unread:
+            setattr(parent, name, _Float(child))
     return f"{len(levels)} of {total} convolutions and linear layers before the head in 8 bits"
 
 

@@ -422,6 +422,7 @@ class SpikingNeuron(nn.Module):
         self.register_buffer("mask", None)
         self.shape: tuple[int, ...] = ()
         self.drop = 0.0  # dropout of the spikes, set by the factory
+        self.spike_dtype: torch.dtype | None = None  # None is the input's; deploy lets spikes be bytes
 
     def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
         """Membrane potential before firing; ``v`` is None at rest."""
@@ -443,7 +444,7 @@ class SpikingNeuron(nn.Module):
         for t in range(x.shape[0]):
             u = self.charge(v, current[t])
             s = spike(self.distance(u), config.surrogate, config.surrogate_alpha, config.firing == ">")
-            spikes.append(s.to(x.dtype))
+            spikes.append(s.to(self.spike_dtype or x.dtype))
             if t + 1 < x.shape[0]:
                 r = s.detach() if config.detach_reset else s
                 if config.reset == "soft":
