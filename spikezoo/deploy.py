@@ -289,8 +289,8 @@ class Deployed(nn.Module):
         x = x.to(self._dtype)
         if x.dim() == 4:
             x = x.contiguous(memory_format=self._format)
-        # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'. Only a
-        # patch of the whole configuration freezes; as an option of torch.compile it does nothing.
+        # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
+        # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         with inductor.patch(freezing=self.precision == "bf16"):
             features = self._features(x)
         return self.model.forward_head(features)  # type: ignore[operator]

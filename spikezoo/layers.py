@@ -41,6 +41,11 @@ def broadcast_steps(x: Tensor, T: int | None) -> Tensor:
     return x if T is None or x.shape[0] == T else x.expand(T, *x.shape[1:])
 
 
+def _fire(neuron: nn.Module, x: Tensor, T: int | None) -> Tensor:
+    """Run a neuron; it repeats one frame by itself, without an expanded tensor whose gradient is T frames."""
+    return neuron(x) if T is None or x.shape[0] == T else neuron(x, T)
+
+
 def conv_out(size: Sequence[int], kernel: int, stride: int, padding: int) -> tuple[int, int]:
     """Height and width after a convolution or pooling."""
     height, width = ((s + 2 * padding - kernel) // stride + 1 for s in size)
@@ -194,8 +199,8 @@ class ConvNormNeuron(nn.Module):
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[T, B, C, H, W]`` to ``[T, B, C', H', W']``; one frame is computed once and broadcast to T."""
-        x = broadcast_steps(over_time(self._stateless, x), T)
-        return x if self.neuron is None else self.neuron(x)
+        x = over_time(self._stateless, x)
+        return broadcast_steps(x, T) if self.neuron is None else _fire(self.neuron, x, T)
 
 
 class LinearNormNeuron(nn.Module):
@@ -234,7 +239,7 @@ class LinearNormNeuron(nn.Module):
 
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[T, B, C, H, W]`` to ``[T, B, F, 1, 1]``; one frame is computed once and broadcast to T."""
-        return self.neuron(broadcast_steps(over_time(self._stateless, x), T))[..., None, None]
+        return _fire(self.neuron, over_time(self._stateless, x), T)[..., None, None]
 
 
 class Flatten(nn.Module):

@@ -434,25 +434,34 @@ class SpikingNeuron(nn.Module):
             return self.folded(u)
         return (u if self.norm is None else self.norm(u)) - self.config.threshold
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Spikes ``[T, B, ...]`` of an input current ``[T, B, ...]``."""
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Spikes ``[T, B, ...]`` of an input current ``[T, B, ...]``, or of ``[1, B, ...]`` at each of T steps."""
         config = self.config
+        T = x.shape[0] if T is None else T
         current = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        # Cut along the batch: the gradients are joined there again, each in the memory layout of its frame. Selecting
+        # x[t] would make them one contiguous tensor, which costs two transpositions.
+        if x.shape[0] == 1:
+            frames: Sequence[Tensor] = (current.squeeze(0),) * T
+        elif torch.compiler.is_exporting():  # with a batch size of its own, which split does not take
+            frames = current.unbind(0)
+        else:
+            frames = current.flatten(0, 1).split(x.shape[1])
         spikes: list[Tensor] = []
         # None is rest, whose first step costs nothing.
         v = current.new_full((), config.v_reset + config.v_init) if config.v_init else None
-        for t in range(x.shape[0]):
-            u = self.charge(v, current[t])
+        for t, frame in enumerate(frames):
+            u = self.charge(v, frame)
             s = spike(self.distance(u), config.surrogate, config.surrogate_alpha, config.firing == ">")
             spikes.append(s.to(self.spike_dtype or x.dtype))
-            if t + 1 < x.shape[0]:
+            if t + 1 < T:
                 r = s.detach() if config.detach_reset else s
                 if config.reset == "soft":
                     v = u - r * config.threshold
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
         # Each frame keeps its memory layout: channels-last convolutions follow.
-        out = spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.cat(spikes).view(x.shape)
+        out = spikes[0].unsqueeze(0) if T == 1 else torch.cat(spikes).view(T, *x.shape[1:])
         if self.mask is not None:
             out = out * self._existing(self.mask, out)
         if self.probe is not None:

@@ -112,7 +112,7 @@ def test_rates_of_maps_and_of_a_wider_batch(monkeypatch):
     seen = {}
     forward = SpikingNeuron.forward
     monkeypatch.setattr(
-        SpikingNeuron, "forward", lambda self, x: seen.setdefault(self, []).append(forward(self, x)) or seen[self][-1]
+        SpikingNeuron, "forward", lambda self, *x: seen.setdefault(self, []).append(forward(self, *x)) or seen[self][-1]
     )
     with torch.no_grad():
         model(x)

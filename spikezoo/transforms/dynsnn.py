@@ -479,8 +479,8 @@ class _Reach:
         return hook
 
     def _neuron(self, alive: Tensor | None) -> Callable[..., Tensor]:
-        def hook(_module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
-            (x,) = args
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            x = args[0]  # one frame where the same input is seen T times
             shown = torch.ones_like(out)
             if alive is not None:
                 shown = shown * alive.view(*alive.shape, *[1] * (x.dim() - 2 - alive.dim()))
