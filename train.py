@@ -56,6 +56,7 @@ import yaml
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task.distillation import DistillationTeacher
 from timm.utils import (
     CheckpointSaver,
     ModelEmaV3,
@@ -169,6 +170,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--hflip", type=float, help="probability of a horizontal flip (default: the dataset's)")
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
     group.add_argument(
+        "--progressive",
+        nargs="*",
+        action=Arguments,
+        metavar="K=V",
+        help="progressive resolution: size=24 epochs=12 shrinks the training images in the first epochs",
+    )
+    group.add_argument(
         "--roll", type=int, default=0, metavar="PIXELS", help="largest shift, what leaves on one side comes in again"
     )
     group.add_argument("--cutout", type=int, default=0, metavar="PIXELS", help="side of one square hole an image")
@@ -272,6 +280,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--tet-lambda", type=float, default=0.0, help="weight of TET's pull of the outputs to 1")
     group.add_argument("--rate-penalty", type=float, default=0.0, help="weight of the firing-rate penalty")
     group.add_argument("--rate-target", type=float, default=0.0, help="layer firing rates below this cost nothing")
+    group.add_argument(
+        "--teacher", metavar="MODEL", help="learn from its logits too: local-dir:FOLDER, hf-hub:ORG/NAME, NAME.TAG"
+    )
+    group.add_argument("--distill-weight", type=float, default=0.5, help="share of the teacher in the loss")
+    group.add_argument("--distill-temperature", type=float, default=4.0, help="what both logits are divided by")
     group.add_argument(
         "--model-ema", action=Switch, default=False, help="keep an average of the weights and evaluate it too"
     )
@@ -435,8 +448,8 @@ class Objective:
         elif args.smoothing:
             self.criterion = LabelSmoothingCrossEntropy(args.smoothing)
 
-    def __call__(self, output: Tensor, target: Tensor, rates: Tensor) -> Tensor:
-        """Loss of logits ``[B, K]``, or with TET ``[T, B, K]``, and firing rates ``[layers, T]``."""
+    def __call__(self, output: Tensor, target: Tensor, rates: Tensor, taught: Tensor | None = None) -> Tensor:
+        """Loss of logits ``[B, K]``, with TET ``[T, B, K]``, firing rates ``[layers, T]`` and a teacher's logits."""
         output = output.float()
         if self.args.tet:
             loss = torch.stack([self.criterion(step, target) for step in output]).mean()
@@ -445,6 +458,13 @@ class Objective:
                 loss = (1 - weight) * loss + weight * F.mse_loss(output, torch.ones_like(output))
         else:
             loss = self.criterion(output, target)
+        if taught is not None:
+            # As timm's LogitDistillationTask; with the temperature squared its gradients keep their size.
+            share, heat = self.args.distill_weight, self.args.distill_temperature
+            logits = (output.mean(0) if self.args.tet else output) / heat
+            wanted = F.log_softmax(taught.float() / heat, -1)
+            apart = F.kl_div(F.log_softmax(logits, -1), wanted, reduction="batchmean", log_target=True)
+            loss = (1 - share) * loss + share * heat**2 * apart
         if self.args.rate_penalty:
             loss = loss + self.args.rate_penalty * (rates.mean(1) - self.args.rate_target).clamp_min(0).mean()
         return loss
@@ -698,7 +718,10 @@ class Run:
         frames = {key: value for key, value in self.val_loader.facts.items() if key in ("frames_by", "duration_us")}
         self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
         self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn is not None else None
+        if args.progressive is not None:
+            self._check_progressive()
         self.objective = Objective(args, soft)
+        self.teacher = self._make_teacher() if args.teacher else None
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
 
@@ -725,6 +748,44 @@ class Run:
         self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0}
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self._prepare_output()
+
+    def _check_progressive(self) -> None:
+        given, full = self.args.progressive, self.model.img_size[0]
+        if set(given) != {"size", "epochs"} or not all(type(value) is int and value > 0 for value in given.values()):
+            raise ValueError(f"--progressive {given}: expected size=24 epochs=12, whole numbers above 0.")
+        if self.model.fixed_img_size or self.model.mpbn == "element":
+            raise ValueError(
+                f"--progressive: {self.args.model} was built for images of {full}x{full} alone. Take a model with "
+                "global pooling and, of the membrane norms, mpbn='channel'."
+            )
+        least = self.model.min_img_size
+        if not least <= given["size"] < full:
+            raise ValueError(
+                f"--progressive size={given['size']}: expected {least} to {full - 1} for {self.args.model}."
+            )
+
+    def _make_teacher(self) -> Callable[[Tensor], Tensor]:
+        """What gives the teacher's logits of a batch that is normalised for the student."""
+        model = spikezoo.create_model(self.args.teacher, pretrained=True).to(self.device)
+        if model.num_classes != self.model.num_classes or model.input_shape != self.model.input_shape:
+            raise ValueError(
+                f"--teacher {self.args.teacher} has {model.num_classes} classes and inputs {model.input_shape}, the "
+                f"student {self.model.num_classes} and {self.model.input_shape}: take one trained on the same data."
+            )
+        if self.args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        teacher = DistillationTeacher(model, device=self.device)
+        # What it was trained with; timm's fields hold whatever is customary for the architecture.
+        theirs = vars(dataset_info(self.args.dataset, self.args.data_dir)) | input_options(model, self.args.dataset)
+
+        def channels(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
+
+        own = [channels(self.inputs[name]) for name in ("mean", "std")]
+        teacher.mean_kd, teacher.std_kd = channels(theirs["mean"]), channels(theirs["std"])
+        if self.args.torchcompile:
+            teacher.compile()
+        return lambda images: teacher(teacher.normalize_input(images, *own))
 
     def _plan_dynsnn(self, loader: Callable[..., Any]) -> dict[str, Any]:
         """The arguments of DynSNN, and what makes the images to measure firing rates on: no augmentation."""
@@ -867,7 +928,8 @@ class Run:
         net: nn.Module = WithRates(model, steps=args.tet)
         if args.distributed:
             net = nn.parallel.DistributedDataParallel(net, [self.device] if self.device.type == "cuda" else None)
-        run: Step = torch.compile(net) if args.torchcompile else net
+        # Every size of the images has kernels of its own; general ones would be slower.
+        run: Step = torch.compile(net, dynamic=False if args.progressive else None) if args.torchcompile else net
         # Evaluation can share the compiled step where that is the plain forward pass.
         compiled = run if args.torchcompile and not args.tet and not args.distributed else None
         results: dict[str, Any] = {}
@@ -957,6 +1019,7 @@ class Run:
         total = len(self.train_loader)
         accumulate = args.grad_accum_steps
         spiking = model.neuron_config.spiking
+        small = {"epochs": 0, **(args.progressive or {})}
         bar = tqdm(
             total=total,
             initial=self.batch,
@@ -969,13 +1032,17 @@ class Run:
         last_group = total - (total % accumulate or accumulate)  # a shorter last group is averaged over its own length
         for images, target in self.train_loader.iterate(self.batch):
             images, target = images.to(self.device), target.to(self.device)
+            if self.epoch < small["epochs"]:
+                images = F.interpolate(images, size=small["size"], mode="bilinear", antialias=True)
             group = total - last_group if self.batch >= last_group else accumulate
             update = (self.batch + 1) % accumulate == 0 or self.batch + 1 == total
             sync = nullcontext() if update or not args.distributed else net.no_sync()  # type: ignore[operator]
             with sync:
                 with self.autocast():
                     output, rates = run(images)
-                loss = self.objective(output, target, rates)
+                    with torch.no_grad():
+                        taught = self.teacher(images) if self.teacher else None
+                loss = self.objective(output, target, rates, taught)
                 value = loss.item()
                 if not math.isfinite(value):
                     layer = not_finite(model, images, self.autocast)

@@ -911,3 +911,55 @@ def test_two_processes(tmp_path, capsys):
     row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
     for key in ("top1", "top5", "loss", "firing_rate"):
         assert row[key] == pytest.approx(results[key], abs=1e-4), key
+
+
+# ------------------------------------------------------------------------------ distillation, progressive resolution
+
+
+def test_the_teachers_share_of_the_loss_by_hand(train):
+    args = train.parse_args(
+        flags("o", "--teacher", "local-dir:x", "--distill-weight", 0.25, "--distill-temperature", 2)
+    )
+    loss = train.Objective(args, False)(
+        torch.tensor([[2.0, 0]]), torch.tensor([0]), torch.zeros(1, 1), torch.zeros(1, 2)
+    )
+    p = 1 / (1 + math.exp(-1))  # of the student at temperature 2; the teacher has 0.5
+    apart = 0.5 * math.log(0.5 / p) + 0.5 * math.log(0.5 / (1 - p))
+    assert loss.item() == pytest.approx(0.75 * math.log(1 + math.exp(-2)) + 0.25 * 4 * apart, abs=1e-6)
+
+
+def test_a_teacher_sees_its_own_normalisation(fast, tmp_path):
+    fast.main(flags(tmp_path, "--mean", 0, "--std", 1, "--experiment", "teacher", "--epochs", 1))
+    teacher = f"local-dir:{tmp_path / 'teacher'}"
+    run = fast.Run(fast.parse_args(flags(tmp_path, "--mean", 0.4, "--std", 0.2, "--teacher", teacher, "--epochs", 1)))
+    images, _ = next(iter(run.val_loader))
+    plain = spikezoo.create_model(teacher, pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(run.teacher(images), plain(images * 0.2 + 0.4), rtol=1e-4, atol=1e-4)
+        assert (run.teacher(images) - plain(images)).abs().max() > 1e-3
+    assert run.train()["top1"] >= 0
+    with pytest.raises(ValueError, match="has 10 classes and inputs"):
+        fast.main(flags(tmp_path, "--teacher", teacher, "--in-chans", 3, "--experiment", "other"))
+
+
+def test_progressive_resolution(fast, tmp_path, monkeypatch):
+    sizes = []
+    forward = spikezoo.neurons.WithRates.forward
+    monkeypatch.setattr(
+        spikezoo.neurons.WithRates,
+        "forward",
+        lambda self, x: (sizes.append(tuple(x.shape[2:])) if self.model.training else None) or forward(self, x),
+    )
+    small = ("--model", "test_mpbn_resnet", "--img-size", 16, "--progressive", "size=8", "epochs=1")
+    fast.main(flags(tmp_path, *small))
+    assert sizes == [(8, 8)] * 4 + [(16, 16)] * 4
+    for given, told in (
+        (("size=8",), "expected size=24 epochs=12"),
+        (("size=16", "epochs=1"), "expected 4 to 15"),
+        (("size=8", "epochs=0.5"), "whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            fast.main(flags(tmp_path, *small[:5], *given, "--experiment", "bad"))
+    with pytest.raises(ValueError, match="was built for images of"):
+        fast.main(flags(tmp_path, *small, "--mpbn", "element", "--experiment", "bad"))
+    assert not (tmp_path / "bad").exists()
