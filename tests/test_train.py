@@ -955,7 +955,7 @@ def test_progressive_resolution(fast, tmp_path, monkeypatch):
     assert sizes == [(8, 8)] * 4 + [(16, 16)] * 4
     for given, told in (
         (("size=8",), "expected size=24 epochs=12"),
-        (("size=16", "epochs=1"), "expected 4 to 15"),
+        (("size=16", "epochs=1"), "expected 8 to 15"),
         (("size=8", "epochs=0.5"), "whole numbers"),
     ):
         with pytest.raises(ValueError, match=told):
