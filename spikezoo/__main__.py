@@ -46,13 +46,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikezoo import pictures, search
 from spikezoo.checkpoint import read_config
 from spikezoo.conversion import convert
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
 from spikezoo.data import create_loader, dataset_info
+from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluation import (
     accuracy_over_time,
     check_results_file,
@@ -425,7 +426,7 @@ def _add_dynsnn(commands: Any) -> None:
     how.add_argument("--threshold", type=float, help="firing rate, spikes per time step, below which neurons go")
     how.add_argument("--compression", type=float, help="fraction of the hidden neurons that goes")
     how.add_argument("--tolerance", type=float, help="points of accuracy that may be lost, on training images")
-    parser.add_argument("--per", default="unit", help="unit (single neurons) or channel (default: %(default)s)")
+    parser.add_argument("--per", help="unit (single neurons) or channel (default: the checkpoint's, else unit)")
     parser.add_argument(
         "--samples", type=int, default=10_000, help="training images to decide on (default: %(default)s)"
     )
@@ -434,6 +435,7 @@ def _add_dynsnn(commands: Any) -> None:
     parser.add_argument("-b", "--batch-size", type=int, default=256)
     parser.add_argument("--output", metavar="DIR", help="write the pruned net there, masks and zeros in its place")
     parser.add_argument("--compact", action="store_true", help="write it with what was removed gone from its weights")
+    parser.add_argument("--deploy", choices=PRECISIONS, help="measure accuracy with spikezoo.deploy(model, PRECISION)")
     parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after")
     parser.add_argument("--plot-threshold", metavar="FILE", help="draw accuracy and compression over the threshold")
     parser.add_argument("--table", metavar="DIR", help="only print the table of a finished plan of configs/dynsnn")
@@ -453,8 +455,16 @@ def _dynsnn(args: argparse.Namespace) -> int:
     if args.samples < 1 or args.batch_size < 1:
         raise ValueError(f"samples={args.samples}, batch-size={args.batch_size}: expected integers >= 1.")
     name, model, dataset, weights = _open(args, None, args.checkpoint, {}, args.dataset)
-    if compacted(model) or not any(applied == "dynsnn" for applied, _ in model.recipe):
+    masks = dict(model.recipe).get("dynsnn")
+    if compacted(model) or masks is None:
+        args.per = args.per or "unit"
         model = apply(model, "dynsnn", per=args.per, threshold=args.threshold, compression=args.compression)
+    elif args.per not in (None, masks.get("per", "unit")):
+        raise ValueError(f"--per {args.per}: {name} has masks per {masks.get('per', 'unit')} already. Leave --per out.")
+
+    def top1(net: nn.Module, loader: Any) -> dict[str, Any]:
+        return evaluate(deploy(net.eval(), args.deploy) if args.deploy else net, loader, rates=not args.deploy)
+
     train, test = (_loader(args, dataset, model, args.batch_size, split) for split in ("train", None))
     if args.samples < train.num_samples:
         train = _loader(args, dataset, model, args.batch_size, "train", subset=args.samples)
@@ -463,12 +473,12 @@ def _dynsnn(args: argparse.Namespace) -> int:
     if args.compression is not None:
         threshold = threshold_for(model, rates, args.compression)
     elif args.tolerance is not None:
-        threshold = find_threshold(model, rates, lambda net: evaluate(net, train)["top1"], args.tolerance)
+        threshold = find_threshold(model, rates, lambda net: top1(net, train)["top1"], args.tolerance)
     sample = next(iter(test))[0][:32]
-    before, whole = evaluate(model, test), dynsnn_report(model, sample)
-    swept = sweep_thresholds(model, rates, lambda net: evaluate(net, test)["top1"]) if args.plot_threshold else []
+    before, whole = top1(model, test), dynsnn_report(model, sample)
+    swept = sweep_thresholds(model, rates, lambda net: top1(net, test)["top1"]) if args.plot_threshold else []
     prune(model, rates, threshold)
-    after, left = evaluate(model, test), dynsnn_report(model, sample)
+    after, left = top1(model, test), dynsnn_report(model, sample)
     title = f"{name}: {dataset}"
     if args.plot_rates:
         kept = {layer: rates[layer][~flags] for layer, flags in fade(rates, threshold).items()}
@@ -482,7 +492,7 @@ def _dynsnn(args: argparse.Namespace) -> int:
     print(f"{'synaptic operations an image':<28}{whole['sops_exact']:14,.0f} {left['sops_exact']:14,.0f}")
     if args.output:
         results = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
-        facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold}
+        facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold, "deployed": args.deploy}
         written = apply(model, "compact") if args.compact else model
         save_checkpoint(written, args.output, {**facts, **results, **left, **environment()})
         print(f"Wrote {args.output}: {sum(p.numel() for p in written.parameters()):,} parameters")

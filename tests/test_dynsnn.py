@@ -716,7 +716,9 @@ def test_command(trained, tmp_path, capsys, how):
     assert f"{results['top1']:.2f} %" in told
     # What was pruned is pruned on.
     again = ["dynsnn", "--checkpoint", str(tmp_path / "new"), "--compression", "0.5", "--samples", "50"]
-    assert main([*again, "--output", str(tmp_path / "small"), "--compact"]) == 0
+    assert main([*again, "--per", "channel"]) == 2 and "has masks per unit already" in capsys.readouterr().err
+    deployed = ["--deploy", "exact"] if how[0] == "--threshold" else []
+    assert main([*again, *deployed, "--output", str(tmp_path / "small"), "--compact"]) == 0
     small = spikezoo.create_model(f"local-dir:{tmp_path / 'small'}", pretrained=True)
     assert small.recipe[-1][0] == "compact" and sum(p.numel() for p in small.parameters()) < sum(
         p.numel() for p in model.parameters()
