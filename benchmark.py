@@ -1251,7 +1251,7 @@ def startup_markdown(rows: Sequence[Row]) -> str:
     lines = [f"{first['model']}, start-up, T={first['T']}, batch {first['batch_size']}", ""]
     lines += ["| what | seconds: median (min-max) | runs |", "|---|---|---|"]
     for row in rows:
-        seconds = f"{row['seconds']:.2f} ({row['seconds_min']:.2f}-{row['seconds_max']:.2f})"
+        seconds = f"{row['seconds']:.3f} ({row['seconds_min']:.3f}-{row['seconds_max']:.3f})"
         lines.append(f"| {row['what']} | {seconds} | {row['runs']} |")
     return "\n".join([*lines, "", *_footer(first)])
 

@@ -205,8 +205,8 @@ def _levels(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
         if isinstance(module, Pool):
             _, level = known.get(id(inputs[0]), (None, 0))
             level *= _area(module.pool, inputs[0].shape[-2:])
-        elif isinstance(module, ConvNormNeuron) and module.neuron is None:
-            return
+        elif isinstance(module, ConvNormNeuron | LinearNormNeuron) and not isinstance(module.neuron, SpikingNeuron):
+            return  # what a rectifier or a sign gives is no number of spikes
         if level:
             known[id(output)] = (output, level)
 

@@ -86,6 +86,14 @@ def test_bfloat16_keeps_potentials_and_thresholds_in_float32():
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("neuron", ["relu", "sign"])
+def test_twins_without_spikes_stay_in_float32(neuron):
+    model, x = create("test_spiking_vgg", T=None, neuron=neuron), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(deploy(model, "int8", example=x)(x), model(x))
+
+
+@pytest.mark.usefixtures("eager")
 def test_other_inputs_run_too():
     model = create("test_spiking_vgg", ticket=True)
     for precision in ("exact", "int8"):
