@@ -5,9 +5,13 @@
     python validate.py --model mpbn_resnet19
     python validate.py --model hf-hub:ORG/NAME
     python validate.py --model 'mpbn_*' --dataset cifar10 --data-dir DATA --results-file results.csv
+    python validate.py --model all --pretrained --count --data-dir DATA --results-file docs/results.csv
+    python validate.py --checkpoint output/snn --ship cifar10 --data-dir DATA
 
 Pretrained weights are taken where a model has them; where it has none and no checkpoint is given, the weights are
-random, and the output says so.
+random, and the output says so. Weights that come with the package are compared with what was recorded of them: more
+than 0.05 points of accuracy apart (0.2 with --amp or --deploy) is a failure. --ship TAG puts a checkpoint into the
+package, in half precision or smaller, measured as it is stored.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +37,16 @@ from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS
 from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
-from spikezoo.hub import check_repo_id, describe
+from spikezoo.hub import check_repo_id, check_shipping, describe, portable_command, ship, training_facts
 from spikezoo.neurons import WithRates
 from spikezoo.registry import is_reference, locate
+from spikezoo.transforms.tickets import tickets
+
+# Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines
+# order differently, and of everything that rounds more.
+TOLERANCE, ROUNDED_TOLERANCE = 0.05, 0.2
+# Of a record, what a row of results says of the training.
+TRAINING = ("seed", "epochs", "train_minutes", "train_precision", "train_command", "train_commit", "train_machine")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,14 +110,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--push-to-hub", metavar="ORG/NAME", help="publish the checkpoint with the figures measured here"
     )
+    group.add_argument("--ship", metavar="TAG", help="put the checkpoint into the package as ARCHITECTURE.TAG")
+    group.add_argument("--overwrite", action="store_true", help="with --ship: in the place of one of this name")
     return parser
 
 
 def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """Validate one model and return its result row."""
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
     given = {key: getattr(args, key) for key in ("T", "mpbn", "neuron", "num_classes", "in_chans", "img_size")}
     given = {key: value for key, value in given.items() if value is not None} | args.model_kwargs
     stored = config.get("model_args", {})
@@ -128,6 +139,69 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
             f"{name}: no pretrained weights and no --checkpoint, so its weights are random (seed {args.seed}): "
             "expect the accuracy of guessing."
         )
+    if args.ship:
+        return put_on_shelf(model, dataset, args)
+    shipped = not args.checkpoint and weights != "random"
+    if shipped:
+        config = read_config(model.pretrained_cfg["file"])
+    row = measure(name, model, dataset, weights, args, config)
+    if shipped:
+        record = config.get("spikezoo", {}).get("results", {})
+        row |= {key: record[key] for key in (*TRAINING, "bytes", "sparsity") if key in record}
+        same = (args.split, row["T"]) == (record.get("split"), record.get("T"))
+        if same and not given and dataset == record.get("dataset"):
+            row |= compare(row, record)
+    if args.push_to_hub:
+        row["published"] = publish(model, weights, args, config, row)
+        print(f"Published {row['published']}")
+    return row
+
+
+def compare(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Hold a measurement against what was recorded of the same weights on the same data.
+
+    Returns:
+        ``recorded_top1``, and ``reproduced``, whether they agree; what is said of it is printed.
+    """
+    rounded = row["precision"] != "float32" or row["deployed"] in ("bf16", "int8")
+    limit = ROUNDED_TOLERANCE if rounded else TOLERANCE
+    difference = row["top1"] - record["top1"]
+    other = [key for key in ("samples", "split_note") if row.get(key) != record.get(key)]
+    reproduced = abs(difference) <= limit + 1e-9 and not other
+    told = f"recorded {record['top1']:.2f} %, difference {difference:+.2f} points"
+    if other:
+        told += f", of other data: {other[0]} {row.get(other[0])}, recorded {record.get(other[0])}"
+    print(f"    {told}: {'reproduced' if reproduced else 'NOT reproduced'} (within {limit} points)", flush=True)
+    return {"recorded_top1": record["top1"], "reproduced": reproduced}
+
+
+def put_on_shelf(model: Any, dataset: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Put a trained model into the package, measured as it is stored there, and return its row."""
+    name = check_shipping(describe(model)["architecture"], args.ship, args.overwrite)
+    if Path(dataset.rpartition(":")[2]).is_absolute():
+        raise ValueError(
+            f"--ship {args.ship}: {dataset} names a place on this machine. Give it with --dataset from --data-dir on, "
+            f"such as {dataset.partition(':')[0]}:{Path(dataset).name}."
+        )
+
+    def measured(folder: Path) -> dict[str, Any]:
+        stored, _, weights = open_model(f"local-dir:{folder}", {}, dataset=dataset, data_dir=args.data_dir)
+        return measure(name, stored, dataset, weights, args, read_config(folder))
+
+    if tickets(model):
+        model = spikezoo.bake(model)
+    folder = ship(model, args.ship, measured, facts=training_facts(args.checkpoint), overwrite=args.overwrite)
+    print(f"Shipped {folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
+    return dict(read_config(folder)["spikezoo"]["results"])
+
+
+def measure(
+    name: str, model: Any, dataset: str, weights: str, args: argparse.Namespace, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure a model that is open already, and return its row."""
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: no CUDA device is available here. Use --device cpu.")
     loader = create_loader(
         dataset,
         args.split,
@@ -215,16 +289,14 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         for layer, value in layers.items():
             print(f"    {layer:<40} {value:.4f}")
         row["layer_firing_rates"] = {layer: round(value, 6) for layer, value in layers.items()}
-    if args.push_to_hub:
-        row["published"] = publish(model, weights, args, config, row)
-        print(f"Published {row['published']}")
     return row
 
 
 def publish(model: Any, weights: str, args: argparse.Namespace, config: dict[str, Any], row: dict[str, Any]) -> str:
     """Push the very weights that were measured, with the figures."""
     # What the folder already says about training stays beside what was measured now.
-    row = {**config.get("spikezoo", {}).get("results", {}), **row}
+    facts = training_facts(args.checkpoint) if args.checkpoint else {}
+    row = {**config.get("spikezoo", {}).get("results", {}), **row, **facts}
     same = describe(model)["model_args"] == config.get("model_args") and not args.use_ema
     if args.checkpoint and same:
         return spikezoo.push_folder(args.checkpoint, args.push_to_hub, results=row)
@@ -250,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Validate what was asked for; returns the number of models that failed."""
     logging.getLogger("timm").setLevel(logging.WARNING)
     args = build_parser().parse_args(argv)
-    args.command = shlex.join(["python", "validate.py", *(sys.argv[1:] if argv is None else argv)])
+    argv = sys.argv[1:] if argv is None else argv
+    args.command = portable_command(shlex.join(["python", "validate.py", *argv]))
     if args.model and is_reference(args.model):
         args.checkpoint, args.model = str(locate(args.model)), None
     if args.batch_size < 1:
@@ -267,6 +340,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--deploy {args.deploy} sets the precision, compiles and measures no firing rates: leave --amp, "
             "--torchcompile and --layer-rates out."
         )
+    if args.ship:
+        if not args.checkpoint:
+            raise ValueError(f"--ship {args.ship}: the weights are random, or shipped already. Give --checkpoint.")
+        if args.amp or args.deploy or args.torchcompile or args.push_to_hub or args.split != "test":
+            raise ValueError(
+                f"--ship {args.ship} measures in float32 on the whole test split: leave --amp, --deploy, "
+                "--torchcompile, --push-to-hub and --split out."
+            )
+        if args.mean or args.std or args.frames_by or args.duration_us:
+            raise ValueError(
+                f"--ship {args.ship}: leave --mean, --std, --frames-by and --duration-us to the checkpoint."
+            )
+        args.count = True
+    elif args.overwrite:
+        raise ValueError("--overwrite is for --ship TAG.")
     config = read_config(args.checkpoint) if args.checkpoint else {}
     names = select(args, config)
     if args.push_to_hub:
@@ -280,6 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         try:
             rows.append(validate(name, args, config))
+            failed += not rows[-1].get("reproduced", True)
         except Exception as error:  # whatever is wrong with one model, the others get their rows
             if len(names) == 1:
                 raise

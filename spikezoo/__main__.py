@@ -7,7 +7,8 @@
     export         write a model as ONNX or NIR
     events         a picture of a recording's event frames
     raster         a picture of a layer's spikes, and the firing rates of all layers, over time
-    push           publish a checkpoint on the Hugging Face Hub
+    push           publish a checkpoint on the Hugging Face Hub, or all that come with the package
+    results        the tables and the picture of what was measured, beside the papers' numbers
     dynsnn         remove neurons that hardly fire, without training; or print the table of a plan of such runs
     search         find AutoST architectures
     correlation    train a sample of them and see how well the metrics rank them
@@ -25,6 +26,9 @@ Example:
     python -m spikezoo events nmnist --data-dir DATA --T 10 --plot events.png
     python -m spikezoo raster --checkpoint output/nmnist_subset --data-dir DATA --plot raster.png
     python -m spikezoo push output/quickstart ORG/NAME --dry-run card
+    python -m spikezoo push --all --org ORG --dry-run cards
+    python -m spikezoo results --add output/conv4_cpu
+    python -m spikezoo results --plot docs/zoo.png
     python -m spikezoo search --space tiny --params 4.0e6:4.22e6 --output found
     python -m spikezoo correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
 """
@@ -48,7 +52,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikezoo import pictures, search
+from spikezoo import pictures, results, search
 from spikezoo.checkpoint import read_config
 from spikezoo.conversion import convert
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
@@ -65,7 +69,7 @@ from spikezoo.evaluation import (
 )
 from spikezoo.events import open_events
 from spikezoo.export import check_suffix, export
-from spikezoo.hub import push_folder, save_checkpoint
+from spikezoo.hub import push_all, push_folder, save_checkpoint, training_facts
 from spikezoo.transforms import apply
 from spikezoo.transforms.dynsnn import (
     compacted,
@@ -365,7 +369,7 @@ def _convert(args: argparse.Namespace) -> int:
     if args.plot:
         pictures.draw_accuracy(top1, before, args.plot, f"{name}, {args.mode}, {args.encoding}; {dataset}/{args.split}")
     if args.output:
-        save_checkpoint(model, args.output, row)
+        save_checkpoint(model, args.output, {**training_facts(args.checkpoint), **row})
     if written:
         print(f"Wrote {', '.join(written)}")
     return 0
@@ -491,10 +495,11 @@ def _dynsnn(args: argparse.Namespace) -> int:
         print(f"{what:<28}{whole[f'{what}_left']:14,} {left[f'{what}_left']:14,} -{left[f'{what}_removed']:.2f} %")
     print(f"{'synaptic operations an image':<28}{whole['sops_exact']:14,.0f} {left['sops_exact']:14,.0f}")
     if args.output:
-        results = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
+        measured = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
         facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold, "deployed": args.deploy}
         written = apply(model, "compact") if args.compact else model
-        save_checkpoint(written, args.output, {**facts, **results, **left, **environment()})
+        made = {**training_facts(args.checkpoint), "command": args.command}
+        save_checkpoint(written, args.output, {**facts, **made, **measured, **left, **environment()})
         print(f"Wrote {args.output}: {sum(p.numel() for p in written.parameters()):,} parameters")
     return 0
 
@@ -597,9 +602,13 @@ def _raster(args: argparse.Namespace) -> int:
 def _add_push(commands: Any) -> None:
     parser = commands.add_parser("push", help="publish a checkpoint on the Hugging Face Hub, with a model card")
     parser.add_argument(
-        "checkpoint", metavar="DIR_OR_CHECKPOINT", help="a folder that train.py wrote, or a file in one"
+        "checkpoint", nargs="?", metavar="DIR_OR_CHECKPOINT", help="a folder that train.py wrote, or a file in one"
     )
-    parser.add_argument("repository", metavar="ORG/NAME", help="made if it is not there")
+    parser.add_argument("repository", nargs="?", metavar="ORG/NAME", help="made if it is not there")
+    parser.add_argument(
+        "--all", action="store_true", help="every checkpoint that comes with the package, as ORG/NAME.TAG"
+    )
+    parser.add_argument("--org", metavar="ORG", help="with --all: organisation, or user")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--revision", metavar="BRANCH", help="made if it is not there (default: the main one)")
     parser.add_argument("--license", default="apache-2.0", help="of the weights (default: %(default)s)")
@@ -608,6 +617,14 @@ def _add_push(commands: Any) -> None:
 
 
 def _push(args: argparse.Namespace) -> int:
+    if args.all:
+        if args.checkpoint or args.revision or not args.org:
+            raise ValueError("push --all takes --org ORG, and no checkpoint, repository or --revision.")
+        for where in push_all(args.org, private=args.private, license=args.license, dry_run=args.dry_run):
+            print(f"Wrote {where}, pushed nothing." if args.dry_run else where, flush=True)
+        return 0
+    if not args.repository or args.org:
+        raise ValueError("push takes DIR_OR_CHECKPOINT and ORG/NAME, or --all and --org ORG.")
     where = push_folder(
         args.checkpoint,
         args.repository,
@@ -617,6 +634,34 @@ def _push(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
     )
     print(f"Wrote {where}, pushed nothing." if args.dry_run else where)
+    return 0
+
+
+def _add_results(commands: Any) -> None:
+    parser = commands.add_parser("results", help="write docs/results.md: checkpoints and claims beside the papers'")
+    parser.add_argument("--docs", default="docs", metavar="DIR", help="holds results.csv, claims.yaml and runs/")
+    parser.add_argument("--add", nargs="+", metavar="DIR", help="first copy the results of these plans to DOCS/runs")
+    parser.add_argument("--plot", metavar="FILE", help="draw accuracy over energy: .png, .pdf or .svg")
+    parser.set_defaults(run=_results)
+
+
+def _results(args: argparse.Namespace) -> int:
+    if args.plot:
+        pictures.check_picture(args.plot)
+    docs = Path(args.docs)
+    for plan in args.add or []:
+        print(f"Wrote {results.add_runs(plan, docs / 'runs')}", file=sys.stderr)
+    papers, claims = results.read_claims(docs / "claims.yaml")
+    # Before the first checkpoint is shipped there is none to validate.
+    rows = results.read_rows(docs / "results.csv") if (docs / "results.csv").is_file() else []
+    written = [str(results.document(rows, papers, claims, docs / "results.md"))]
+    if args.plot:
+        pictures.draw_zoo(rows, args.plot)
+        written.append(args.plot)
+    print(results.checkpoint_table(rows, papers))
+    for claim in claims:
+        print(f"{claim.id}: {results.judge(claim)}", file=sys.stderr)
+    print(f"Wrote {', '.join(written)}", file=sys.stderr)
     return 0
 
 
@@ -730,6 +775,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_events(commands)
     _add_raster(commands)
     _add_push(commands)
+    _add_results(commands)
     _add_search(commands)
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "-m", "spikezoo", *(sys.argv[1:] if argv is None else argv)])

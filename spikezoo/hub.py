@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
+import os
 import re
+import secrets
+import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,7 @@ from huggingface_hub.utils import validate_repo_id
 from timm.models import PretrainedCfg
 from torch import nn
 
+from spikezoo import registry
 from spikezoo._version import __version__
 from spikezoo.checkpoint import (
     CONFIG_NAME,
@@ -61,16 +66,23 @@ from spikezoo.transforms import replay
 __all__ = [
     "HubError",
     "check_repo_id",
+    "check_shipping",
     "describe",
+    "portable_command",
     "pull",
+    "push_all",
     "push_folder",
     "push_to_hub",
     "save_checkpoint",
+    "ship",
+    "training_facts",
     "write_card",
 ]
 
 # Of a live hub this is plenty, and nobody waits long for a dead one.
 TIMEOUT_S = 4.5
+# The checkpoints that come with the package, all together: everybody who installs it carries them.
+MOST_SHIPPED_BYTES = 60_000_000
 
 
 class HubError(OSError):
@@ -199,7 +211,8 @@ def save_checkpoint(
         sparse: Store each tensor in its smallest code (see :mod:`spikezoo.sparse`), which only spikezoo reads.
             Otherwise dense, which ``timm.create_model('hf-hub:...')`` reads, too.
         dtype: Round weights of two and more dimensions to this type, for instance ``torch.float16``: measure the
-            saved checkpoint then, not the model.
+            saved checkpoint then, not the model. Binary weights (-gain, 0, gain), whose code has one gain a layer,
+            stay exact.
 
     Returns:
         The folder.
@@ -223,7 +236,11 @@ def save_checkpoint(
     check_nan(state, f"This {facts['architecture']}")
     _check_rebuilds(model, facts)
     if dtype is not None:
-        many = {name for name, tensor in state.items() if tensor.is_floating_point() and tensor.dim() > 1}
+        many = {
+            name
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and tensor.dim() > 1 and not (sparse and _binary(tensor))
+        }
         state |= {name: state[name].to(dtype) for name in many}
         if lost := [name for name in sorted(many) if not state[name].isfinite().all()]:
             raise ValueError(f"dtype={dtype} cannot hold the values of {lost[0]}. Store it as it is (dtype=None).")
@@ -255,6 +272,12 @@ def save_checkpoint(
     }
     write_checkpoint(folder, state, config, sparse_code=sparse, seeds=_sign_seeds(model))
     return Path(folder)
+
+
+def _binary(tensor: torch.Tensor) -> bool:
+    """Whether all values that are not zero have one magnitude, which the code of tickets stores once."""
+    size = tensor.abs()
+    return bool(((size == 0) | (size == size.max())).all())
 
 
 def _sign_seeds(model: nn.Module) -> dict[str, int]:
@@ -457,7 +480,7 @@ _CARD = """---
 ```python
 import spikezoo
 
-model = spikezoo.create_model("hf-hub:{{ repo_id }}", pretrained=True).eval()
+model = spikezoo.create_model("{{ load }}", pretrained=True).eval()
 ```
 
 {{ reading }}
@@ -494,6 +517,12 @@ _FIGURES = (
     ("precision", "Precision of the measurement", "{}"),
     ("command", "Command", "`{}`"),
     ("train_command", "Training command", "`{}`"),
+    ("epochs", "Epochs of training", "{:,}"),
+    ("train_minutes", "Minutes of training", "{:,.1f}"),
+    ("train_precision", "Precision of the training", "{}"),
+    ("train_commit", "Commit of the training", "{}"),
+    ("train_machine", "Machine of the training", "{}"),
+    ("train_date", "Date of the training", "{}"),
     ("seed", "Seed", "{}"),
     ("commit", "Commit", "{}"),
     ("machine", "Machine", "{}"),
@@ -518,13 +547,13 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
 
     Args:
         folder: A folder that :func:`save_checkpoint` wrote; its pictures (*.png) are shown.
-        repo_id: Repository that the card is for.
+        repo_id: Repository that the card is for, or 'architecture.tag' of weights that come with the package.
         license: Licence of the weights.
 
     Returns:
         The card's path.
     """
-    folder = Path(folder)
+    folder, published = Path(folder), "/" in repo_id
     config = read_config(folder)
     if not config.get("spikezoo", {}).get("version"):
         raise ValueError(f"{folder} is no checkpoint of spikezoo.save_checkpoint, which a card could describe.")
@@ -534,7 +563,7 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
     T = config["model_args"].get("T")
     split = f", {block['split']} split" if block.get("split") else ""
     sparsity = config["sparsity_config"]
-    weights = folder / WEIGHTS_NAME
+    weights, load = folder / WEIGHTS_NAME, f"hf-hub:{repo_id}" if published else repo_id
     facts = [
         ("Architecture", f"`{name}`"),
         ("Arguments", f"`{_literal(config['model_args'])}`"),
@@ -558,7 +587,7 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         pipeline_tag="image-classification",
         tags=["spikezoo", "spiking-neural-network", "snn", "pytorch", "image-classification", name],
         datasets=[hub_dataset] if hub_dataset else None,
-        model_name=repo_id.partition("/")[2],
+        model_name=repo_id.rpartition("/")[2],
         eval_results=metrics,
     )
     card = ModelCard.from_template(
@@ -567,9 +596,10 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         title=f"{name}, {dataset}" if dataset else name,
         note=f"A spiking neural network. {info.note}",
         figures=_table(measured) if measured else "Nothing was measured of these weights yet.",
-        repo_id=repo_id,
+        load=load,
         reading=(
-            "The weights are dense: `timm.create_model('hf-hub:...')` reads them too, after `import spikezoo`."
+            f"The weights are dense: after `import spikezoo` `timm.create_model('{load}', pretrained=True)` reads them,"
+            " too."
             if sparsity["format"] == "dense" and not block["recipe"]
             else "The weights are dense and belong to a transformed model, which timm cannot make."
             if sparsity["format"] == "dense"
@@ -584,7 +614,7 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
     )
     with atomic(folder / "README.md") as temporary:
         temporary.write_text(str(card), encoding="utf-8")
-    if metrics and hub_dataset:
+    if metrics and hub_dataset and published:
         entry = EvalResultEntry(
             dataset_id=hub_dataset,
             task_id="image_classification",
@@ -595,6 +625,179 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
         with atomic(folder / ".eval_results" / f"{dataset}.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
     return folder / "README.md"
+
+
+# ----------------------------------------------------------------------------------------------------- ship
+
+
+def portable_command(command: str) -> str:
+    """A command without the folders of the machine that it ran on.
+
+    Folders of data become DATA, folders of output OUTPUT; files of ``configs/`` and relative paths stay.
+
+    Args:
+        command: As :func:`shlex.join` writes it; several are joined by ``&&``.
+    """
+    return " && ".join(map(_portable, command.split(" && ")))
+
+
+def _portable(command: str) -> str:
+    words = shlex.split(command)
+    told, before = [], ""
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
+        if equals or not word.startswith("--"):
+            value = _place(flag, value, "train.py" in words[:2])
+            word = f"{flag}={value}" if equals else value
+        told.append(word)
+        before = word
+    return shlex.join(told)
+
+
+def _place(flag: str, value: str, trains: bool) -> str:
+    """What a command's argument says of a place, without the folders above it."""
+    if flag == "--data-dir":
+        return "DATA"
+    if flag == "--output" and trains:
+        return "OUTPUT"
+    scheme, colon, path = value.rpartition(":")
+    above = Path(path).parts[:-1]
+    foreign = path.startswith(("/", "~", ".."))
+    if foreign and "configs" in above:
+        return path[path.rindex("configs/") :]
+    if foreign or (flag in ("--output", "--checkpoint", "--initial-checkpoint", "--resume") and above):
+        return f"{scheme}{colon}{'DATA' if scheme in ('npz', 'events') else 'OUTPUT'}/{Path(path).name}"
+    return value
+
+
+def training_facts(checkpoint: str | Path) -> dict[str, Any]:
+    """What is known of how a checkpoint was trained: command, seed, epochs, minutes, precision, commit, machine, date.
+
+    Read from its config.json, and where train.py left them, from metadata.json and summary.csv beside it.
+
+    Args:
+        checkpoint: A folder, or a file in it.
+
+    Returns:
+        ``train_command``, ``seed``, ``epochs``, ``train_minutes``, ``train_precision``, ``train_commit``,
+        ``train_machine`` and ``train_date``, of which those that nobody wrote down are missing.
+    """
+    path = Path(checkpoint)
+    folder = path if path.is_dir() else path.parent
+    results = read_config(checkpoint).get("spikezoo", {}).get("results", {})
+    if "train_command" not in results and (folder / "metadata.json").is_file():
+        meta = json.loads((folder / "metadata.json").read_text())
+        results = {**meta, **results, "train_command": meta.get("command"), "command": None}
+    # Further programs, such as dynsnn, say in their results what was known of the training, under these names.
+    facts = {"train_command": results.get("train_command"), "seed": results.get("seed")}
+    own = "train_commit" not in results
+    for key in ("precision", "commit", "machine", "date"):
+        facts[f"train_{key}"] = results.get(key if own else f"train_{key}")
+    made = results.get("command") or ""
+    if made.startswith("python -m spikezoo"):
+        facts["train_command"] = " && ".join(filter(None, [facts["train_command"], made]))
+    facts |= {key: results.get(key) for key in ("epochs", "train_minutes")}
+    if (folder / "summary.csv").is_file():
+        with open(folder / "summary.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        facts["epochs"] = facts["epochs"] or len(rows)
+        facts["train_minutes"] = round(sum(float(row["train_seconds"]) for row in rows) / 60, 1)
+    if facts["train_command"]:
+        facts["train_command"] = portable_command(facts["train_command"])
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def check_shipping(architecture: str, tag: str, overwrite: bool = False) -> str:
+    """The name ``architecture.tag`` of a checkpoint to ship, checked before anything is measured for it.
+
+    Raises:
+        ValueError: No name of a tag, or one that exists.
+    """
+    if not re.fullmatch("[a-z0-9][a-z0-9_]*", tag):
+        raise ValueError(
+            f"{tag!r} is no tag: expected small letters, digits and '_' that say what the weights were trained on, "
+            "such as 'cifar10' or 'cifar10_binw40'."
+        )
+    name = f"{architecture}.{tag}"
+    if registry.shipped_folder(name).exists() and not overwrite:
+        raise ValueError(
+            f"{name} is there already. Give another tag, or --overwrite to put these weights in its place."
+        )
+    return name
+
+
+def ship(
+    model: nn.Module,
+    tag: str,
+    measure: Callable[[Path], Mapping[str, Any]],
+    *,
+    facts: Mapping[str, Any],
+    overwrite: bool = False,
+    license: str = "apache-2.0",
+) -> Path:
+    """Put a checkpoint into the package: in half precision or smaller, measured as it is stored, with its card.
+
+    Args:
+        model: A model of :func:`spikezoo.create_model`.
+        tag: What its name has after the dot.
+        measure: Loads and measures the checkpoint in a folder; returns its results row.
+        facts: Of the training, see :func:`training_facts`; they join the row.
+        overwrite: Take the place of a checkpoint of this name.
+        license: Licence of the weights.
+
+    Returns:
+        The folder ``weights/ARCHITECTURE.TAG``; where anything fails it is as it was.
+
+    Raises:
+        ValueError: A bad or taken tag, no training command, or too many bytes.
+    """
+    name = check_shipping(describe(model)["architecture"], tag, overwrite)
+    if not facts.get("train_command"):
+        raise ValueError(
+            f"Nobody knows how {name} was trained: its folder has neither the config.json nor the metadata.json of "
+            "train.py. Only what can be trained again is shipped."
+        )
+    final = registry.shipped_folder(name)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    folder, old = (final.with_name(f".{name}.{mark}.{part}") for part in ("new", "old"))
+    try:
+        save_checkpoint(model, folder, dtype=torch.float16)
+        others = sum(
+            file.stat().st_size
+            for place in final.parent.iterdir()
+            if place != final and not place.name.startswith(".")
+            for file in place.rglob("*")
+            if file.is_file()
+        )
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        if others + size > MOST_SHIPPED_BYTES:
+            raise ValueError(
+                f"{name} takes {size:,} bytes and the others {others:,}: together more than {MOST_SHIPPED_BYTES:,}. "
+                "Ship a sparser or smaller net, or take another one out."
+            )
+        row = {
+            **measure(folder),
+            **facts,
+            "model": name,
+            "weights": name,
+            "bytes": (folder / WEIGHTS_NAME).stat().st_size,
+            "sparsity": read_config(folder)["sparsity_config"]["global_sparsity"],
+        }
+        copy_checkpoint(folder, folder, _plain_results(row))
+        write_card(folder, name, license=license)
+        if final.exists():
+            os.replace(final, old)
+        try:
+            os.replace(folder, final)
+        except OSError:
+            if old.exists():
+                os.replace(old, final)
+            raise
+    finally:
+        for leftover in (folder, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return final
 
 
 # ----------------------------------------------------------------------------------------------------- push
@@ -707,6 +910,38 @@ def _staging(repo_id: str, dry_run: str | Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
+
+
+def push_all(
+    org: str, *, private: bool = False, license: str = "apache-2.0", dry_run: str | Path | None = None
+) -> Iterator[str]:
+    """Publish every checkpoint that comes with the package, each as ``ORG/ARCHITECTURE.TAG``.
+
+    What was published before and has not changed makes no commit.
+
+    Args:
+        org: Organisation, or user.
+        private: Make new repositories private.
+        license: Licence of the weights.
+        dry_run: Write everything to folders in this one and push nothing.
+
+    Yields:
+        After each of them the address of its repository, or its folder of the dry run.
+
+    Raises:
+        HubError: The Hub does not answer or refuses.
+        ValueError: A bad name of an organisation, nothing to publish, or a damaged checkpoint.
+    """
+    names = sorted(config.parent.name for config in registry.SHIPPED.glob(f"[!.]*/{CONFIG_NAME}"))
+    if not names:
+        raise ValueError(f"There is nothing to publish: {registry.SHIPPED.name}/ holds no checkpoints.")
+    for name in names:
+        check_repo_id(f"{org}/{name}")
+    for name in names:
+        place = None if dry_run is None else Path(dry_run) / name
+        yield push_folder(
+            registry.shipped_folder(name), f"{org}/{name}", private=private, license=license, dry_run=place
+        )
 
 
 def _publish(

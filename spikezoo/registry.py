@@ -30,6 +30,7 @@ __all__ = [
     "locate",
     "model_info",
     "register_rows",
+    "shipped_folder",
 ]
 
 # What every model takes besides its constructor's own arguments: timm's construction switches.
@@ -213,6 +214,11 @@ def _plain_weights(filter_fn: Filter | None, weights: dict[str, Any], model: nn.
             "spikezoo.create_model with the same name, or spikezoo.load_sparse_file for the tensors."
         )
     return filter_fn(weights, model) if filter_fn else weights
+
+
+def shipped_folder(name: str) -> Path:
+    """Where the checkpoint ``architecture.tag`` is, or would be, that comes with the package."""
+    return SHIPPED / name
 
 
 def _shipped(name: str) -> dict[str, dict[str, Any]]:

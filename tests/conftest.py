@@ -1,6 +1,7 @@
 """What all tests share: one torch thread, a fixed seed, and a Hugging Face Hub on the loopback."""
 
 import os
+import sys
 import warnings
 
 # Micro-models are many times slower with a second thread on busy cores; subprocesses inherit it.
@@ -15,6 +16,36 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def register_again(monkeypatch):
+    """A function that registers an architecture anew, with what lies in registry.SHIPPED by then."""
+    import timm
+    from timm.models import _registry
+
+    from spikezoo import registry
+
+    monkeypatch.setattr(registry, "_rows", dict(registry._rows))
+    before = {}
+
+    def forget(name):
+        _registry._clear_model_entries(name)
+        _registry._model_entrypoints.pop(name)
+
+    def register(name):
+        row, cls = registry._rows[name], registry._classes[name]
+        module = sys.modules[timm.model_entrypoint(name).__module__]
+        before.setdefault(name, (module, module.default_cfgs, module.__all__[:], getattr(module, name)))
+        forget(name)
+        registry.register_rows(module.__name__, cls, {name: row})
+
+    yield register
+    for name, (module, cfgs, names, entry) in before.items():
+        forget(name)
+        module.default_cfgs, module.__all__[:] = cfgs, names
+        setattr(module, name, entry)
+        timm.models.register_model(entry)
 
 
 @pytest.fixture

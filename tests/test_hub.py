@@ -528,7 +528,7 @@ def test_fine_tuning_from_the_hub(hub, tmp_path, capsys, caplog):
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
+def shipped(tmp_path, monkeypatch, register_again):
     """test_mpbn_vgg registered again, with two checkpoints that come with the package."""
     monkeypatch.setattr(registry, "SHIPPED", tmp_path / "weights")
     made = {}
@@ -538,22 +538,8 @@ def shipped(tmp_path, monkeypatch):
         spikezoo.save_checkpoint(made[tag], tmp_path / "weights" / f"test_mpbn_vgg.{tag}", results)
     (tmp_path / "weights" / "test_mpbn_vgg.broken").mkdir()
     (tmp_path / "weights" / "test_mpbn_vgg.broken" / "config.json").write_text("{")
-    row, cls = registry._rows["test_mpbn_vgg"], registry._classes["test_mpbn_vgg"]
-    from timm.models import _registry
-
-    monkeypatch.setattr(registry, "_rows", dict(registry._rows))
-    module = sys.modules[cls.__module__]
-    before = module.default_cfgs, module.__all__[:], module.test_mpbn_vgg
-    _registry._clear_model_entries("test_mpbn_vgg")
-    _registry._model_entrypoints.pop("test_mpbn_vgg")
-    try:
-        registry.register_rows(cls.__module__, cls, {"test_mpbn_vgg": row})
-        yield made
-    finally:
-        _registry._clear_model_entries("test_mpbn_vgg")
-        _registry._model_entrypoints.pop("test_mpbn_vgg")
-        module.default_cfgs, module.__all__[:], module.test_mpbn_vgg = before
-        timm.models.register_model(module.test_mpbn_vgg)
+    register_again("test_mpbn_vgg")
+    return made
 
 
 def test_shipped_weights(shipped, hub):
@@ -612,4 +598,4 @@ def test_torch_hub(hub):
     spec.loader.exec_module(hubconf)
     assert hubconf.mpbn_resnet20(T=1).T == 1
     with pytest.raises(ValueError, match="no pretrained weights"):
-        hubconf.mpbn_resnet20(pretrained=True)
+        hubconf.rmp_in_vgg16(pretrained=True)
