@@ -47,6 +47,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import spikformer
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
@@ -615,6 +616,18 @@ def spikingjelly_side(model: SpikingModel, images: Tensor, labels: Tensor, setti
     return side
 
 
+def _compiled(net: nn.Module, frozen: bool, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Compile a network, on request with frozen weights; called without gradients then."""
+    run = torch.compile(net, options=options)
+
+    def call(*inputs: Tensor) -> Any:
+        # As an option of torch.compile it does nothing: the weights have become inputs of the graph by then.
+        with inductor.patch(freezing=frozen):
+            return run(*inputs)
+
+    return call
+
+
 def spikingjelly_best_side(model: SpikingModel, images: Tensor, labels: Tensor, settings: Settings) -> Side:
     """SpikingJelly's layers with all that a good user adds."""
     train, cpu = settings.mode == "train", settings.device == "cpu"
@@ -628,8 +641,8 @@ def spikingjelly_best_side(model: SpikingModel, images: Tensor, labels: Tensor, 
     run: Callable[[Tensor], Tensor] = net
     if has_compiler() or not cpu:
         # On CUDA its compiled channels-last nets are faster without a second choice of layouts, says its issue 753.
-        options: dict[str, Any] = {"freezing": not train} if cpu else {"layout_optimization": False}
-        run = torch.compile(net, options=options)
+        options: dict[str, Any] = {} if cpu else {"layout_optimization": False}
+        run = _compiled(net, cpu and not train, options)
     form.append(("compiled" if train or not cpu else "compiled with frozen weights") if run is not net else "eager")
     images = _channels_last(images)
 
@@ -725,8 +738,7 @@ def conv_limit_side(model: SpikingModel, images: Tensor, labels: Tensor, setting
     net = _Layers(layers).eval()
     # The eight-bit operator is called as it is: around it there is nothing to compile.
     compiled = (settings.precision in ("exact", "bf16") and has_compiler()) or settings.torchcompile
-    options = {"freezing": half and settings.device == "cpu"}
-    run = torch.compile(net, options=options) if compiled else net  # type: ignore[call-overload]
+    run = _compiled(net, half and settings.device == "cpu") if compiled else net
     form = f"{len(layers)} layers alone, {f'{len(eight)} in int8, ' if eight else ''}{'bf16' if half else 'float32'}, "
     form += f"{'channels-last' if last else 'NCHW'}, {'compiled' if compiled else 'eager'}"
 

@@ -416,8 +416,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("smoothing", "tet_lambda", "drop", "momentum"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number in [0, 1).")
-    if not 0 < args.lr < math.inf:
-        raise ValueError(f"--lr {args.lr}: expected a number above 0.")
+    for name in ("lr", "distill_temperature"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0.")
+    if not 0 <= args.distill_weight <= 1:
+        raise ValueError(f"--distill-weight {args.distill_weight}: expected a number in [0, 1].")
     if args.grad_checkpointing and args.torchcompile:
         raise ValueError(
             "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "
@@ -719,7 +722,7 @@ class Run:
         self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
         self.dynsnn = self._plan_dynsnn(loader) if args.dynsnn is not None else None
         if args.progressive is not None:
-            self._check_progressive()
+            self._check_progressive(args.model, model)
         self.objective = Objective(args, soft)
         self.teacher = self._make_teacher() if args.teacher else None
         if args.rate_penalty and not model.neuron_config.spiking:
@@ -749,20 +752,21 @@ class Run:
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self._prepare_output()
 
-    def _check_progressive(self) -> None:
-        given, full = self.args.progressive, self.model.img_size[0]
+    def _check_progressive(self, name: str, model: Any) -> None:
+        given, full = self.args.progressive, min(model.img_size)
         if set(given) != {"size", "epochs"} or not all(type(value) is int and value > 0 for value in given.values()):
             raise ValueError(f"--progressive {given}: expected size=24 epochs=12, whole numbers above 0.")
-        if self.model.fixed_img_size or self.model.mpbn == "element":
+        if model.takes_events:
+            raise ValueError(f"--progressive: {name} takes event frames, and only images are shrunk. Leave it out.")
+        if model.fixed_img_size or model.mpbn == "element":
             raise ValueError(
-                f"--progressive: {self.args.model} was built for images of {full}x{full} alone. Take a model with "
-                "global pooling and, of the membrane norms, mpbn='channel'."
+                f"--progressive: {name} was built for images of {full}x{full} alone. Take a model with global pooling "
+                "and, of the membrane norms, mpbn='channel'."
             )
-        least = self.model.min_img_size
+        least = model.min_img_size
         if not least <= given["size"] < full:
-            raise ValueError(
-                f"--progressive size={given['size']}: expected {least} to {full - 1} for {self.args.model}."
-            )
+            raise ValueError(f"--progressive size={given['size']}: expected {least} to {full - 1} for {name}.")
+        model._check_size((given["size"], given["size"]))  # the patches of a transformer have to fit
 
     def _make_teacher(self) -> Callable[[Tensor], Tensor]:
         """What gives the teacher's logits of a batch that is normalised for the student."""
@@ -772,6 +776,8 @@ class Run:
                 f"--teacher {self.args.teacher} has {model.num_classes} classes and inputs {model.input_shape}, the "
                 f"student {self.model.num_classes} and {self.model.input_shape}: take one trained on the same data."
             )
+        if self.args.progressive is not None:
+            self._check_progressive(f"--teacher {self.args.teacher}", model)
         if self.args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         teacher = DistillationTeacher(model, device=self.device)
@@ -1034,6 +1040,8 @@ class Run:
             images, target = images.to(self.device), target.to(self.device)
             if self.epoch < small["epochs"]:
                 images = F.interpolate(images, size=small["size"], mode="bilinear", antialias=True)
+                if model.encoding != "direct":  # a weighted mean may round to above 1, where no code is
+                    images = images.clamp(0, 1)
             group = total - last_group if self.batch >= last_group else accumulate
             update = (self.batch + 1) % accumulate == 0 or self.batch + 1 == total
             sync = nullcontext() if update or not args.distributed else net.no_sync()  # type: ignore[operator]

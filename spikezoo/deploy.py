@@ -201,12 +201,11 @@ def _levels(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
             found[module.conv if isinstance(module, ConvNormNeuron) else module.linear] = level  # type: ignore[index]
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        level = 1
         if isinstance(module, Pool):
             _, level = known.get(id(inputs[0]), (None, 0))
             level *= _area(module.pool, inputs[0].shape[-2:])
-        elif isinstance(module, ConvNormNeuron | LinearNormNeuron) and not isinstance(module.neuron, SpikingNeuron):
-            return  # what a rectifier or a sign gives is no number of spikes
+        else:  # outputs of ReLU are not whole, those of Sign not positive
+            level = int(isinstance(getattr(module, "neuron", module), SpikingNeuron))
         if level:
             known[id(output)] = (output, level)
 
@@ -255,13 +254,26 @@ class Deployed(nn.Module):
         super().__init__()
         self.model, self.precision, self.notes = model, precision, notes
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._format = torch.contiguous_format if precision == "exact" else torch.channels_last
+        self._format = torch.channels_last if precision == "bf16" else torch.contiguous_format
         self._shapes: set[tuple[int, ...]] = set()
         self._features: Callable[[Tensor], Tensor] = self._sequence
-        if compiled:
-            self._features = torch.compile(self._sequence, dynamic=False)
         self.compiled = compiled
+        self._compile()
         self.eval()
+
+    def _compile(self) -> None:
+        # A compiler's own choice of memory formats changes the roundings of convolutions: only bf16 leaves it to it.
+        options: dict[str, Any] = {"layout_optimization": self.precision == "bf16"}
+        if self.compiled:
+            self._features = torch.compile(self._sequence, dynamic=False, options=options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_features", "_shapes")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shapes, self._features = set(), self._sequence  # a copy compiles its own layers
+        self._compile()
 
     def _sequence(self, x: Tensor) -> Tensor:
         x = self.model.forward_sequence(x)  # type: ignore[operator]
@@ -291,9 +303,9 @@ class Deployed(nn.Module):
             x = x.contiguous(memory_format=self._format)
         # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
-        with inductor.patch(freezing=self.precision == "bf16"):
-            features = self._features(x)
-        return self.model.forward_head(features)  # type: ignore[operator]
+        # An autocast around the call would compute in another precision than this one.
+        with inductor.patch(freezing=self.precision == "bf16"), torch.autocast(x.device.type, enabled=False):
+            return self.model.forward_head(self._features(x))  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -328,6 +340,18 @@ def _to_bf16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+class _InRows(nn.Module):
+    """A float32 convolution that rounds as the model's, which has no channels-last format; the layers around it do."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the convolution."""
+        return self.conv(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
 class _Float(nn.Module):
     """A module that cannot read bytes."""
 
@@ -355,6 +379,8 @@ def _to_int8(model: nn.Module, example: Tensor) -> str:
                     setattr(child, inner, EightBit(layer, levels[layer]))
                 else:
                     unread.append((parent, name, child))
+                    if isinstance(layer, nn.Conv2d):
+                        child.conv = _InRows(layer)
             elif isinstance(child, Pool) and not isinstance(child.pool, nn.MaxPool2d):
                 unread.append((parent, name, child))
     blocks = [m for m in model.modules() if isinstance(m, ConvNormNeuron | LinearNormNeuron | ResidualBlock)]
@@ -384,7 +410,8 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         A module that maps inputs to logits. Its ``notes`` say what was done.
 
     Raises:
-        ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32.
+        ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8
+            of a model without spikes or on a GPU.
 
     Example:
         >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
@@ -394,6 +421,8 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     notes: list[str] = []
     copied: Any = copy.deepcopy(model).requires_grad_(False)
     device = next(copied.parameters()).device
+    if precision == "int8" and not any(isinstance(m, SpikingNeuron) for m in copied.modules()):
+        raise ValueError("precision='int8' keeps spikes as bytes and this model has none: use precision='bf16'.")
     if precision == "int8" and device.type != "cpu":
         raise ValueError(f"precision='int8' runs on the CPU and the model is on {device}: use precision='bf16' there.")
     if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):
@@ -415,7 +444,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         notes.append(_to_int8(copied, like))
         if not torch.cpu._is_vnni_supported():
             _LOG.warning("This processor has no eight-bit dot products: precision='int8' may be slower than 'exact'.")
-    if precision != "exact":
+    if precision == "bf16":
         copied = copied.to(memory_format=torch.channels_last)
     compiled = device.type != "cpu" or has_compiler()
     if not compiled:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import spikezoo
 
@@ -549,3 +550,12 @@ def test_sizes_of_files(benchmark, capsys):
     assert found["bitmask", 0.9]["bits_per_weight"] <= 4.3
     assert all(row["over_bound"] > 0.999 for row in rows)
     assert "entropy bound" in capsys.readouterr().out
+
+
+def test_frozen_weights_are_constants_of_the_graph(benchmark):
+    net, x = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU()).eval(), torch.randn(1, 2, 4, 4)
+    run = benchmark._compiled(net, True)
+    with torch.no_grad():
+        wanted = run(x).clone()
+        net[0].weight.zero_()
+        assert torch.equal(run(x), wanted)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import pickle
 
 import pytest
 import torch
@@ -86,14 +87,6 @@ def test_bfloat16_keeps_potentials_and_thresholds_in_float32():
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("neuron", ["relu", "sign"])
-def test_twins_without_spikes_stay_in_float32(neuron):
-    model, x = create("test_spiking_vgg", T=None, neuron=neuron), torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(deploy(model, "int8", example=x)(x), model(x))
-
-
-@pytest.mark.usefixtures("eager")
 def test_other_inputs_run_too():
     model = create("test_spiking_vgg", ticket=True)
     for precision in ("exact", "int8"):
@@ -103,6 +96,46 @@ def test_other_inputs_run_too():
                 assert torch.equal(fast(x), model(x))
     with pytest.raises(ValueError, match="4 channels"):
         fast(torch.randn(1, 4, 32, 32))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_first_layer_rounds_as_the_models(batch, channels):
+    # oneDNN's convolutions of channels-last maps are other ones: of one image, or of one channel.
+    model, x = create("test_spiking_vgg", ticket=True, in_chans=channels), torch.randn(batch, channels, 32, 32)
+    stem, seen = deploy(model, "int8").model.stem[0].module, []
+    stem.norm.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        stem(x[None], 3)
+        wanted = model.stem[0].conv(x)
+        wanted = wanted if model.stem[0].pool is None else model.stem[0].pool(wanted)
+    assert torch.equal(seen[0], wanted)
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("precision", ["exact", "int8"])
+def test_autocast_around_a_deployed_model_changes_nothing(precision):
+    model, x = create("test_spiking_resnet"), torch.randn(2, 3, 32, 32)
+    fast = deploy(model, precision)
+    wanted = fast(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), wanted) and wanted.dtype == torch.float32
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_compute_with_their_own_weights(copied, monkeypatch):
+    compiler = torch.compile
+    monkeypatch.setattr("torch.compile", lambda function, **_: compiler(function, backend="eager"))
+    fast, x = deploy(create("test_spiking_resnet"), "int8"), torch.randn(2, 3, 32, 32)
+    wanted = fast(x)
+    twin = copied(fast)
+    assert twin.compiled and torch.equal(twin(x), wanted)
+    with torch.no_grad():
+        for module in twin.model.stages.modules():
+            if isinstance(module, EightBit):
+                module.scale.zero_()
+    assert torch.equal(fast(x), wanted) and not torch.equal(twin(x), wanted)
 
 
 # --------------------------------------------------------------------------------------------------- single layers
@@ -164,6 +197,13 @@ def test_compiled_nets_fire_the_same_spikes(caplog):
     assert "(1, 3, 32, 32): compiling anew" in caplog.text
 
 
+def test_compiled_convolutions_round_as_the_models():
+    # Of a net without spikes the logits show every rounding.
+    model, x = create("test_spiking_vgg", T=None, neuron="relu"), torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(deploy(model, "exact", example=x)(x), model(x))
+
+
 # ------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -179,6 +219,12 @@ def test_bad_models():
         deploy(copy.deepcopy(model).bfloat16())
     with pytest.raises(ValueError, match="Sequential"):
         deploy(nn.Sequential().eval())
+
+
+@pytest.mark.parametrize("neuron", ["relu", "sign"])
+def test_int8_is_for_spikes(neuron):
+    with pytest.raises(ValueError, match="keeps spikes as bytes and this model has none: use precision='bf16'"):
+        deploy(create("test_spiking_vgg", T=None, neuron=neuron), "int8")
 
 
 @pytest.mark.usefixtures("eager")

@@ -962,4 +962,30 @@ def test_progressive_resolution(fast, tmp_path, monkeypatch):
             fast.main(flags(tmp_path, *small[:5], *given, "--experiment", "bad"))
     with pytest.raises(ValueError, match="was built for images of"):
         fast.main(flags(tmp_path, *small, "--mpbn", "element", "--experiment", "bad"))
+    patches = ("--model", "test_spikformer", "--img-size", 16, "--progressive", "size=10", "epochs=1")
+    with pytest.raises(ValueError, match=r"10x10 pixels is not divisible by the patch"):
+        fast.main(flags(tmp_path, *patches, "--experiment", "bad"))
+    fast.main(flags(tmp_path, "--model", "test_spiking_vgg", "--img-size", 16, "--epochs", 1, "--experiment", "vgg"))
+    with pytest.raises(ValueError, match=r"--teacher local-dir.* was built for images of 16x16 alone"):
+        fast.main(flags(tmp_path, *small, "--teacher", f"local-dir:{tmp_path / 'vgg'}", "--experiment", "bad"))
     assert not (tmp_path / "bad").exists()
+
+
+def test_shrunk_images_stay_in_the_range_of_a_code(fast, tmp_path, monkeypatch):
+    white = torch.ones(1, 1, 16, 16)
+    assert torch.nn.functional.interpolate(white, size=14, mode="bilinear", antialias=True).max() > 1
+    shrink = torch.nn.functional.interpolate
+    monkeypatch.setattr(
+        "torch.nn.functional.interpolate", lambda x, **arguments: shrink(torch.ones_like(x), **arguments)
+    )
+    coded = ("--model", "test_mpbn_resnet", "--model-kwargs", "encoding=ttfs", "--mean", 0, "--std", 1)
+    fast.main(flags(tmp_path, *coded, "--img-size", 16, "--progressive", "size=14", "epochs=1", "--epochs", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("weight", 1.5, r"in \[0, 1\]"), ("weight", "nan", r"in \[0, 1\]"), ("temperature", 0, "above 0")],
+)
+def test_bad_distillation(train, name, value, told):
+    with pytest.raises(ValueError, match=f"--distill-{name} .*{told}"):
+        train.parse_args(flags("o", "--teacher", "local-dir:x", f"--distill-{name}", value))
