@@ -566,7 +566,7 @@ def draw_zoo(rows: Sequence[Mapping[str, str]], path: str | Path) -> None:
             alpha=0.6,
             label=dataset,
         )
-    legend = axes.legend(title="dots: area by size of the file", loc="lower right", fontsize="small", markerscale=0.5)
+    legend = axes.legend(title="dots: area by size of the file", loc="lower left", fontsize="small", markerscale=0.5)
     for handle in legend.legend_handles:
         handle.set_sizes([40])
     canvas.draw()

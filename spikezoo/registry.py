@@ -230,6 +230,9 @@ def _shipped(name: str) -> dict[str, dict[str, Any]]:
             config = json.loads(path.read_text())
             block, cfg = config["spikezoo"], config["pretrained_cfg"]
             facts = {key: cfg[key] for key in ("input_size", "num_classes", "mean", "std") if key in cfg}
+            facts = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()
+            }  # as timm's
             facts |= {"dataset": block.get("dataset"), "top1": block.get("results", {}).get("top1")}
             file = path.with_name("model.safetensors")
             size = file.stat().st_size

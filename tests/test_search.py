@@ -668,7 +668,7 @@ def test_correlation_experiment_resumes_and_is_shared_out(tmp_path, monkeypatch)
 
 
 def test_training_of_the_experiment_learns(tmp_path):
-    config = experiment(nets=3, subset=600, epochs=6, test_subset=None, metrics=["flops"])
+    config = experiment(nets=3, subset=600, epochs=9, test_subset=None, metrics=["flops"])
     setting = Setting(1, 10, 8, 1)
     found = search._train(config, setting, Net(32, (2,), (2,)), torch.device("cpu"), None, False)
     assert found["train_losses"][-1] < 0.8 * found["train_losses"][0] and found["top1"] > 40

@@ -804,7 +804,8 @@ def test_amp_learns_and_resumes(fast, tmp_path, monkeypatch, more):
 def test_torchcompile(fast, tmp_path, monkeypatch, more):
     compile_, compiled = torch.compile, []
 
-    def eager(net):
+    def eager(net, dynamic):
+        assert dynamic is None
         compiled.append(net)
         return compile_(net, backend="aot_eager")  # inductor's compiler takes longer than all other tests
 
