@@ -466,7 +466,7 @@ def _dynsnn(args: argparse.Namespace) -> int:
     elif args.per not in (None, masks.get("per", "unit")):
         raise ValueError(f"--per {args.per}: {name} has masks per {masks.get('per', 'unit')} already. Leave --per out.")
 
-    def top1(net: nn.Module, loader: Any) -> dict[str, Any]:
+    def measure(net: nn.Module, loader: Any) -> dict[str, Any]:
         return evaluate(deploy(net.eval(), args.deploy) if args.deploy else net, loader, rates=not args.deploy)
 
     train, test = (_loader(args, dataset, model, args.batch_size, split) for split in ("train", None))
@@ -477,12 +477,12 @@ def _dynsnn(args: argparse.Namespace) -> int:
     if args.compression is not None:
         threshold = threshold_for(model, rates, args.compression)
     elif args.tolerance is not None:
-        threshold = find_threshold(model, rates, lambda net: top1(net, train)["top1"], args.tolerance)
+        threshold = find_threshold(model, rates, lambda net: measure(net, train)["top1"], args.tolerance)
     sample = next(iter(test))[0][:32]
-    before, whole = top1(model, test), dynsnn_report(model, sample)
-    swept = sweep_thresholds(model, rates, lambda net: top1(net, test)["top1"]) if args.plot_threshold else []
+    before, whole = measure(model, test), dynsnn_report(model, sample)
+    swept = sweep_thresholds(model, rates, lambda net: measure(net, test)["top1"]) if args.plot_threshold else []
     prune(model, rates, threshold)
-    after, left = top1(model, test), dynsnn_report(model, sample)
+    after, left = measure(model, test), dynsnn_report(model, sample)
     title = f"{name}: {dataset}"
     if args.plot_rates:
         kept = {layer: rates[layer][~flags] for layer, flags in fade(rates, threshold).items()}

@@ -1,8 +1,10 @@
 """What all tests share: one torch thread, a fixed seed, and a Hugging Face Hub on the loopback."""
 
+import importlib.util
 import os
 import sys
 import warnings
+from pathlib import Path
 
 # Micro-models are many times slower with a second thread on busy cores; subprocesses inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +13,16 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name):
+    """A script of the repository's root as a module: train, validate, ..."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True)

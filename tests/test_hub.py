@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from conftest import load
 from huggingface_hub import ModelCard, constants
 
 import spikezoo
@@ -65,13 +66,6 @@ def same(one, other):
     assert any(0 < rate.mean() < 1 for rate in rates.values())
     with torch.no_grad():
         return torch.equal(one.eval()(x), other.eval()(x))
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ------------------------------------------------------------------------------------------------- description
@@ -291,7 +285,7 @@ def test_names_that_are_none(hub, name):
         spikezoo.push_to_hub(make(), name)
     for scheme in ("train", "validate"):  # before hours of work, not after them
         with pytest.raises(ValueError, match="organisation/name"):
-            script(scheme).main(["--model", "test_spiking_vgg", "--push-to-hub", name or "org"])
+            load(scheme).main(["--model", "test_spiking_vgg", "--push-to-hub", name or "org"])
 
 
 # ------------------------------------------------------------------------------------------------------- faults
@@ -475,7 +469,7 @@ def test_command_line(hub, tmp_path, capsys):
 
 
 def test_train_and_validate_publish_what_they_measured(hub, tmp_path, capsys):
-    train, validate = script("train"), script("validate")
+    train, validate = load("train"), load("validate")
     flags = ["--model", "test_spiking_vgg", "--subset", "32", "--epochs", "1", "-b", "16", "--T", "2"]
     train.main([*flags, "--output", str(tmp_path), "--experiment", "run", "--push-to-hub", "org/trained"])
     assert f"Published       {hub.endpoint}/org/trained" in capsys.readouterr().out
@@ -508,7 +502,7 @@ def test_train_and_validate_publish_what_they_measured(hub, tmp_path, capsys):
 
 
 def test_fine_tuning_from_the_hub(hub, tmp_path, capsys, caplog):
-    train = script("train")
+    train = load("train")
     model = make("test_spiking_vgg", num_classes=4, in_chans=1, img_size=8, decay=0.3)
     spikezoo.push_to_hub(model, "org/start")
     flags = ["--subset", "16", "--epochs", "1", "-b", "16", "--output", str(tmp_path / "out"), "--lr", "1e-9"]

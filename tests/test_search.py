@@ -1,7 +1,6 @@
 """Search: costs of built nets, exact search against brute force, evolution, metrics by hand, correlation, files."""
 
 import csv
-import importlib.util
 import itertools
 import json
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import load
 from torch import nn
 
 import spikezoo
@@ -24,13 +24,6 @@ from spikezoo.search import SPACES, Constraints, CorrelationConfig, Evolution, N
 ROOT = Path(__file__).parents[1]
 WINDOWS = {"tiny": (4e6, 5e6), "small": (11e6, 15e6), "base": (25e6, 35e6)}  # the paper's
 SHRUNKEN = Space("shrunken", (32, 64, 128), (1, 2, 3), (1, 2, 2.5), (1, 2, 8))
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def every_net(space, heads=None):

@@ -1,12 +1,12 @@
 """The shelf: a trained net is shipped with one command, is loaded by name, reproduces its record, and is published."""
 
-import importlib.util
 import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import load
 from safetensors.torch import load_file
 
 import spikezoo
@@ -21,16 +21,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "test_spiking_vgg"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def validate():
-    return script("validate")
+    return load("validate")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +48,7 @@ def trained(tmp_path_factory):
     ]
     for experiment, more in (("dense", []), ("ticket", ["--ticket", "kind=mpslt", "sparsity=0.4"])):
         argv = [*flags, *more, "--seed", "3", "--output", str(output), "--experiment", experiment]
-        script("train").main(argv)
+        load("train").main(argv)
     return output
 
 

@@ -1,7 +1,6 @@
 """train.py: interrupted runs end bit-identically, updates equal a plain loop, configs, stops, files, two processes."""
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import load
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,13 +25,6 @@ from spikezoo.data import create_loader
 from spikezoo.evaluation import input_options, open_model
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
