@@ -76,11 +76,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import spikezoo
-from spikezoo.checkpoint import atomic, load_state, read_config, save_state
+from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, read_weights, save_state
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
-from spikezoo.neurons import WithRates, nearest
+from spikezoo.neurons import SpikingNeuron, WithRates, nearest
 from spikezoo.transforms.dynsnn import (
     dynsnn_report,
     fade,
@@ -235,7 +235,11 @@ def build_parser() -> argparse.ArgumentParser:
         "removed) reactivate_at=[2,4] prune_at=6 (after these epochs) per=unit (or channel) ...",
     )
     group.add_argument("--pretrained", action=Switch, default=False)
-    group.add_argument("--initial-checkpoint", metavar="FILE_OR_DIR", help="weights to start from")
+    group.add_argument(
+        "--initial-checkpoint",
+        metavar="FILE_OR_DIR",
+        help="weights to start from: this model's, or those of another network of its layout, such as the ReLU twin",
+    )
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
     group.add_argument("--channels-last", action=Switch, default=False)
@@ -641,6 +645,29 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if value is not None}
 
 
+def initial_model(name: str, path: str, arguments: Mapping[str, Any]) -> Any:
+    """A model that starts from a checkpoint of its own or of another network of its layout.
+
+    A spiking network that starts from its trained ReLU twin is ahead of one that starts from nothing by many epochs.
+    Membrane normalisation that the other network lacks starts afresh.
+
+    Raises:
+        ValueError: The layouts differ.
+    """
+    if read_config(path).get("architecture", name) == name:
+        return spikezoo.create_model(name, checkpoint_path=path, **arguments)
+    model = spikezoo.create_model(name, **arguments)
+    fresh = {
+        f"{layer}.{key}": value
+        for layer, neuron in model.named_modules()
+        if isinstance(neuron, SpikingNeuron)
+        for key, value in neuron.state_dict().items()
+        if key.startswith("norm.")
+    }
+    load_weights(model, path, weights=fresh | read_weights(path))
+    return model
+
+
 class OutOfTime(Exception):
     """The time budget of a plan is over; what is needed to go on is saved."""
 
@@ -669,7 +696,7 @@ class Run:
 
         self.arguments = model_arguments(args)
         if args.initial_checkpoint:
-            model = spikezoo.create_model(args.model, checkpoint_path=args.initial_checkpoint, **self.arguments)
+            model = initial_model(args.model, args.initial_checkpoint, self.arguments)
         else:
             model = spikezoo.create_model(args.model, args.pretrained, **self.arguments)
         # What was made, with what a checkpoint brought along: it must be made the same way by whoever loads it.

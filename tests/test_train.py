@@ -820,6 +820,24 @@ def test_initial_checkpoint(fast, tmp_path, monkeypatch):
     assert_same_weights(runs[0].model.state_dict(), tensors(tmp_path / "run" / "model.safetensors"))
 
 
+def test_initial_checkpoint_of_the_relu_twin(fast, tmp_path):
+    twin = spikezoo.create_model("spiking_resnet20", neuron="relu", num_classes=5)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.uniform_(0.5, 1.5)
+    spikezoo.save_checkpoint(twin, tmp_path / "relu")
+    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), {"num_classes": 5, "T": 2})
+    assert new.T == 2 and any(isinstance(module, spikezoo.neurons.LIF) for module in new.modules())
+    untouched = spikezoo.create_model("mpbn_resnet20", num_classes=5, T=2).state_dict()
+    state, theirs = new.state_dict(), twin.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in theirs.items())
+    norms = state.keys() - theirs.keys()
+    assert norms and all(".neuron.norm." in name for name in norms)
+    assert all(torch.equal(state[name], untouched[name]) for name in norms)
+    with pytest.raises(ValueError, match=r"does not fit .*: \d+ missing, \d+ unexpected"):
+        fast.initial_model("spiking_conv4", str(tmp_path / "relu"), {})
+
+
 DISTRIBUTED = """
     import importlib.util, os, sys
     import torch
