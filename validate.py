@@ -10,7 +10,8 @@
 
 Pretrained weights are taken where a model has them; where it has none and no checkpoint is given, the weights are
 random, and the output says so. Weights that come with the package are compared with what was recorded of them: more
-than 0.05 points of accuracy apart (0.2 with --amp or --deploy) is a failure. --ship TAG puts a checkpoint into the
+than 0.05 points of accuracy apart is a failure, and with --amp or --deploy a loss of more than 0.2 points; of a small
+test set, more than one image and two. --ship TAG puts a checkpoint into the
 package, in half precision or smaller, measured as it is stored.
 """
 
@@ -164,14 +165,20 @@ def compare(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         ``recorded_top1``, and ``reproduced``, whether they agree; what is said of it is printed.
     """
     rounded = row["precision"] != "float32" or row["deployed"] in ("bf16", "int8")
-    limit = ROUNDED_TOLERANCE if rounded else TOLERANCE
+    # Of few images a single one is more points than any limit: one that another machine's sums decide the other way,
+    # two where rounding is meant to move the logits.
+    limit = max(ROUNDED_TOLERANCE if rounded else TOLERANCE, 100 * (2 if rounded else 1) / row["samples"])
     difference = row["top1"] - record["top1"]
     other = [key for key in ("samples", "split_note") if row.get(key) != record.get(key)]
-    reproduced = abs(difference) <= limit + 1e-9 and not other
+    loss = -difference if rounded else abs(difference)
+    reproduced = loss <= limit + 1e-4 and not other
     told = f"recorded {record['top1']:.2f} %, difference {difference:+.2f} points"
     if other:
         told += f", of other data: {other[0]} {row.get(other[0])}, recorded {record.get(other[0])}"
-    print(f"    {told}: {'reproduced' if reproduced else 'NOT reproduced'} (within {limit} points)", flush=True)
+    print(
+        f"    {told}: {'reproduced' if reproduced else 'NOT reproduced'} ({'loss' if rounded else 'within'} {limit:.2f} points)",
+        flush=True,
+    )
     return {"recorded_top1": record["top1"], "reproduced": reproduced}
 
 

@@ -214,7 +214,7 @@ def test_every_record_is_reproduced(validate, shipped, register_again, tmp_path,
     capsys.readouterr()
     argv = ["--model", "test_*", "--pretrained", "--results-file", str(tmp_path / "r.json")]
     assert validate.main(argv) == 0
-    assert capsys.readouterr().out.count("difference +0.00 points: reproduced (within 0.05 points)") == 2
+    assert capsys.readouterr().out.count("difference +0.00 points: reproduced (within 0.28 points)") == 2
     rows = json.loads((tmp_path / "r.json").read_text())
     assert [row["model"] for row in rows] == [f"{NAME}.dense", f"{NAME}.ticket"]
     for row in rows:
@@ -223,9 +223,9 @@ def test_every_record_is_reproduced(validate, shipped, register_again, tmp_path,
         keys = ("seed", "epochs", "train_command", "train_commit", "train_minutes", "bytes", "sparsity")
         assert {key: row[key] for key in keys} == {key: record[key] for key in keys}
     right, dense = rows[0]["top1"], shipped / f"{NAME}.dense"
-    change(dense, top1=right + 0.06)
+    change(dense, top1=right + 0.3)
     assert validate.main(argv) == 1
-    assert f"recorded {right + 0.06:.2f} %, difference -0.06 points: NOT reproduced" in capsys.readouterr().out
+    assert f"recorded {right + 0.3:.2f} %, difference -0.30 points: NOT reproduced" in capsys.readouterr().out
     # Other data of the same name.
     change(dense, top1=right, samples=10000)
     assert validate.main(argv) == 1
@@ -248,11 +248,19 @@ def test_every_record_is_reproduced(validate, shipped, register_again, tmp_path,
     ],
 )
 def test_how_far_apart_a_record_may_be(validate, run, limit):
-    row = {"top1": 90.0, "precision": "float32", "deployed": None, "samples": 10, **run}
+    rounded = limit == 0.2
+    row = {"top1": 90.0, "precision": "float32", "deployed": None, "samples": 10_000, **run}
     for difference in (limit, limit + 0.01):
         for recorded in (90 - difference, 90 + difference):
-            found = validate.compare(row, {"top1": recorded, "samples": 10})
-            assert found == {"recorded_top1": recorded, "reproduced": difference == limit}
+            found = validate.compare(row, {"top1": recorded, "samples": 10_000})
+            better = rounded and recorded < 90
+            assert found == {"recorded_top1": recorded, "reproduced": better or difference == limit}
+    # Of 360 images one, or two where rounding is meant to move the logits: rows have four decimals.
+    row["samples"] = 360
+    for images in (1, 2, 3):
+        recorded = round(90 + 100 * images / 360, 4)
+        found = validate.compare(row, {"top1": recorded, "samples": 360})
+        assert found["reproduced"] == (images <= (2 if rounded else 1))
 
 
 def test_missing_data_is_one_line_and_fails(validate, shipped, register_again, tmp_path, capsys):
