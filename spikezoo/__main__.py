@@ -493,9 +493,11 @@ def _dynsnn(args: argparse.Namespace) -> int:
     print(f"{f'top-1, {dataset}/{args.split}':<28}{before['top1']:14.2f} {after['top1']:14.2f} %")
     for what in ("neurons", "synapses", "parameters"):
         print(f"{what:<28}{whole[f'{what}_left']:14,} {left[f'{what}_left']:14,} -{left[f'{what}_removed']:.2f} %")
-    print(f"{'synaptic operations an image':<28}{whole['sops_exact']:14,.0f} {left['sops_exact']:14,.0f}")
+    if "sops_exact" in whole:
+        print(f"{'synaptic operations an image':<28}{whole['sops_exact']:14,.0f} {left['sops_exact']:14,.0f}")
     if args.output:
-        measured = {key: after[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
+        shown = ("top1", "top5", "loss", "samples", "firing_rate")
+        measured: dict[str, Any] = {key: after[key] for key in shown if key in after}
         facts = {"dataset": dataset, "split": args.split, "T": model.T, "threshold": threshold, "deployed": args.deploy}
         written = apply(model, "compact") if args.compact else model
         made = {**training_facts(args.checkpoint), "command": args.command}

@@ -395,7 +395,41 @@ class FoldedThreshold(nn.Module):
 # --------------------------------------------------------------------------------------------------------------
 
 
-class SpikingNeuron(nn.Module):
+class Maskable(nn.Module):
+    """A layer of hidden neurons, of which some may be gone.
+
+    Attributes:
+        mask: Which neurons exist, bool ``[C]`` or ``[C, H, W]`` (of linear layers ``[F]``); those that do not are
+            silent. None, where nothing was removed, means all. See :mod:`spikezoo.transforms.dynsnn`.
+        shape: ``(C,)`` or ``(C, H, W)``, how many neurons the layer has; () where nobody said.
+        norm: Normalises the membrane potential of a spiking neuron (MPBN), or None.
+    """
+
+    mask: Tensor | None
+    norm: MembraneNorm | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = None
+        self.register_buffer("mask", None)
+        self.shape: tuple[int, ...] = ()
+
+    def existing(self, out: Tensor) -> Tensor:
+        """What the neurons that exist put out, of an output ``[T, B, ...]`` of all."""
+        mask = self.mask
+        if mask is None:
+            return out
+        if mask.dim() == 1:
+            return out * mask.view(-1, *[1] * (out.dim() - 3))
+        if mask.shape != out.shape[2:]:  # a 1x1 map would broadcast silently
+            raise ValueError(
+                f"The mask of single neurons was made for feature maps {tuple(mask.shape)} and the layer got "
+                f"{tuple(out.shape[2:])}: use images of the model's img_size, or dynsnn with per='channel'."
+            )
+        return out * mask
+
+
+class SpikingNeuron(Maskable):
     """Charge, normalise, fire, reset over T steps; subclasses say how the membrane potential charges.
 
     Args:
@@ -404,14 +438,7 @@ class SpikingNeuron(nn.Module):
 
     Shape: ``[T, B, ...]`` input current to ``[T, B, ...]`` spikes 0 or 1 of the input's dtype. The membrane
     potential of half-precision input is kept in float32.
-
-    Attributes:
-        mask: Which neurons exist, bool ``[C]`` or ``[C, H, W]`` (of linear layers ``[F]``); those that do not are
-            silent. None, where nothing was removed, means all. See :mod:`spikezoo.transforms.dynsnn`.
-        shape: ``(C,)`` or ``(C, H, W)``, how many neurons the layer has; () where nobody said.
     """
-
-    mask: Tensor | None
 
     def __init__(self, config: NeuronConfig, norm: MembraneNorm | None = None) -> None:
         super().__init__()
@@ -419,8 +446,6 @@ class SpikingNeuron(nn.Module):
         self.norm = norm
         self.folded: FoldedThreshold | None = None  # takes the place of `norm` in a folded model
         self.probe: list[Tensor] | None = None  # set by WithRates for the length of one call
-        self.register_buffer("mask", None)
-        self.shape: tuple[int, ...] = ()
         self.drop = 0.0  # dropout of the spikes, set by the factory
         self.spike_dtype: torch.dtype | None = None  # None is the input's; deploy lets spikes be bytes
 
@@ -462,24 +487,12 @@ class SpikingNeuron(nn.Module):
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
         # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if T == 1 else torch.cat(spikes).view(T, *x.shape[1:])
-        if self.mask is not None:
-            out = out * self._existing(self.mask, out)
+        out = self.existing(out)
         if self.probe is not None:
             self.probe.append(out.float().mean(tuple(range(1, out.dim()))))
         if self.drop and self.training:
             out = out * F.dropout(torch.ones_like(out[0]), self.drop)  # the same neurons at all steps
         return out
-
-    def _existing(self, mask: Tensor, out: Tensor) -> Tensor:
-        """The mask, shaped so that it broadcasts over spikes ``[T, B, ...]``."""
-        if mask.dim() == 1:
-            return mask.view(-1, *[1] * (out.dim() - 3))
-        if mask.shape != out.shape[2:]:  # a 1x1 map would broadcast silently
-            raise ValueError(
-                f"The mask of single neurons was made for feature maps {tuple(mask.shape)} and the layer got "
-                f"{tuple(out.shape[2:])}: use images of the model's img_size, or dynsnn with per='channel'."
-            )
-        return mask
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -535,14 +548,14 @@ class PLIF(SpikingNeuron):
         return v + (x - (v - v_reset)) * rate
 
 
-class ReLU(nn.ReLU):
+class ReLU(Maskable, nn.ReLU):
     """The ANN twin of a spiking neuron; no time."""
 
     drop = 0.0
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rectify ``input``, any shape."""
-        return F.dropout(super().forward(input), self.drop, self.training)
+        """Rectify ``input``, any shape; with a mask ``[1, B, ...]``."""
+        return F.dropout(self.existing(F.relu(input)), self.drop, self.training)
 
 
 class Sign(nn.Module):
@@ -593,7 +606,7 @@ class NeuronFactory:
             neuron = PLIF(self.config, norm, **self.dd)
         else:
             neuron = (IF if kind == "if" else LIF)(self.config, norm)
-        if isinstance(neuron, SpikingNeuron):
+        if isinstance(neuron, Maskable):
             neuron.shape = (channels, *size)
         neuron.drop = self.drop
         return neuron

@@ -527,8 +527,8 @@ def test_bad_arguments(arguments, words):
 
 
 def test_models_that_cannot_have_masks():
-    with pytest.raises(ValueError, match="no spiking neurons: create it with neuron='lif'"):
-        spikezoo.create_model("test_spiking_vgg", neuron="relu", dynsnn={})
+    with pytest.raises(ValueError, match="no neurons that have one: create it with neuron='lif'"):
+        spikezoo.create_model("test_spiking_vgg", neuron="sign", dynsnn={})
     with pytest.raises(ValueError, match="have a mask already"):
         dynsnn(settled())
     with pytest.raises(ValueError, match="Nobody said how many neurons '1' has"):
@@ -674,8 +674,8 @@ def test_two_processes(tmp_path):
 def test_runs_that_make_no_sense(fast, tmp_path):
     with pytest.raises(ValueError, match="acts after epoch 2, and the run has --epochs 1"):
         fast.main(flags(tmp_path, "--epochs", 1))
-    with pytest.raises(ValueError, match="no spiking neurons"):
-        fast.main(flags(tmp_path, "--neuron", "relu", "--T", 1))
+    with pytest.raises(ValueError, match="no neurons that have one"):
+        fast.main(flags(tmp_path, "--neuron", "sign", "--T", 1))
     with pytest.raises(ValueError, match=r"would remove all .* neurons of layer"):
         fast.main(flags(tmp_path, "--dynsnn", "threshold=1", "prune_at=1"))
     fast.main(flags(tmp_path / "masks", "--dynsnn", "per=channel", "--epochs", 1))  # masks alone
@@ -764,3 +764,31 @@ def test_table(tmp_path, capsys):
         "53.71",
     ]
     assert second.split() == ["other", "50.00", "±0.00", "-", "-", "nan", "-"]
+
+
+def test_relu_twins_have_rates_masks_and_compact_forms():
+    # A ReLU's rate is its mean activation over the 99.9th percentile of its layer, and at most 1.
+    ann = spikezoo.create_model("spiking_mlp_340", neuron="relu", hidden=[3]).eval()
+    fc, relu = ann.stem[0].linear, ann.stem[0].neuron
+    with torch.no_grad():
+        fc.weight.zero_()
+        fc.weight[:, 0] = torch.tensor([1.0, 0.25, -1.0])
+    images = torch.zeros(4, *ann.input_shape)
+    images[:, 0, 0, 0] = torch.tensor([4.0, 2.0, 0.0, 2.0])
+    masked = spikezoo.apply(ann, "dynsnn")
+    # Two batches: the largest of their six activations are 4 and 2, means 2 and 0.5.
+    rates = neuron_rates(masked, [images[:2], images[2:]])
+    (rate,) = rates.values()
+    torch.testing.assert_close(rate, torch.tensor([2 / 3, 0.5 / 3, 0.0], dtype=torch.float64))
+    prune(masked, rates, 0.2)
+    assert masked.stem[0].neuron.mask.tolist() == [True, False, False]
+    report = dynsnn_report(masked, images)
+    assert report["neurons_left"] == 1 and "sops_exact" not in report
+    small = spikezoo.apply(masked, "compact")
+    assert small.stem[0].linear.weight.shape[0] == 1
+    torch.testing.assert_close(small(images), masked(images))
+    # Conversion keeps the masks.
+    snn = spikezoo.convert(masked, images, T=8)
+    assert [tuple(mask.tolist()) for mask in masks_of(snn).values()] == [(True, False, False)]
+    torch.testing.assert_close(snn(images), masked(images))
+    assert relu.mask is None

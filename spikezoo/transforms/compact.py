@@ -23,7 +23,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, ResidualBlock
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import Maskable, nearest
 from spikezoo.transforms.fold import _record, _refuse_tickets, _refuse_where
 
 __all__ = ["compact"]
@@ -43,7 +43,7 @@ class _Channels:
 
     def __init__(self, width: int, fixed: bool = False) -> None:
         self.width, self.fixed = width, fixed
-        self.neurons: dict[str, SpikingNeuron] = {}  # whatever is read has passed one of them
+        self.neurons: dict[str, Maskable] = {}  # whatever is read has passed one of them
         self.writers: list[nn.Module] = []  # the first axis of all their tensors
         self.readers: list[nn.Module] = []  # the second axis of their weights, some columns a channel
         self.levels: list[dict[str, Any]] = []  # of feature_info
@@ -155,7 +155,7 @@ class _Walk:
 
     def fire(self, neuron: nn.Module | None, x: _Channels) -> None:
         """Let channels pass a neuron."""
-        if isinstance(neuron, SpikingNeuron):
+        if isinstance(neuron, Maskable):
             x.neurons[self.names[neuron]] = neuron
             x.writers.append(neuron)
 
@@ -164,8 +164,8 @@ class _Walk:
         return {next(iter(x.neurons)): x for x in self.found if x.neurons and not x.fixed}
 
 
-def _neurons(model: nn.Module) -> dict[str, SpikingNeuron]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+def _neurons(model: nn.Module) -> dict[str, Maskable]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Maskable)}
 
 
 def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict[str, int], dict[str, str]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spikezoo.counters import count
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import Maskable, SpikingNeuron, nearest
 from spikezoo.transforms.fold import _record
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import check_number
@@ -54,13 +54,13 @@ REDRAWN = ("in", "out", "both")
 # --------------------------------------------------------------------------------------------------------------
 
 
-def _spiking(model: nn.Module) -> dict[str, SpikingNeuron]:
-    """The layers of spiking neurons, by name."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+def _hidden(model: nn.Module) -> dict[str, Maskable]:
+    """The layers of hidden neurons, spiking or rectifying, by name."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Maskable)}
     if not found:
         raise ValueError(
-            f"DynSNN goes by firing rates, and this {type(model).__name__} has no spiking neurons: create it with "
-            "neuron='lif', 'if' or 'plif'."
+            f"DynSNN goes by firing rates, and this {type(model).__name__} has no neurons that have one: create it "
+            "with neuron='lif', 'if', 'plif', or 'relu' for conversion."
         )
     return found
 
@@ -69,9 +69,9 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """The masks of a model's neurons, by layer: True where they exist.
 
     Raises:
-        ValueError: No masks, or no spiking neurons.
+        ValueError: No masks, or no neurons that could have some.
     """
-    found = {name: neuron.mask for name, neuron in _spiking(model).items() if neuron.mask is not None}
+    found = {name: neuron.mask for name, neuron in _hidden(model).items() if neuron.mask is not None}
     if not found:
         raise ValueError(
             "This model's neurons have no masks: apply 'dynsnn' to it, or create it with dynsnn=dict(per='unit')."
@@ -111,10 +111,10 @@ def dynsnn(
     weights: str = "in",
     samples: int = 10_000,
 ) -> nn.Module:
-    """Give every spiking neuron a mask, True where it exists; the rest says when ``train.py`` acts on them.
+    """Give every hidden neuron a mask, True where it exists; the rest says when ``train.py`` acts on them.
 
     Args:
-        model: A model with spiking neurons. It stays as it is. Masks that :func:`compact` left are kept.
+        model: A model with spiking neurons or ReLUs. It stays as it is. Masks that :func:`compact` left are kept.
         per: 'unit' (every neuron of a map by itself: the mask is ``[C, H, W]``, and ties the model to its img_size) or
             'channel' (``[C]``). Neurons of linear layers are single ones either way.
         threshold: Neurons with a lower firing rate fade, in [0, 1].
@@ -156,7 +156,7 @@ def dynsnn(
             "per='channel'."
         )
     copied = copy.deepcopy(model)
-    for name, neuron in _spiking(copied).items():
+    for name, neuron in _hidden(copied).items():
         if neuron.mask is not None:
             if compacted(model):
                 continue
@@ -196,6 +196,9 @@ def _evaluating(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[...,
 def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = None) -> dict[str, Tensor]:
     """Firing rate of every hidden neuron: spikes over time steps, averaged over samples.
 
+    Of a ReLU that is to become a spiking neuron it is the mean activation over the layer's 99.9th percentile, which
+    :func:`spikezoo.convert` takes as one spike a time step.
+
     The model runs in evaluation mode. Of a distributed run each rank measures its share and gets the rates of all.
 
     Args:
@@ -211,17 +214,21 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
     """
     if per not in (None, *PER):
         raise ValueError(f"per={per!r} does not exist. {nearest(per, PER)}")
-    neurons = _spiking(model)
+    neurons = _hidden(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: dict[str, Tensor] = {}
-    samples = dict.fromkeys(neurons, 0)
+    units = dict.fromkeys(neurons, 0.0)  # what one spike stands for, times samples
 
     def counting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: Any, out: Tensor) -> None:
+        def hook(module: nn.Module, _inputs: Any, out: Tensor) -> None:
             # In float32, since half precision holds no whole number above 256 or 2048 for sure.
             spikes = out.sum((0, 1), dtype=torch.promote_types(out.dtype, torch.float32)).double() / out.shape[0]
             sums[name] = sums[name] + spikes if name in sums else spikes
-            samples[name] += out.shape[1]
+            if isinstance(module, SpikingNeuron):
+                units[name] += out.shape[1]
+            else:
+                flat = out.flatten().float()
+                units[name] += out.shape[1] * float(flat.kthvalue(math.ceil(0.999 * flat.numel())).values)
 
         return hook
 
@@ -232,13 +239,15 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
         raise ValueError("No batches to measure firing rates on.")
     rates = {}
     for name, total in sums.items():
-        number = torch.tensor(samples[name], dtype=torch.float64, device=total.device)
+        number = torch.tensor(units[name], dtype=torch.float64, device=total.device)
         if dist.is_available() and dist.is_initialized():
             for value in (total, number):
                 dist.all_reduce(value)
         mask = neurons[name].mask
         whole = per == "channel" or (per is None and mask is not None and mask.dim() == 1)
-        rates[name] = (total.flatten(1).mean(1) if whole and total.dim() > 1 else total) / number
+        mean = total.flatten(1).mean(1) if whole and total.dim() > 1 else total
+        # The few activations above the percentile are cut off, and a layer may be silent.
+        rates[name] = (mean / number.clamp_min(1e-30)).clamp_max(1)
     return rates
 
 
@@ -266,7 +275,7 @@ def _highest(rates: Mapping[str, Tensor]) -> tuple[float, str]:
 
 def _sizes(model: nn.Module, rates: Mapping[str, Tensor]) -> Tensor:
     """How many neurons each entry stands for, of all layers in one row."""
-    neurons = _spiking(model)
+    neurons = _hidden(model)
     sizes = {name: math.prod(neurons[name].shape[rate.dim() :]) for name, rate in rates.items()}
     return torch.cat([torch.full((rates[name].numel(),), size, dtype=torch.float64) for name, size in sizes.items()])
 
@@ -440,7 +449,7 @@ class _Reach:
                 hooks.append((module, self._norm(name)))
             elif isinstance(module, nn.MaxPool2d):
                 hooks.append((module, _average))
-            elif isinstance(module, SpikingNeuron):
+            elif isinstance(module, Maskable):
                 hooks.append((module, self._neuron(alive.get(name))))
         net: Any = model
         like = next(model.parameters())
@@ -641,7 +650,7 @@ def reactivate(
     fresh = {}
     if weights != "out":
         fresh = {name: ~channels for name, channels in reach.norms.items()}
-        for name, neuron in _spiking(model).items():
+        for name, neuron in _hidden(model).items():
             if neuron.norm is not None:
                 fresh[f"{name}.norm"] = ~_like_norm(~fading[name], neuron.norm.weight.shape)
     for norm, where in fresh.items():
@@ -668,8 +677,8 @@ def dynsnn_report(model: nn.Module, images: Tensor | None = None) -> dict[str, f
         images: A batch to count the exact synaptic operations on, per image.
 
     Returns:
-        ``neurons``, ``synapses`` and ``parameters``, each with ``_left`` and ``_removed`` (per cent); and
-        ``sops_exact``.
+        ``neurons``, ``synapses`` and ``parameters``, each with ``_left`` and ``_removed`` (per cent); and of a
+        spiking model ``sops_exact``.
     """
     masks = masks_of(model)
     whole, reach = _Reach(model, {}), _Reach(model, masks)
@@ -677,7 +686,7 @@ def dynsnn_report(model: nn.Module, images: Tensor | None = None) -> dict[str, f
     synapses = [0.0, 0.0]
     parameters = sum(p.numel() for p in model.parameters())
     dead = 0
-    for neuron in _spiking(model).values():
+    for neuron in _hidden(model).values():
         mask = neuron.mask
         neurons += math.prod(neuron.shape)
         left += math.prod(neuron.shape) if mask is None else int(mask.sum()) * math.prod(neuron.shape[mask.dim() :])
@@ -697,7 +706,7 @@ def dynsnn_report(model: nn.Module, images: Tensor | None = None) -> dict[str, f
     counts = {"neurons": (neurons, left), "synapses": synapses, "parameters": (parameters, parameters - dead)}
     for what, (before, after) in counts.items():
         found |= {what: int(before), f"{what}_left": int(after), f"{what}_removed": 100 * (1 - after / before)}
-    if images is not None:
+    if images is not None and any(isinstance(module, SpikingNeuron) for module in model.modules()):
         found["sops_exact"] = count(model, images, inputs="analog").sops_exact
     return found
 
