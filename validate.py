@@ -175,10 +175,8 @@ def compare(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     told = f"recorded {record['top1']:.2f} %, difference {difference:+.2f} points"
     if other:
         told += f", of other data: {other[0]} {row.get(other[0])}, recorded {record.get(other[0])}"
-    print(
-        f"    {told}: {'reproduced' if reproduced else 'NOT reproduced'} ({'loss' if rounded else 'within'} {limit:.2f} points)",
-        flush=True,
-    )
+    verdict = "reproduced" if reproduced else "NOT reproduced"
+    print(f"    {told}: {verdict} ({'loss' if rounded else 'within'} {limit:.2f} points)", flush=True)
     return {"recorded_top1": record["top1"], "reproduced": reproduced}
 
 
