@@ -519,6 +519,15 @@ def test_silent_neurons_fire_again():
     assert (after[:170] > 0).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("hidden", [1, 3])
+def test_layers_whose_weights_are_all_equal_are_drawn_anew(hidden):
+    model = spikezoo.create_model("spiking_mlp_340", hidden=[hidden], img_size=1, encoding="direct", dynsnn={})
+    nn.init.zeros_(model.stem[0].linear.weight)
+    reactivate(model, {"stem.0.neuron": torch.ones(hidden, dtype=torch.bool)})
+    weight = model.stem[0].linear.weight
+    assert weight.isfinite().all() and weight.all()
+
+
 def test_what_cannot_be_reactivated():
     model = settled()
     fading = fade(neuron_rates(model, [images_for(model)]), 0.1)

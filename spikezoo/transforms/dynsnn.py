@@ -626,9 +626,10 @@ def reactivate(
 ) -> None:
     """Draw the weights of fading neurons anew, in place, and forget their momentum.
 
-    They are drawn from a normal distribution of mean 0 and the standard deviation of the layer's other weights. Norms
-    on the way start afresh (scale 1, shift 0, statistics of a standard normal). A channel of a convolution is drawn
-    anew where all of its neurons fade, since they share its weights.
+    They are drawn from a normal distribution of mean 0 and the standard deviation of the layer's other weights (where
+    these are all equal, that of He's initialisation). Norms on the way start afresh (scale 1, shift 0, statistics of a
+    standard normal). A channel of a convolution is drawn anew where all of its neurons fade, since they share its
+    weights.
 
     Args:
         model: A model with masks, of which nothing was removed.
@@ -657,7 +658,8 @@ def reactivate(
         kept = layer.weight if kept.numel() < 2 else kept
         drawn = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
         # Not with their mean: it is below 0 where firing was penalised, and what is drawn so would stay silent.
-        layer.weight[where] = (kept.std() * drawn)[where]
+        spread = float(kept.std(correction=min(1, kept.numel() - 1))) or (2 / layer.weight[0].numel()) ** 0.5
+        layer.weight[where] = (spread * drawn)[where]
         changed[f"{name}.weight"] = where
         if layer.bias is not None and weights != "out":
             layer.bias[~rows] = 0
