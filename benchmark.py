@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import spikformer
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
@@ -302,6 +302,17 @@ def _(source: ResidualBlock) -> nn.Module:
     return _Residual(body, shortcut, _neuron(source.neuron))
 
 
+def _reset(net: nn.Module) -> None:
+    """Put SpikingJelly's neurons at rest.
+
+    ``functional.reset_net`` keeps a list of them in a global dictionary, for which a compiled network is compiled anew
+    at every call.
+    """
+    for module in net.modules():
+        if isinstance(module, base.MemoryModule):
+            module.reset()
+
+
 class SpikingJellyNet(nn.Module):
     """A model of ours in SpikingJelly's layers, multi-step: the image is repeated T times, logits are averaged.
 
@@ -326,7 +337,7 @@ class SpikingJellyNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        functional.reset_net(self)
+        _reset(self)
         x = x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)
         return self.head(self.features(x)).mean(0)
 
@@ -375,7 +386,7 @@ class SpikingJellySpikformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        functional.reset_net(self)
+        _reset(self)
         return self.net(x).mean(0)
 
 
@@ -1155,7 +1166,7 @@ def neuron_sides(settings: Settings, config: NeuronConfig, T: int) -> list[Side]
     functional.set_step_mode(theirs, "m")
 
     def whole(x: Tensor) -> Tensor:
-        functional.reset_net(theirs)
+        _reset(theirs)
         return theirs(x)
 
     def side(name: str, form: str, run: Callable[[Tensor], Tensor]) -> Side:

@@ -82,6 +82,7 @@ from spikezoo.evaluation import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import SpikingNeuron, WithRates, nearest
 from spikezoo.transforms.dynsnn import (
+    check_reactivation,
     dynsnn_report,
     fade,
     masks_of,
@@ -826,6 +827,8 @@ class Run:
         last = max([*facts["reactivate_at"], facts["prune_at"] or 0])
         if last > self.args.epochs:
             raise ValueError(f"--dynsnn acts after epoch {last}, and the run has --epochs {self.args.epochs}.")
+        if facts["reactivate_at"]:
+            check_reactivation(self.model)
         subset = min(facts["samples"], self.train_loader.num_samples)
         batch = self.args.validation_batch_size or self.args.batch_size
         images = functools.partial(loader, self.args.train_split, batch_size=batch, subset=subset)

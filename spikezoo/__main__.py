@@ -532,6 +532,8 @@ def _dynsnn_table(folder: str) -> str:
     for case, stages in found.items():
         paper = DYNSNN_PAPER.get(case, (None,) * 4)
         base, again, pruned = (stages.get(stage, []) for stage in ("baseline", "reactivated", "pruned"))
+        if not base:  # fc3_57 and fc3_70 share the baseline of fc3
+            base = found.get(case.rpartition("_")[0], {}).get("baseline", [])
         cells = [shown(rows, "top1", number) for rows, number in zip((base, again, pruned), paper, strict=False)]
         drop = f"{mean(base, 'top1') - mean(pruned, 'top1'):7.2f}" + " " * 6
         if paper[0] is not None and paper[2] is not None:

@@ -209,6 +209,8 @@ def convert(
     Example:
         >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
     """
+    if not isinstance(half_threshold, bool):  # the text "false" counts as true
+        raise ValueError(f"half_threshold={half_threshold!r}: expected True or False.")
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)

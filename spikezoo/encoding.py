@@ -105,7 +105,8 @@ def _poisson(x: Tensor, T: int, seed: int | None) -> Tensor:
 @torch.library.custom_op("spikezoo::ttfs", mutates_args=())
 def _ttfs(x: Tensor, T: int) -> Tensor:
     _check_unit(x, "ttfs")
-    step = ((T - 1) * (1 - x)).round()
+    # Half precisions cannot count more than 256 or 2048 steps.
+    step = ((T - 1) * (1 - x.to(torch.promote_types(x.dtype, torch.float32)))).round()
     return (step == torch.arange(T, device=x.device).view(-1, *[1] * x.dim())).to(x.dtype)
 
 

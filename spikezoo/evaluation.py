@@ -133,7 +133,15 @@ def accuracy_over_time(
 
     Returns:
         Top-1 accuracy in per cent after 1, 2, ... T steps, and the firing rate over all of them, the mean over layers.
+
+    Raises:
+        ValueError: A head that pools by the maximum, or no images.
     """
+    if model.head.global_pool.pool_type == "max":  # type: ignore[union-attr]
+        raise ValueError(
+            "global_pool='max': the model takes the maxima of features averaged over its steps, so that its logits "
+            "of single steps say nothing of fewer steps. Evaluate it at one T at a time: validate.py --T."
+        )
     training = model.training
     model.eval()
     probed = WithRates(model, steps=True)

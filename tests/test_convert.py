@@ -198,6 +198,8 @@ def test_accuracy_at_every_number_of_steps():
     assert rate == pytest.approx(alone[-1]["firing_rate"]) and rate > 0
     with pytest.raises(ValueError, match="empty"):
         accuracy_over_time(snn, [])
+    with pytest.raises(ValueError, match="global_pool='max'"):
+        accuracy_over_time(spikezoo.create_model("test_mpbn_vgg", global_pool="max"), loader)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -357,6 +359,12 @@ def test_encodings(encoding, message):
     ann = settled("test_mpbn_vgg")
     with pytest.raises(ValueError, match=message):
         spikezoo.convert(ann, images(ann, 2), T=2, encoding=encoding)
+
+
+def test_half_threshold_is_a_truth_value():
+    ann = settled("test_mpbn_vgg")
+    with pytest.raises(ValueError, match="half_threshold='false': expected True or False"):
+        spikezoo.convert(ann, images(ann, 2), T=2, half_threshold="false")
 
 
 @torch.no_grad()

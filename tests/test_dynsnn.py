@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from test_models import fill
 from test_train import DISTRIBUTED, ROOT, assert_same_end, assert_same_weights, interrupted, load, summary
+from timm.optim import create_optimizer_v2
 from torch import nn
 
 import spikezoo
 from spikezoo.__main__ import main
 from spikezoo.checkpoint import load_state
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
-from spikezoo.transforms import dynsnn, replay
+from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
     _Reach,
     dynsnn_report,
@@ -390,6 +391,11 @@ def test_rates_and_masks_of_another_shape():
         prune(model, rates, 0.1)
     with pytest.raises(ValueError, match="without per"), without(model, fade(rates, 0.1)):
         pass
+    rates = neuron_rates(model, [images_for(model)])
+    *_, last = rates
+    del rates[last]
+    with pytest.raises(ValueError, match=rf"Layer {last!r}: firing rates None and a mask"):
+        prune(model, rates, 0.1)
     assert all(mask.all() for mask in masks_of(model).values())
 
 
@@ -462,6 +468,30 @@ def test_reactivation_draws_anew_what_belongs_to_the_neuron(weights, optimizer):
     assert_same_weights(fresh.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize(("optimizer", "key"), [("madgrad", "x0"), ("lookahead_momentum", "lookahead_slow_buff")])
+def test_weights_that_an_optimizer_keeps_are_the_new_ones(optimizer, key):
+    model = settled("test_mpbn_vgg")
+    optimizer = create_optimizer_v2(model, optimizer, lr=1e-3)
+
+    def steps():
+        for _ in range(6):  # lookahead comes back to its slow weights at every sixth
+            optimizer.zero_grad()
+            model(images_for(model)).square().sum().backward()
+            optimizer.step()
+
+    steps()
+    fading = {name: torch.zeros_like(mask) for name, mask in masks_of(model).items()}
+    fading["stages.1.0.neuron"][2] = True
+    before = model.stages[1][0].conv.weight.detach().clone()
+    reactivate(model, fading, optimizer)
+    weight = model.stages[1][0].conv.weight
+    state = getattr(optimizer, "_base_optimizer", optimizer).state[weight]
+    assert torch.equal(state[key][2], weight[2]) and not torch.equal(weight[2], before[2])
+    prune(model, {name: (~flags).float() for name, flags in fading.items()}, 0.5, optimizer)
+    steps()
+    assert not weight[2].any() and weight[1].any()
+
+
 def test_a_channel_is_drawn_anew_where_all_its_neurons_fade():
     model = settled(per="unit")
     fading = {name: torch.zeros_like(mask) for name, mask in masks_of(model).items()}
@@ -489,6 +519,15 @@ def test_silent_neurons_fire_again():
     assert (after[:170] > 0).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("hidden", [1, 3])
+def test_layers_whose_weights_are_all_equal_are_drawn_anew(hidden):
+    model = spikezoo.create_model("spiking_mlp_340", hidden=[hidden], img_size=1, encoding="direct", dynsnn={})
+    nn.init.zeros_(model.stem[0].linear.weight)
+    reactivate(model, {"stem.0.neuron": torch.ones(hidden, dtype=torch.bool)})
+    weight = model.stem[0].linear.weight
+    assert weight.isfinite().all() and weight.all()
+
+
 def test_what_cannot_be_reactivated():
     model = settled()
     fading = fade(neuron_rates(model, [images_for(model)]), 0.1)
@@ -498,8 +537,14 @@ def test_what_cannot_be_reactivated():
     with pytest.raises(ValueError, match="were removed"):
         reactivate(model, fading)
     ticket = spikezoo.create_model("test_spiking_vgg", ticket={}, dynsnn={})
-    with pytest.raises(ValueError, match="tickets"):
+    with pytest.raises(ValueError, match="its weights are a ticket"):
         reactivate(ticket, {name: ~mask for name, mask in masks_of(ticket).items()})
+    # Baked, the layers compute with signs and one gain, and would take other weights for these.
+    baked = dynsnn(bake(spikezoo.create_model("test_spiking_vgg", ticket={})))
+    before = baked.stem[0].conv.weight.clone()
+    with pytest.raises(ValueError, match=r"Layer 'stem\.0\.conv': its weights are a ticket"):
+        reactivate(baked, {name: mask.clone() for name, mask in masks_of(baked).items()})
+    assert torch.equal(baked.stem[0].conv.weight, before)
 
 
 # ------------------------------------------------------------------------------------------ the transform
@@ -514,6 +559,7 @@ def test_what_cannot_be_reactivated():
         ({"reactivate_at": 3, "threshold": 0.1}, r"reactivate_at=3: expected a list"),
         ({"reactivate_at": [0], "threshold": 0.1}, "reactivate_at=0: expected epochs"),
         ({"reactivate_at": [1, 5], "prune_at": 4, "threshold": 0.1}, "is not reactivated"),
+        ({"reactivate_at": [1, 4], "prune_at": 4, "threshold": 0.1}, "Give a prune_at of 5 or later"),
         ({"prune_at": 4}, "give threshold or compression"),
         ({"prune_at": 4.5, "threshold": 0.1}, "prune_at=4.5"),
         ({"samples": 0}, "samples=0"),
@@ -678,6 +724,10 @@ def test_runs_that_make_no_sense(fast, tmp_path):
         fast.main(flags(tmp_path, "--neuron", "sign", "--T", 1))
     with pytest.raises(ValueError, match=r"would remove all .* neurons of layer"):
         fast.main(flags(tmp_path, "--dynsnn", "threshold=1", "prune_at=1"))
+    vgg = ["--model", "test_spiking_vgg", "--ticket", "sparsity=0.4", "--dynsnn", "threshold=0.1", "reactivate_at=[1]"]
+    with pytest.raises(ValueError, match="its weights are a ticket"):  # before it trains
+        fast.main(flags(tmp_path / "ticket", *vgg))
+    assert not (tmp_path / "ticket" / "run" / "summary.csv").exists()
     fast.main(flags(tmp_path / "masks", "--dynsnn", "per=channel", "--epochs", 1))  # masks alone
     assert "eval_dynsnn_removed" in summary(tmp_path / "masks" / "run")[0]
 
@@ -742,11 +792,12 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
 def test_table(tmp_path, capsys):
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
     rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
+    rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
     with open(tmp_path / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
     assert main(["dynsnn", "--table", str(tmp_path)]) == 0
-    first, second = capsys.readouterr().out.splitlines()[2:]
+    first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
     # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
     assert first.split() == [
         "snn_t",
@@ -764,6 +815,9 @@ def test_table(tmp_path, capsys):
         "53.71",
     ]
     assert second.split() == ["other", "50.00", "±0.00", "-", "-", "nan", "-"]
+    # Nets with one baseline.
+    cells = ["99.00", "±0.00", "99.25", "-", "98.50", "±0.00", "99.23", "0.50", "0.02", "57.50", "±0.00", "57.4"]
+    assert shared.split() == ["fc3_57", *cells]
 
 
 def test_relu_twins_have_rates_masks_and_compact_forms():

@@ -39,6 +39,12 @@ def test_ttfs_by_hand():
     assert frames.flatten(1).argmax(0).tolist() == [0, 1, 2, 4] and torch.equal(frames.sum(0), torch.ones(1, 1, 2, 2))
 
 
+@pytest.mark.parametrize(("dtype", "T"), [(torch.bfloat16, 400), (torch.float16, 3000)])
+def test_one_spike_where_half_precision_cannot_count_the_steps(dtype, T):
+    frames, _ = ttfs(pixels(size=20).to(dtype), T)
+    assert (frames.float().sum(0) == 1).all()
+
+
 def test_ttfs_equals_spikingjelly():
     x = pixels(size=20)
     encoder = LatencyEncoder(7)

@@ -233,7 +233,8 @@ def compact(
     :func:`fold_bn`. The result is an ordinary model, trained, folded, stored and compacted again like any other.
     Channels of which some places are masked keep their mask, cropped; masks that hide nothing any more are dropped. A
     channel of a residual stream that is masked at some joins and not at others stays, with its masks. Where nothing
-    is pruned the result is a plain copy, so that a pipeline need not ask first.
+    is pruned the result is a plain copy, so that a pipeline need not ask first. With num_classes=0 the features are
+    those of the channels that are left.
 
     Args:
         model: A model of spikezoo, its neurons with masks. It stays as it is.

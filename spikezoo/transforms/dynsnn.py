@@ -24,12 +24,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spikezoo.counters import count
+from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import Maskable, SpikingNeuron, nearest
 from spikezoo.transforms.fold import _record
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import check_number
 
 __all__ = [
+    "check_reactivation",
     "compacted",
     "dynsnn",
     "dynsnn_report",
@@ -144,8 +146,11 @@ def dynsnn(
     if isinstance(reactivate_at, str) or not isinstance(reactivate_at, Sequence):
         raise ValueError(f"reactivate_at={reactivate_at!r}: expected a list of epochs such as [3, 6].")
     epochs = [_epoch("reactivate_at", epoch) for epoch in reactivate_at]
-    if prune_at is not None and max(epochs, default=0) > _epoch("prune_at", prune_at):
-        raise ValueError(f"reactivate_at={epochs} with prune_at={prune_at}: what was removed is not reactivated.")
+    if prune_at is not None and max(epochs, default=0) >= _epoch("prune_at", prune_at):
+        raise ValueError(
+            f"reactivate_at={epochs} with prune_at={prune_at}: what was removed is not reactivated, and new weights "
+            f"are trained for an epoch at least. Give a prune_at of {max(epochs) + 1} or later."
+        )
     if (epochs or prune_at is not None) and threshold is None and compression is None:
         raise ValueError("reactivate_at and prune_at need to know which neurons fade: give threshold or compression.")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
@@ -160,7 +165,10 @@ def dynsnn(
         if neuron.mask is not None:
             if compacted(model):
                 continue
-            raise ValueError(f"The neurons of {name!r} have a mask already: apply 'dynsnn' once.")
+            raise ValueError(
+                f"The neurons of {name!r} have a mask already: apply 'dynsnn' once. To remove more of a pruned model, "
+                "spikezoo.compact it first."
+            )
         if not neuron.shape:
             raise ValueError(f"Nobody said how many neurons {name!r} has: make it with a NeuronFactory.")
         like = next(copied.parameters()).device
@@ -325,14 +333,16 @@ def threshold_for(model: nn.Module, rates: Mapping[str, Tensor], compression: fl
     return threshold
 
 
-def _kept(mask: Tensor, fading: Tensor, name: str) -> Tensor:
-    """What a mask leaves without those that fade; shapes that differ could broadcast."""
-    if mask.shape != fading.shape:
-        raise ValueError(
-            f"Layer {name!r}: firing rates {tuple(fading.shape)} and a mask {tuple(mask.shape)}. Measure them with "
-            "neuron_rates(model, batches), without per, which takes what the masks are made for."
-        )
-    return mask & ~fading.to(mask.device)
+def _kept(masks: Mapping[str, Tensor], fading: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What masks leave without the neurons that fade; shapes that differ could broadcast."""
+    for name, mask in masks.items():
+        shape = tuple(fading[name].shape) if name in fading else None
+        if shape != tuple(mask.shape):
+            raise ValueError(
+                f"Layer {name!r}: firing rates {shape} and a mask {tuple(mask.shape)}. Measure them with "
+                "neuron_rates(model, batches), without per, which takes what the masks are made for."
+            )
+    return {name: mask & ~fading[name].to(mask.device) for name, mask in masks.items()}
 
 
 @contextmanager
@@ -345,9 +355,10 @@ def without(model: nn.Module, fading: Mapping[str, Tensor]) -> Iterator[None]:
     """
     masks = masks_of(model)
     before = {name: mask.clone() for name, mask in masks.items()}
+    left = _kept(masks, fading)
     try:
         for name, mask in masks.items():
-            mask.copy_(_kept(mask, fading[name], name))
+            mask.copy_(left[name])
         yield
     finally:
         for name, mask in masks.items():
@@ -535,12 +546,15 @@ def _settle(
     """Forget what the optimiser knows of changed entries, and change the averaged weights alike."""
     parameters, tensors = dict(model.named_parameters()), model.state_dict()
     averaged = ema.state_dict() if ema is not None else {}
+    # timm's Lookahead wraps an optimizer, in whose state it keeps its own, too.
+    states: Any = {} if optimizer is None else getattr(optimizer, "_base_optimizer", optimizer).state
     for name, where in changed.items():
-        state = optimizer.state.get(parameters[name], {}) if optimizer is not None and name in parameters else {}
+        state = states.get(parameters[name], {}) if name in parameters else {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == where.shape:
-                # Lookahead's slow weights are weights, not a memory of gradients.
-                value[where] = tensors[name][where].to(value.dtype) if "slow" in str(key) else 0
+                # Lookahead's slow weights and MADGRAD's start are weights, not a memory of gradients.
+                weights = "slow" in str(key) or key == "x0"
+                value[where] = tensors[name][where].to(value.dtype) if weights else 0
         if ema is not None:
             averaged[name][where] = tensors[name][where].to(averaged[name])
 
@@ -574,18 +588,18 @@ def prune(
             another shape than the masks; nothing is changed then.
     """
     fading, masks = fade(rates, threshold), masks_of(model)
-    left = {name: _kept(mask, fading[name], name) for name, mask in masks.items()}
+    left = _kept(masks, fading)
     for name, mask in left.items():
         if not mask.any():
             raise ValueError(
                 f"threshold={threshold:.4g} would remove all {mask.numel()} neurons of layer {name!r}, of which the "
                 f"busiest has a firing rate of {float(rates[name].max()):.4g}: stay at or below that."
             )
+    reach = _Reach(model, left)
     for name, mask in masks.items():
         mask.copy_(left[name])
         if ema is not None:
             masks_of(ema)[name].copy_(mask)
-    reach = _Reach(model, left)
     changed: dict[str, Tensor] = {}
     for name, layer in _named(model, reach.layers):
         rows, columns = reach.matters(name)
@@ -596,6 +610,18 @@ def prune(
             changed[f"{name}.bias"] = ~rows
             layer.bias[~rows] = 0
     _settle(model, changed, optimizer, ema)
+
+
+def check_reactivation(model: nn.Module) -> None:
+    """Raise where weights of a model cannot be drawn anew, see :func:`reactivate`."""
+    if not all(mask.all() for mask in masks_of(model).values()):
+        raise ValueError("Neurons of this model were removed: reactivation comes before. Leave reactivate_at out.")
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module) or isinstance(module, TernaryConv2d | TernaryLinear):
+            raise ValueError(
+                f"Layer {name!r}: its weights are a ticket, which stay at the values that they were drawn with. Leave "
+                "reactivate_at out; pruning works."
+            )
 
 
 @torch.no_grad()
@@ -609,9 +635,10 @@ def reactivate(
 ) -> None:
     """Draw the weights of fading neurons anew, in place, and forget their momentum.
 
-    They are drawn from a normal distribution of mean 0 and the standard deviation of the layer's other weights. Norms
-    on the way start afresh (scale 1, shift 0, statistics of a standard normal). A channel of a convolution is drawn
-    anew where all of its neurons fade, since they share its weights.
+    They are drawn from a normal distribution of mean 0 and the standard deviation of the layer's other weights (where
+    these are all equal, that of He's initialisation). Norms on the way start afresh (scale 1, shift 0, statistics of a
+    standard normal). A channel of a convolution is drawn anew where all of its neurons fade, since they share its
+    weights.
 
     Args:
         model: A model with masks, of which nothing was removed.
@@ -622,14 +649,12 @@ def reactivate(
         weights: 'in' (into the neuron), 'out' or 'both'.
 
     Raises:
-        ValueError: Another ``weights``, a model of which neurons were removed, or one whose weights are tickets.
+        ValueError: Another ``weights``, a model of which neurons were removed, or one whose weights are tickets,
+            also baked ones of two values.
     """
     if weights not in REDRAWN:
         raise ValueError(f"weights={weights!r} does not exist. {nearest(weights, REDRAWN)}")
-    if not all(mask.all() for mask in masks_of(model).values()):
-        raise ValueError("Neurons of this model were removed: reactivation comes before.")
-    if any(parametrize.is_parametrized(module) for module in model.modules()):
-        raise ValueError("The weights of this model are tickets, which stay at their random values: spikezoo.bake it.")
+    check_reactivation(model)
     reach = _Reach(model, {name: ~flags for name, flags in fading.items()})
     tensors = model.state_dict()
     changed: dict[str, Tensor] = {}
@@ -642,7 +667,8 @@ def reactivate(
         kept = layer.weight if kept.numel() < 2 else kept
         drawn = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
         # Not with their mean: it is below 0 where firing was penalised, and what is drawn so would stay silent.
-        layer.weight[where] = (kept.std() * drawn)[where]
+        spread = float(kept.std(correction=min(1, kept.numel() - 1))) or (2 / layer.weight[0].numel()) ** 0.5
+        layer.weight[where] = (spread * drawn)[where]
         changed[f"{name}.weight"] = where
         if layer.bias is not None and weights != "out":
             layer.bias[~rows] = 0
