@@ -43,7 +43,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from spikingjelly.activation_based.model import spikformer
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
@@ -302,17 +302,6 @@ def _(source: ResidualBlock) -> nn.Module:
     return _Residual(body, shortcut, _neuron(source.neuron))
 
 
-def _reset(net: nn.Module) -> None:
-    """Put SpikingJelly's neurons at rest.
-
-    ``functional.reset_net`` keeps a list of them in a global dictionary, for which a compiled network is compiled anew
-    at every call.
-    """
-    for module in net.modules():
-        if isinstance(module, base.MemoryModule):
-            module.reset()
-
-
 class SpikingJellyNet(nn.Module):
     """A model of ours in SpikingJelly's layers, multi-step: the image is repeated T times, logits are averaged.
 
@@ -337,7 +326,8 @@ class SpikingJellyNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        _reset(self)
+        if not torch.compiler.is_compiling():
+            functional.reset_net(self)
         x = x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)
         return self.head(self.features(x)).mean(0)
 
@@ -386,7 +376,8 @@ class SpikingJellySpikformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``[B, C, H, W]`` to logits ``[B, num_classes]``."""
-        _reset(self)
+        if not torch.compiler.is_compiling():
+            functional.reset_net(self)
         return self.net(x).mean(0)
 
 
@@ -658,6 +649,8 @@ def spikingjelly_best_side(model: SpikingModel, images: Tensor, labels: Tensor, 
     images = _channels_last(images)
 
     def forward() -> Tensor:
+        # Not in the compiled network, which would be compiled anew whenever a potential is another tensor.
+        functional.reset_net(net)
         with torch.autocast(settings.device, torch.bfloat16):
             return run(images)
 
@@ -1165,9 +1158,12 @@ def neuron_sides(settings: Settings, config: NeuronConfig, T: int) -> list[Side]
     theirs = _neuron(ours).eval()
     functional.set_step_mode(theirs, "m")
 
-    def whole(x: Tensor) -> Tensor:
-        _reset(theirs)
-        return theirs(x)
+    def from_rest(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def whole(x: Tensor) -> Tensor:
+            functional.reset_net(theirs)
+            return run(x)
+
+        return whole
 
     def side(name: str, form: str, run: Callable[[Tensor], Tensor]) -> Side:
         def step() -> Tensor:
@@ -1179,8 +1175,8 @@ def neuron_sides(settings: Settings, config: NeuronConfig, T: int) -> list[Side]
     sides = [
         side("spikezoo", "compiled", torch.compile(ours, dynamic=False)),
         side("copy", "clone of the same tensor", torch.clone),
-        side("spikingjelly", "eager", whole),
-        side("spikingjelly compiled", "compiled", torch.compile(whole, dynamic=False)),
+        side("spikingjelly", "eager", from_rest(theirs)),
+        side("spikingjelly compiled", "compiled", from_rest(torch.compile(theirs, dynamic=False))),
     ]
     for other in sides[:1] + sides[3:]:
         other.check = lambda step=other.step: {"bit_equal": torch.equal(step(), sides[2].step())}

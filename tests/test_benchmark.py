@@ -1,6 +1,7 @@
 """benchmark.py: the SpikingJelly baseline is the same network, and the command line measures and writes it."""
 
 import csv
+import functools
 import importlib.util
 import json
 import sys
@@ -559,3 +560,19 @@ def test_frozen_weights_are_constants_of_the_graph(benchmark):
         wanted = run(x).clone()
         net[0].weight.zero_()
         assert torch.equal(run(x), wanted)
+
+
+@pytest.mark.parametrize("mode", ["infer", "train"])
+def test_the_best_of_spikingjelly_is_compiled_once(benchmark, monkeypatch, mode):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(benchmark, "has_compiler", lambda: True)
+    settings = benchmark.Settings("test_spiking_vgg", mode=mode, T=2, batch_size=2)
+    model = benchmark.make_model(settings)
+    images, labels = torch.randn(2, *model.input_shape), torch.tensor([0, 1])
+    torch.compiler.reset()
+    side = benchmark.spikingjelly_best_side(model, images, labels, settings)
+    side.step()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            side.step()
+    torch.compiler.reset()
