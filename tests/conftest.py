@@ -25,6 +25,19 @@ def load(name):
     return module
 
 
+@pytest.fixture(scope="module")
+def train():
+    """The script, loaded once a file."""
+    return load("train")
+
+
+@pytest.fixture
+def fast(train, monkeypatch):
+    """The script without its pictures, which take longer than the training of a micro-model."""
+    monkeypatch.setattr(train, "plot", lambda *_: [])
+    return train
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

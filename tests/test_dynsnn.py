@@ -40,17 +40,6 @@ MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_
 MICRO += ["test_spikformer", "test_autost"]
 
 
-@pytest.fixture(scope="module")
-def train():
-    return load("train")
-
-
-@pytest.fixture
-def fast(train, monkeypatch):
-    monkeypatch.setattr(train, "plot", lambda *_: [])
-    return train
-
-
 def images_for(model, count=4):
     return torch.randn(count, model.in_chans, *model.img_size, generator=torch.Generator().manual_seed(5))
 

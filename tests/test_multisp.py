@@ -1,11 +1,11 @@
 """MultiSp: the selection against hand arithmetic and sorting, the ticket in the embedding, both stages, configs."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import load
 from test_models import image_for, make, wave
 from test_spikformer import macs_by_hand
 from torch import nn
@@ -426,9 +426,7 @@ def test_wrong_order():
 
 @pytest.fixture(scope="module")
 def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("train")
     module.plot = lambda *_: []
     return module
 

@@ -1,7 +1,6 @@
 """train.py --plan: rows become runs, results and pictures; kills, time budgets, failures and processes."""
 
 import csv
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load
 
 import spikezoo
 from spikezoo.checkpoint import load_state
@@ -25,9 +25,7 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("train")
     module.plot = lambda *_: []  # of single runs, which takes longer than they do
     return module
 

@@ -1,6 +1,5 @@
 """Lottery tickets: mask, gain, gradient by hand; frozen weights, baking, tuning, checkpoints, ways of running."""
 
-import importlib.util
 import json
 import math
 import pickle
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import load
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -508,9 +508,7 @@ def test_gradients_of_two_halves_add_up():
 
 @pytest.fixture(scope="module")
 def train():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("train")
     module.plot = lambda *_: []
     return module
 

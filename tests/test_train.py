@@ -27,18 +27,6 @@ from spikezoo.evaluation import input_options, open_model
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def train():
-    return load("train")
-
-
-@pytest.fixture
-def fast(train, monkeypatch):
-    """train.py without pictures, which take longer than the training of a micro-model."""
-    monkeypatch.setattr(train, "plot", lambda *_: [])
-    return train
-
-
 def flags(output, *more):
     """A run of 4 batches an epoch; later flags win."""
     base = "--model test_mpbn_vgg --T 2 --dataset digits --subset 64 -b 16 --epochs 2 --lr 0.05 --experiment run"
