@@ -18,7 +18,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -289,6 +289,14 @@ class Deployed(nn.Module):
         if mode:
             raise ValueError("A deployed model cannot be trained: train the model that it was made from.")
         return super().train(False)
+
+    def load_state_dict(self, *_: Any, **__: Any) -> NoReturn:
+        """Nothing: weights are constants of what was compiled.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("A deployed model keeps its weights: load them into the model and call spikezoo.deploy again.")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

@@ -232,6 +232,8 @@ def test_a_deployed_model_does_not_train():
     fast = deploy(create("test_spiking_vgg"))
     with pytest.raises(ValueError, match="cannot be trained"):
         fast.train()
+    with pytest.raises(ValueError, match="keeps its weights: load them into the model"):
+        fast.load_state_dict(fast.state_dict())
     assert not fast.eval().training and all(not p.requires_grad for p in fast.parameters())
 
 
