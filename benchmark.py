@@ -156,6 +156,12 @@ class Settings:
         self._check_mode()
 
     def _check_mode(self) -> None:
+        if self.mode == "neuron":
+            for name in ("precision", "ticket", "width", "amp", "channels_last", "torchcompile"):
+                if getattr(self, name) not in (None, False):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} is for whole models: leave it out of mode='neuron'."
+                    )
         if self.mode == "train":
             for name in ("precision", "ticket"):
                 if getattr(self, name) is not None:

@@ -200,6 +200,7 @@ def test_the_speed_up_is_the_median_of_the_ratios_of_neighbours(benchmark):
         ({"ticket": 0.5}, "mode='infer'"),
         ({"against": ("conv-limit",)}, "mode='infer'"),
         ({"mode": "size", "memory": True}, "memory is measured of steps"),
+        ({"mode": "neuron", "amp": True}, "amp=True is for whole models"),
     ],
 )
 def test_bad_settings(benchmark, arguments, message):
