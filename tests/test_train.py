@@ -800,6 +800,30 @@ def test_torchcompile(fast, tmp_path, monkeypatch, more):
         torch.testing.assert_close(found[name], plain[name], atol=1e-5, rtol=1e-4)
 
 
+def test_one_seed_gives_the_same_weights_twice(fast, tmp_path):
+    for run, seed in (("a", 1), ("b", 1), ("c", 2)):
+        fast.main(
+            flags(
+                tmp_path,
+                "--epochs",
+                2,
+                "--hflip",
+                0.5,
+                "--crop-padding",
+                1,
+                "--drop",
+                0.1,
+                "--seed",
+                seed,
+                "--experiment",
+                run,
+            )
+        )
+    weights = {run: tensors(tmp_path / run / "model.safetensors") for run in "abc"}
+    assert_same_weights(weights["a"], weights["b"])
+    assert any(not torch.equal(weights["c"][name], value) for name, value in weights["a"].items())
+
+
 def test_initial_checkpoint(fast, tmp_path, monkeypatch):
     fast.main(flags(tmp_path, "--epochs", 1))
     runs = []
