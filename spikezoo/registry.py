@@ -346,7 +346,7 @@ def _pretrained_reference(architecture: str, tag: str) -> str:
 
 
 def create_model(
-    name: str,
+    name: str | Pretrained,
     pretrained: bool = False,
     *,
     num_classes: int | None = None,
@@ -366,7 +366,8 @@ def create_model(
     a warning says so.
 
     Args:
-        name: ``architecture`` or ``architecture.tag``, see :func:`list_models`; ``local-dir:FOLDER`` for a
+        name: ``architecture`` or ``architecture.tag``, see :func:`list_models`, or a row of
+            :func:`list_pretrained`; ``local-dir:FOLDER`` for a
             checkpoint; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION`` for one on the Hugging Face Hub, which is
             taken from the cache without any request where it is there.
         pretrained: Load weights; of a plain name those that this project trained, or an error where there are none.
@@ -398,6 +399,7 @@ def create_model(
     from spikezoo.checkpoint import find_weights, load_weights, read_config, read_weights
     from spikezoo.transforms import FLAGS, apply, replay
 
+    name = name.name if isinstance(name, Pretrained) else name
     path: Path | None = None
     config: dict[str, Any] = {}
     cache_dir = kwargs.get("cache_dir")

@@ -71,6 +71,8 @@ def test_list_pretrained(monkeypatch):
     tags = [f"{name}.{tag}" for name, row in _rows.items() for tag in row.weights]
     assert sorted(found.name for found in spikezoo.list_pretrained()) == sorted(tags)
     assert spikezoo.list_pretrained("nothing_like_it") == []
+    row = next(row for row in spikezoo.list_pretrained("spiking_mlp_340*"))
+    assert spikezoo.create_model(row, pretrained=True).T == row.T
     assert spikezoo.list_models(pretrained=True) == [found.name for found in spikezoo.list_pretrained()]
 
 
