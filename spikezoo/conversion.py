@@ -123,7 +123,14 @@ def _check(ann: nn.Module, encoding: str) -> None:
 def _batches(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """Batches of images of a tensor, or of a loader that gives images alone or with labels."""
     for batch in data.split(BATCH) if isinstance(data, Tensor) else data:
+        if not isinstance(batch, Tensor | tuple | list) or not len(batch):
+            raise ValueError(
+                f"Calibration batch of type {type(batch).__name__}: expected images [B, C, H, W], alone or first in a "
+                "tuple with labels. For dictionaries type (batch['image'] for batch in loader)."
+            )
         images = batch if isinstance(batch, Tensor) else batch[0]
+        if not isinstance(images, Tensor):
+            raise ValueError(f"Calibration images of type {type(images).__name__}: expected a tensor [B, C, H, W].")
         if images.dim() != 4:
             raise ValueError(
                 f"Calibration batch of shape {tuple(images.shape)}: expected images [B, C, H, W]. A ReLU network has "

@@ -46,8 +46,8 @@ def poisson(x: Tensor, T: int, seed: int | None = None) -> tuple[Tensor, int]:
     Example:
         >>> spikes, T = poisson(torch.full((1, 1, 2, 2), 0.5), T=100, seed=0)
     """
-    if T < 1:
-        raise ValueError(f"T={T}: expected an integer >= 1, the number of time steps.")
+    if not isinstance(T, int) or T < 1:
+        raise ValueError(f"T={T!r}: expected an integer >= 1, the number of time steps.")
     return torch.ops.spikezoo.poisson(x.detach(), T, seed), T
 
 
@@ -67,10 +67,10 @@ def ttfs(x: Tensor, T: int) -> tuple[Tensor, int]:
     Example:
         >>> spikes, T = ttfs(torch.tensor([[[[1.0, 0.0]]]]), T=8)  # the first pixel spikes first, the second last
     """
-    if T < 2:
+    if not isinstance(T, int) or T < 2:
         raise ValueError(
-            f"T={T} with encoding='ttfs': the image is in the time of the spikes, and in one step all pixels spike "
-            "alike. Use T=8, or encoding='poisson'."
+            f"T={T!r} with encoding='ttfs': expected an integer >= 2. The image is in the time of the spikes, and in "
+            "one step all pixels spike alike. Use T=8, or encoding='poisson'."
         )
     return torch.ops.spikezoo.ttfs(x.detach(), T), T
 

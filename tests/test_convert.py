@@ -335,6 +335,9 @@ def test_calibration_data():
             spikezoo.convert(ann, data, T=2)
     with pytest.raises(ValueError, match=r"\(2, 4, 3, 32, 32\): expected images \[B, C, H, W\]"):
         spikezoo.convert(ann, x[:, None].expand(2, 4, 3, 32, 32), T=2)
+    for batch, said in (({"image": x}, r"dict.*batch\['image'\]"), ((), "tuple"), (("image", 1), "str")):
+        with pytest.raises(ValueError, match=said):
+            spikezoo.convert(ann, [batch], T=2)
     with pytest.raises(ValueError, match=r"'stem\.0\.neuron': its activations .* are nan"):
         spikezoo.convert(ann, x * torch.nan, T=2)
     with torch.no_grad():

@@ -245,8 +245,8 @@ def test_the_first_layer_is_paid_by_the_spike(code):
     assert layer.macs_paper == 12 and layer.sops_paper == 0
 
 
-@pytest.mark.parametrize("code, T", [(poisson, 0), (poisson, -1), (ttfs, 0), (ttfs, 1)])
-def test_too_few_steps(code, T):
+@pytest.mark.parametrize("code, T", [(poisson, 0), (poisson, -1), (poisson, 2.5), (ttfs, 0), (ttfs, 1), (ttfs, 4.0)])
+def test_bad_steps(code, T):
     with pytest.raises(ValueError, match=f"T={T}"):
         code(torch.rand(1, 1, 2, 2), T)
 
