@@ -123,7 +123,7 @@ def _check(ann: nn.Module, encoding: str) -> None:
 def _batches(data: Tensor | Iterable[Any]) -> Iterator[Tensor]:
     """Batches of images of a tensor, or of a loader that gives images alone or with labels."""
     for batch in data.split(BATCH) if isinstance(data, Tensor) else data:
-        if not isinstance(batch, Tensor | tuple | list) or not len(batch):
+        if not isinstance(batch, Tensor) and not (isinstance(batch, tuple | list) and batch):
             raise ValueError(
                 f"Calibration batch of type {type(batch).__name__}: expected images [B, C, H, W], alone or first in a "
                 "tuple with labels. For dictionaries type (batch['image'] for batch in loader)."
