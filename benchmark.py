@@ -9,10 +9,11 @@ Example:
     python benchmark.py --mode neuron
     python benchmark.py --model spiking_vgg9 --mode size
 
-All sides run in one process and in turns, A B C A B C, so that a busy machine slows all of them; how many times as
-fast ours is than another is the median of the ratios of neighbours. The first step of each side, with its compilation,
-and the warm-up are timed apart. --amp, --channels-last and --torchcompile, or --precision, which deploys the model, are
-for spikezoo's side; the baselines have their own forms, and the column ``form`` says which.
+All sides run in one process and in turns, A B C A B C, so that a busy machine slows all of them, and so do all numbers
+of a flag with several; how many times as fast ours is than another is the median of the ratios of neighbours. The first
+step of each side, with its compilation, and the warm-up are timed apart. --amp, --channels-last and --torchcompile, or
+--precision, which deploys the model, are for spikezoo's side; the baselines have their own forms, and the column
+``form`` says which.
 
 ``infer`` and ``train`` time steps. ``neuron`` times the LIF neuron alone, ``startup`` imports, the first call of a
 deployed model and the loading of a checkpoint. ``size`` measures files: the same weights at random masks, stored
@@ -1348,14 +1349,18 @@ def draw_growth(rows: Sequence[Row], varied: Sequence[str], path: str | Path) ->
 # --------------------------------------------------------------------------------------------------------------
 
 
-def step_rows(settings: Settings, tell: Callable[[str], None] | None = None) -> list[Row]:
-    """Time the steps of our side and of the baselines; a row a side."""
-    model = make_model(settings)
-    shared = describe(settings, model)
-    sides = make_sides(settings, model, tell)
-    measure(sides, settings.repeats, settings.warmup, settings.device)
-    memory = {side.name: in_process("memory", settings, side=side.name) for side in sides if settings.memory}
-    return make_rows(settings, sides, shared, memory)
+def step_rows(*plan: Settings, tell: Callable[[str], None] | None = None) -> list[Row]:
+    """Time the steps of our side and of the baselines, of all settings in turns; a row a side."""
+    prepared = []
+    for settings in plan:
+        model = make_model(settings)
+        prepared.append((settings, describe(settings, model), make_sides(settings, model, tell)))
+    measure([side for *_, sides in prepared for side in sides], plan[0].repeats, plan[0].warmup, plan[0].device)
+    rows = []
+    for settings, shared, sides in prepared:
+        memory = {side.name: in_process("memory", settings, side=side.name) for side in sides if settings.memory}
+        rows += make_rows(settings, sides, shared, memory)
+    return rows
 
 
 # Modes other than steps: what measures, and what shows it.
@@ -1363,17 +1368,19 @@ _RUN = {"neuron": neuron_rows, "size": size_rows, "startup": startup_rows}
 _SHOW = {"neuron": neuron_markdown, "size": size_markdown, "startup": startup_markdown}
 
 
-def run(settings: Settings, tell: Callable[[str], None] | None = None) -> list[Row]:
+def run(*plan: Settings, tell: Callable[[str], None] | None = None) -> list[Row]:
     """Measure once and return one row a side (spikezoo, then the baselines), a code or an event.
 
     Args:
-        settings: What to measure.
+        *plan: What to measure; several, of the modes train and infer, in turns. Repeats, warm-up, device and threads
+            are those of the first.
         tell: Is told of baselines that have no counterpart of the model; None raises.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(settings.threads or before)
+    torch.set_num_threads(plan[0].threads or before)
     try:
-        return _RUN[settings.mode](settings) if settings.mode in _RUN else step_rows(settings, tell)
+        other = _RUN.get(plan[0].mode)
+        return [row for settings in plan for row in other(settings)] if other else step_rows(*plan, tell=tell)
     finally:
         torch.set_num_threads(before)
 
@@ -1453,25 +1460,23 @@ def main(argv: Iterable[str] | None = None) -> list[Row]:
             check_picture(plot)
             if not varied:
                 raise ValueError("--plot draws what varies: give one or two flags several numbers, as in --T 1 2 4.")
-        for settings in plan:
+        for settings in [] if varied else plan:
             try:
-                found = run(settings, tell if several else None)
+                found = run(settings, tell=tell if several else None)
             except ValueError as error:
                 if not several:
                     raise
                 tell(f"{settings.model}: {error}")
                 continue
             rows += found
-            if varied:
-                tell(", ".join(f"{name} {found[0][name]}" for name in varied) + f": {found[0]['step_ms']:.1f} ms")
-            else:
-                tables.append(_SHOW.get(settings.mode, markdown)(found))
-                print(tables[-1], end="\n\n", flush=True)
+            tables.append(_SHOW.get(settings.mode, markdown)(found))
+            print(tables[-1], end="\n\n", flush=True)
+        if varied:
+            rows = run(*plan)
+            tables.append(growth_markdown(rows, varied))
+            print(tables[-1])
     except ValueError as error:
         parser.error(str(error))
-    if varied:
-        tables.append(growth_markdown(rows, varied))
-        print(tables[-1])
     if results and results.lower().endswith(".md"):
         with atomic(results) as temporary:
             temporary.write_text("\n\n".join(tables) + "\n")

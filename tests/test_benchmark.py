@@ -502,6 +502,15 @@ def test_growth(benchmark, tmp_path, capsys):
     ]  # fmt: skip
 
 
+def test_the_points_of_a_curve_take_turns(benchmark, monkeypatch):
+    seen = []
+    timed = benchmark._timed
+    monkeypatch.setattr(benchmark, "_timed", lambda step, device: (seen.append(step), timed(step, device))[1])
+    flags = "--model test_spiking_vgg --mode infer --T 1 2 --batch-size 1 --repeats 2 --warmup 0"
+    benchmark.main(flags.split())
+    assert len(seen) == 6 and seen[0] is seen[2] is seen[4] and seen[1] is seen[3] is seen[5] and seen[0] is not seen[1]
+
+
 def test_the_dashed_line_is_the_work(benchmark, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, *args, **kwargs: drawn.append((x, y)))
