@@ -36,11 +36,14 @@ from spikezoo.layers import (
 )
 from spikezoo.neurons import SpikingNeuron, nearest
 from spikezoo.transforms import fold_bn, fold_mpbn
+from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import tickets
 
 __all__ = ["PRECISIONS", "Deployed", "deploy"]
 
 PRECISIONS = ("exact", "bf16", "int8")
+# The compiler unrolls the loop over time: longer sequences run in parts, or it would take minutes, and memory grow.
+LONGEST, PART = 16, 8
 _LOG = logging.getLogger("spikezoo")
 
 
@@ -256,7 +259,9 @@ class Deployed(nn.Module):
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._format = torch.channels_last if precision == "bf16" else torch.contiguous_format
         self._shapes: set[tuple[int, ...]] = set()
-        self._features: Callable[[Tensor], Tensor] = self._sequence
+        self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+        # Patches are chosen by the spikes of all time steps.
+        self._whole = any(isinstance(module, PatchSelection) for module in model.modules())
         self.compiled = compiled
         self._compile()
         self.eval()
@@ -264,21 +269,47 @@ class Deployed(nn.Module):
     def _compile(self) -> None:
         # A compiler's own choice of memory formats changes the roundings of convolutions: only bf16 leaves it to it.
         options: dict[str, Any] = {"layout_optimization": self.precision == "bf16"}
+        self._features: Callable[[Tensor], Tensor] = self._sequence
+        self._part: Callable[..., tuple[Tensor, list[list[Tensor]]]] = self._few_steps
         if self.compiled:
             self._features = torch.compile(self._sequence, dynamic=False, options=options)
+            self._part = torch.compile(self._few_steps, dynamic=False, options=options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_features", "_shapes")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_features", "_part", "_shapes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._shapes, self._features = set(), self._sequence  # a copy compiles its own layers
-        self._compile()
+        self._shapes = set()
+        self._compile()  # a copy compiles its own layers
 
     def _sequence(self, x: Tensor) -> Tensor:
         x = self.model.forward_sequence(x)  # type: ignore[operator]
         # A mean of whole numbers is exact in any order; it is what the head takes.
         return x.float().mean(0)
+
+    def _few_steps(self, frames: Tensor, T: int, potentials: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
+        """Sum of the features over a part of the time steps, and the membrane potentials after it."""
+        left: list[list[Tensor]] = [[] for _ in self._neurons]
+        for neuron, before, after in zip(self._neurons, potentials, left, strict=True):
+            neuron.carry = (list(before), after)
+        try:
+            x = self.model.forward_frames(frames, T)  # type: ignore[operator]
+        finally:
+            for neuron in self._neurons:
+                neuron.carry = None
+        return x.float().sum(0), left
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        frames, T = self.model.encode(x)  # type: ignore[operator]
+        total: Any = 0
+        potentials: list[list[Tensor]] = [[] for _ in self._neurons]
+        for start in range(0, T, PART):
+            steps = min(PART, T - start)
+            part = frames if len(frames) == 1 else frames[start : start + steps]
+            features, potentials = self._part(part, steps, potentials)
+            total = total + features
+        return total / T
 
     def train(self, mode: bool = True) -> Deployed:
         """Stay in evaluation mode.
@@ -313,7 +344,9 @@ class Deployed(nn.Module):
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         # An autocast around the call would compute in another precision than this one.
         with inductor.patch(freezing=self.precision == "bf16"), torch.autocast(x.device.type, enabled=False):
-            return self.model.forward_head(self._features(x))  # type: ignore[operator]
+            T: Any = self.model.T if x.dim() == 4 else x.shape[1]
+            features = self._features(x) if T <= LONGEST or self._whole else self._in_parts(x)
+            return self.model.forward_head(features)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

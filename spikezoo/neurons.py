@@ -448,6 +448,8 @@ class SpikingNeuron(Maskable):
         self.probe: list[Tensor] | None = None  # set by WithRates for the length of one call
         self.drop = 0.0  # dropout of the spikes, set by the factory
         self.spike_dtype: torch.dtype | None = None  # None is the input's; deploy lets spikes be bytes
+        # Where a sequence comes in parts: the potentials left by the part before, and a list for those of this one.
+        self.carry: tuple[list[Tensor], list[Tensor]] | None = None
 
     def charge(self, v: Tensor | None, x: Tensor) -> Tensor:
         """Membrane potential before firing; ``v`` is None at rest."""
@@ -475,16 +477,20 @@ class SpikingNeuron(Maskable):
         spikes: list[Tensor] = []
         # None is rest, whose first step costs nothing.
         v = current.new_full((), config.v_reset + config.v_init) if config.v_init else None
+        if self.carry and self.carry[0]:
+            v = self.carry[0].pop(0)
         for t, frame in enumerate(frames):
             u = self.charge(v, frame)
             s = spike(self.distance(u), config.surrogate, config.surrogate_alpha, config.firing == ">")
             spikes.append(s.to(self.spike_dtype or x.dtype))
-            if t + 1 < T:
+            if t + 1 < T or self.carry:
                 r = s.detach() if config.detach_reset else s
                 if config.reset == "soft":
                     v = u - r * config.threshold
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
+        if self.carry:
+            self.carry[1].append(v)  # type: ignore[arg-type]
         # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if T == 1 else torch.cat(spikes).view(T, *x.shape[1:])
         out = self.existing(out)

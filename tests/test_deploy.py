@@ -187,6 +187,36 @@ def test_norm_rounds_as_torch(kind, affine):
 # ------------------------------------------------------------------------------------------------------- compiled
 
 
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        *NETS[:4],
+        ("test_spiking_resnet", {"neuron": "if", "reset": "soft", "v_init": 0.5}),
+        ("test_mpbn_resnet", {"neuron": "plif", "v_reset": -0.1}),
+        ("test_spiking_vgg", {"encoding": "poisson"}),
+        ("test_spikformer", {}),
+        ("test_spikformer", {"multisp": {"patch_ratio": 0.3}}),
+    ],
+)
+def test_long_sequences_run_in_parts(name, arguments):
+    model = create(name, **{**arguments, "T": 19})
+    model = spikezoo.bake(model) if "multisp" in arguments else model
+    x = torch.rand(2, 3, 32, 32)
+    net, wanted = deploy(model, "exact"), model(x)
+    assert wanted.std() > 0 and torch.equal(net(x), wanted)
+    seen = []
+    net.model.stem.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    assert torch.equal(net(x), wanted)  # nothing is left of the call before
+    assert seen == ([19] if "multisp" in arguments else [8, 8, 3])
+
+
+def test_long_sequences_of_events_compiled():
+    model = create("test_spiking_resnet", in_chans=2)
+    x = torch.rand(1, 17, 2, 32, 32)
+    assert torch.equal(deploy(model, "exact")(x), model(x)) and model(x).std() > 0
+
+
 def test_compiled_nets_fire_the_same_spikes(caplog):
     model, x = create("test_spiking_vgg", T=2, ticket=True), torch.randn(2, 3, 32, 32)
     with torch.no_grad():

@@ -273,7 +273,10 @@ class SpikingModel(nn.Module):
             ValueError: Wrong number of dimensions or channels, too small or empty.
         """
         self._check_input(x)
-        frames, T = self.encode(x)
+        return self.forward_frames(*self.encode(x))
+
+    def forward_frames(self, frames: Tensor, T: int) -> Tensor:
+        """Features ``[T, B, num_features, h, w]`` of what :meth:`encode` gives, or of a part of its time steps."""
         x = self.stem(frames, T)
         for stage in self.stages:
             x = self._run_stage(stage, x)
