@@ -52,6 +52,7 @@ def _top_mask(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
     magnitudes = [score.detach().abs().flatten() for score in scores]
     ranked = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
     place = int(round(removed.item() * ranked.numel(), 6))  # 0.29 of 100 is 29, not 28
+    place = min(place, ranked.numel() - 1)  # where less than a millionth of a weight would be kept, one is
     kept = ranked.numel() - place
     if ranked.dtype not in (torch.float32, torch.float64):
         ranked = ranked.float()
@@ -290,17 +291,23 @@ def ticket(
         ValueError: A sparsity outside [0, 1), a kind that does not fit the neuron, a layer name that matches nothing, a
             layer that would keep no weight, a model that has a ticket already.
     """
-    name = ALIASES.get(kind, kind)
+    name = ALIASES.get(str(kind), str(kind))
     if name not in KINDS:
         raise ValueError(f"kind={kind!r} does not exist. {nearest(kind, (*KINDS, *ALIASES))}")
     check_number("sparsity", sparsity, 0, 1)
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         if value not in valid:
             raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
+    for argument, value in (("scale_fan", scale_fan), ("anneal", anneal)):
+        if not isinstance(value, bool):  # the text "false" counts as true
+            raise ValueError(f"{argument}={value!r}: expected True or False.")
     check_seed(seed)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
-    exempt = [exempt] if isinstance(exempt, str) else list(exempt)
+    exempt = [exempt] if isinstance(exempt, str) else exempt
+    if not isinstance(exempt, list | tuple) or not all(isinstance(pattern, str) for pattern in exempt):
+        raise ValueError(f"exempt={exempt!r}: expected names of layers, for instance ['head.fc'].")
+    exempt = list(exempt)
     binary, neurons = KINDS[name]
     config: Any = getattr(model, "neuron_config", None)
     if config is not None and config.kind not in neurons:
