@@ -578,6 +578,16 @@ def test_synaptic_operations_fall_with_sparsity():
     assert found == sorted(found, reverse=True) and found[-1] < 0.2 * found[0]
 
 
+def test_annealed_ticket_may_end_where_random_scores_leave_a_layer_empty():
+    model = spikezoo.create_model("test_spiking_vgg", ticket={**GLOBAL, "anneal": True})
+    set_epoch(model, 0)
+    weights = [layer.weight for layer, _ in tickets(model).values()]
+    kept, total = sum(int((w != 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    assert kept == total - total // 2 and all(w.any() for w in weights)
+    with pytest.raises(ValueError, match="keeps no weight at all"):
+        spikezoo.bake(model)  # where training has not changed that
+
+
 def test_sparsity_next_to_one_keeps_one_weight():
     model = spikezoo.create_model("test_spiking_vgg", ticket={"sparsity": 1 - 1e-12})
     assert all(int((layer.weight != 0).sum()) == 1 for layer, _ in tickets(model).values())

@@ -220,6 +220,7 @@ def parametrise(
     scope: str = "layer",
     init: str = "signed_constant",
     scale_fan: bool = False,
+    anneal: bool = False,
     seed: int = 0,
 ) -> None:
     """Turn the weights of layers into tickets, in place.
@@ -231,6 +232,7 @@ def parametrise(
         scope: As the arguments below, that of :func:`ticket`.
         init: Frozen weights.
         scale_fan: Whether only kept inputs count for their size.
+        anneal: Whether training starts at another sparsity.
         seed: Their seed.
 
     Raises:
@@ -253,7 +255,10 @@ def parametrise(
         parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
         ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
     if shared is not None and shared.layers[0].original.device.type != "meta":
+        # Scores at random say nothing of the end of a schedule, which bake checks.
+        shared.removed.fill_(min(sparsity, 1 - ANNEALED_FROM) if anneal else sparsity)
         _check_none_empty(layers)
+        shared.removed.fill_(sparsity)
 
 
 def ticket(
@@ -320,7 +325,7 @@ def ticket(
     layers = _layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
-    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, seed=seed)
+    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, anneal=anneal, seed=seed)
     arguments = {
         "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
         "seed": seed, "exempt": exempt,
