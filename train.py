@@ -80,7 +80,8 @@ from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, r
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
-from spikezoo.neurons import SpikingNeuron, WithRates, nearest
+from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates, nearest
+from spikezoo.transforms import FLAGS, replay
 from spikezoo.transforms.dynsnn import (
     check_reactivation,
     dynsnn_report,
@@ -650,22 +651,34 @@ def initial_model(name: str, path: str, arguments: Mapping[str, Any]) -> Any:
     """A model that starts from a checkpoint of its own or of another network of its layout.
 
     A spiking network that starts from its trained ReLU twin is ahead of one that starts from nothing by many epochs.
-    Membrane normalisation that the other network lacks starts afresh.
+    Membrane normalisation and time constants that the other network lacks start afresh.
 
     Raises:
         ValueError: The layouts differ.
     """
-    if read_config(path).get("architecture", name) == name:
+    config = read_config(path)
+    stored = dict(config.get("model_args", {}))
+    same = config.get("architecture", name) == name
+    if same and not (stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG):
         return spikezoo.create_model(name, checkpoint_path=path, **arguments)
-    model = spikezoo.create_model(name, **arguments)
+    kept = {key: value for key, value in stored.items() if same and key not in ("neuron", "mpbn", "T", "encoding")}
+    model = spikezoo.create_model(name, **{**kept, **{k: v for k, v in arguments.items() if k not in FLAGS}})
+    model = replay(model, config.get("spikezoo", {}).get("recipe", []))
     fresh = {
         f"{layer}.{key}": value
         for layer, neuron in model.named_modules()
         if isinstance(neuron, SpikingNeuron)
         for key, value in neuron.state_dict().items()
-        if key.startswith("norm.")
+        if key == "w" or key.startswith("norm.")
     }
-    load_weights(model, path, weights=fresh | read_weights(path))
+    changed = [key for key in ("num_classes", "in_chans") if key in arguments]
+    load_weights(model, path, weights=fresh | read_weights(path), changed=changed)
+    inputs = config.get("spikezoo", {}).get("inputs")
+    if inputs and stored.get("in_chans") == model.in_chans:  # what is said of other channels does not fit
+        model.pretrained_cfg = {**model.pretrained_cfg, "mean": inputs["mean"], "std": inputs["std"], "inputs": inputs}
+    for flag in FLAGS:
+        if flag in arguments:
+            model = spikezoo.apply(model, flag, **arguments[flag])
     return model
 
 

@@ -257,7 +257,6 @@ class Deployed(nn.Module):
         super().__init__()
         self.model, self.precision, self.notes = model, precision, notes
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self._format = torch.channels_last if precision == "bf16" else torch.contiguous_format
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
         # Patches are chosen by the spikes of all time steps.
@@ -339,7 +338,8 @@ class Deployed(nn.Module):
             self._shapes.add(tuple(x.shape))
         x = x.to(self._dtype)
         if x.dim() == 4:
-            x = x.contiguous(memory_format=self._format)
+            bf16 = self.precision == "bf16"  # torch.save cannot store a memory format in an attribute
+            x = x.contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
         # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         # An autocast around the call would compute in another precision than this one.

@@ -1,6 +1,7 @@
 """Tests of spikezoo.deploy: the same spikes in every precision that promises them, whatever the net."""
 
 import copy
+import io
 import logging
 import pickle
 
@@ -123,7 +124,14 @@ def test_autocast_around_a_deployed_model_changes_nothing(precision):
         assert torch.equal(fast(x), wanted) and wanted.dtype == torch.float32
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def saved_by_torch(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), saved_by_torch])
 def test_copies_compute_with_their_own_weights(copied, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr("torch.compile", lambda function, **_: compiler(function, backend="eager"))

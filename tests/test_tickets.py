@@ -578,6 +578,21 @@ def test_synaptic_operations_fall_with_sparsity():
     assert found == sorted(found, reverse=True) and found[-1] < 0.2 * found[0]
 
 
+def test_annealed_ticket_may_end_where_random_scores_leave_a_layer_empty():
+    model = spikezoo.create_model("test_spiking_vgg", ticket={**GLOBAL, "anneal": True})
+    set_epoch(model, 0)
+    weights = [layer.weight for layer, _ in tickets(model).values()]
+    kept, total = sum(int((w != 0).sum()) for w in weights), sum(w.numel() for w in weights)
+    assert kept == total - total // 2 and all(w.any() for w in weights)
+    with pytest.raises(ValueError, match="keeps no weight at all"):
+        spikezoo.bake(model)  # where training has not changed that
+
+
+def test_sparsity_next_to_one_keeps_one_weight():
+    model = spikezoo.create_model("test_spiking_vgg", ticket={"sparsity": 1 - 1e-12})
+    assert all(int((layer.weight != 0).sum()) == 1 for layer, _ in tickets(model).values())
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 GLOBAL = {"scope": "global", "sparsity": 0.99}
@@ -607,6 +622,10 @@ GLOBAL = {"scope": "global", "sparsity": 0.99}
         ({}, {"scope": "model"}, "scope='model' does not exist"),
         ({}, {"init": "constant"}, r"init='constant' does not exist\. Did you mean 'signed_constant'"),
         ({}, {"anneal": True}, "anneal=True with scope='layer'"),
+        ({}, {"scope": "global", "anneal": "false"}, "anneal='false': expected True or False"),
+        ({}, {"scale_fan": "false"}, "scale_fan='false': expected True or False"),
+        ({}, {"exempt": None}, "exempt=None: expected names of layers"),
+        ({}, {"kind": ["lt"]}, "does not exist"),
         ({}, {"seed": -1}, r"seed=-1: expected an integer from 0"),
         ({}, {"seed": 1.5}, r"seed=1\.5: expected an integer"),
         ({}, {"sparcity": 0.4}, r"no argument 'sparcity'\. Did you mean 'sparsity'"),

@@ -850,6 +850,34 @@ def test_initial_checkpoint_of_the_relu_twin(fast, tmp_path):
         fast.initial_model("spiking_conv4", str(tmp_path / "relu"), {})
 
 
+@pytest.mark.parametrize("name", ["spiking_resnet20", "mpbn_resnet20"])
+def test_initial_checkpoint_of_a_pruned_twin_for_other_neurons(fast, tmp_path, name):
+    # The twin of the same name, too: its neurons have neither norms nor time constants.
+    twin = spikezoo.create_model(name, neuron="relu", num_classes=5, dynsnn={"per": "channel"})
+    inputs = {"mean": [0.25, 0.5, 0.75], "std": [2.0, 2.0, 2.0]}
+    twin.pretrained_cfg = {**twin.pretrained_cfg, **inputs, "inputs": inputs}
+    masks = {key: value for key, value in twin.state_dict().items() if key.endswith(".mask")}
+    for mask in masks.values():
+        mask[::3] = False
+    spikezoo.save_checkpoint(twin, tmp_path / "relu")
+    arguments = {"num_classes": 4, "neuron": "plif", "mpbn": "channel", "T": 2}
+    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), arguments)
+    state = new.state_dict()
+    assert masks and all(torch.equal(state[key], value) for key, value in masks.items())
+    assert torch.equal(state["stem.0.conv.weight"], twin.state_dict()["stem.0.conv.weight"])
+    assert new.neuron_config.kind == "plif" and new.mpbn == "channel" and new.head.fc.out_features == 4
+    assert new.pretrained_cfg["inputs"] == inputs and new.pretrained_cfg["mean"] == inputs["mean"]
+    assert [entry[0] for entry in new.recipe] == ["dynsnn"]
+
+
+def test_transforms_come_after_the_weights_of_another_network(fast, tmp_path):
+    twin = spikezoo.create_model("spiking_resnet20", neuron="relu")
+    spikezoo.save_checkpoint(twin, tmp_path / "relu")
+    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), {"dynsnn": {"threshold": 0.1}})
+    assert [entry[0] for entry in new.recipe] == ["dynsnn"] and new.stem[0].neuron.mask.all()
+    assert torch.equal(new.head.fc.weight, twin.head.fc.weight)
+
+
 DISTRIBUTED = """
     import importlib.util, os, sys
     import torch

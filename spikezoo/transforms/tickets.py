@@ -52,6 +52,7 @@ def _top_mask(scores: Sequence[Tensor], index: int, removed: Tensor) -> Tensor:
     magnitudes = [score.detach().abs().flatten() for score in scores]
     ranked = torch.cat(magnitudes) if len(magnitudes) > 1 else magnitudes[0]
     place = int(round(removed.item() * ranked.numel(), 6))  # 0.29 of 100 is 29, not 28
+    place = min(place, ranked.numel() - 1)  # where less than a millionth of a weight would be kept, one is
     kept = ranked.numel() - place
     if ranked.dtype not in (torch.float32, torch.float64):
         ranked = ranked.float()
@@ -219,6 +220,7 @@ def parametrise(
     scope: str = "layer",
     init: str = "signed_constant",
     scale_fan: bool = False,
+    anneal: bool = False,
     seed: int = 0,
 ) -> None:
     """Turn the weights of layers into tickets, in place.
@@ -230,6 +232,7 @@ def parametrise(
         scope: As the arguments below, that of :func:`ticket`.
         init: Frozen weights.
         scale_fan: Whether only kept inputs count for their size.
+        anneal: Whether training starts at another sparsity.
         seed: Their seed.
 
     Raises:
@@ -252,7 +255,10 @@ def parametrise(
         parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
         ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
     if shared is not None and shared.layers[0].original.device.type != "meta":
+        # Scores at random say nothing of the end of a schedule, which bake checks.
+        shared.removed.fill_(min(sparsity, 1 - ANNEALED_FROM) if anneal else sparsity)
         _check_none_empty(layers)
+        shared.removed.fill_(sparsity)
 
 
 def ticket(
@@ -290,17 +296,23 @@ def ticket(
         ValueError: A sparsity outside [0, 1), a kind that does not fit the neuron, a layer name that matches nothing, a
             layer that would keep no weight, a model that has a ticket already.
     """
-    name = ALIASES.get(kind, kind)
+    name = ALIASES.get(str(kind), str(kind))
     if name not in KINDS:
         raise ValueError(f"kind={kind!r} does not exist. {nearest(kind, (*KINDS, *ALIASES))}")
     check_number("sparsity", sparsity, 0, 1)
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         if value not in valid:
             raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
+    for argument, value in (("scale_fan", scale_fan), ("anneal", anneal)):
+        if not isinstance(value, bool):  # the text "false" counts as true
+            raise ValueError(f"{argument}={value!r}: expected True or False.")
     check_seed(seed)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
-    exempt = [exempt] if isinstance(exempt, str) else list(exempt)
+    exempt = [exempt] if isinstance(exempt, str) else exempt
+    if not isinstance(exempt, list | tuple) or not all(isinstance(pattern, str) for pattern in exempt):
+        raise ValueError(f"exempt={exempt!r}: expected names of layers, for instance ['head.fc'].")
+    exempt = list(exempt)
     binary, neurons = KINDS[name]
     config: Any = getattr(model, "neuron_config", None)
     if config is not None and config.kind not in neurons:
@@ -313,7 +325,7 @@ def ticket(
     layers = _layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
-    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, seed=seed)
+    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, anneal=anneal, seed=seed)
     arguments = {
         "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
         "seed": seed, "exempt": exempt,
