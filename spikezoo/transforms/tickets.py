@@ -303,9 +303,9 @@ def ticket(
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         if value not in valid:
             raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
-    for argument, value in (("scale_fan", scale_fan), ("anneal", anneal)):
-        if not isinstance(value, bool):  # the text "false" counts as true
-            raise ValueError(f"{argument}={value!r}: expected True or False.")
+    for argument, flag in (("scale_fan", scale_fan), ("anneal", anneal)):
+        if not isinstance(flag, bool):  # the text "false" counts as true
+            raise ValueError(f"{argument}={flag!r}: expected True or False.")
     check_seed(seed)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
