@@ -1460,21 +1460,22 @@ def main(argv: Iterable[str] | None = None) -> list[Row]:
             check_picture(plot)
             if not varied:
                 raise ValueError("--plot draws what varies: give one or two flags several numbers, as in --T 1 2 4.")
-        for settings in [] if varied else plan:
-            try:
-                found = run(settings, tell=tell if several else None)
-            except ValueError as error:
-                if not several:
-                    raise
-                tell(f"{settings.model}: {error}")
-                continue
-            rows += found
-            tables.append(_SHOW.get(settings.mode, markdown)(found))
-            print(tables[-1], end="\n\n", flush=True)
         if varied:
             rows = run(*plan)
             tables.append(growth_markdown(rows, varied))
             print(tables[-1])
+        else:
+            for settings in plan:
+                try:
+                    found = run(settings, tell=tell if several else None)
+                except ValueError as error:
+                    if not several:
+                        raise
+                    tell(f"{settings.model}: {error}")
+                    continue
+                rows += found
+                tables.append(_SHOW.get(settings.mode, markdown)(found))
+                print(tables[-1], end="\n\n", flush=True)
     except ValueError as error:
         parser.error(str(error))
     if results and results.lower().endswith(".md"):
