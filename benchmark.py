@@ -592,7 +592,8 @@ def spikezoo_side(
     if settings.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = _channels_last(images)
-    run = torch.compile(model) if settings.torchcompile else model
+    options = model.compile_options if settings.mode == "train" and settings.device == "cpu" else {}
+    run = torch.compile(model, options=options) if settings.torchcompile else model
 
     def forward() -> Tensor:
         with torch.autocast(settings.device, torch.bfloat16) if settings.amp else contextlib.nullcontext():

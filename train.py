@@ -977,8 +977,12 @@ class Run:
         net: nn.Module = WithRates(model, steps=args.tet)
         if args.distributed:
             net = nn.parallel.DistributedDataParallel(net, [self.device] if self.device.type == "cuda" else None)
-        # Every size of the images has kernels of its own; general ones would be slower.
-        run: Step = torch.compile(net, dynamic=False if args.progressive else None) if args.torchcompile else net
+        run: Step = net
+        if args.torchcompile:
+            # Every size of the images has kernels of its own; general ones would be slower.
+            dynamic = False if args.progressive else None
+            options = model.compile_options if self.device.type == "cpu" else {}
+            run = torch.compile(net, dynamic=dynamic, options=options)
         # Evaluation can share the compiled step where that is the plain forward pass.
         compiled = run if args.torchcompile and not args.tet and not args.distributed else None
         results: dict[str, Any] = {}

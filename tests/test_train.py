@@ -785,8 +785,9 @@ def test_amp_learns_and_resumes(fast, tmp_path, monkeypatch, more):
 def test_torchcompile(fast, tmp_path, monkeypatch, more):
     compile_, compiled = torch.compile, []
 
-    def eager(net, dynamic):
+    def eager(net, dynamic, options):
         assert dynamic is None
+        assert options and options.keys() <= set(torch._inductor.list_options())
         compiled.append(net)
         return compile_(net, backend="aot_eager")  # inductor's compiler takes longer than all other tests
 

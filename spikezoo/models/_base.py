@@ -17,7 +17,7 @@ the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import ClassifierHead
@@ -78,6 +78,14 @@ class SpikingModel(nn.Module):
         neuron_defaults: Constants of the family.
         **neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`: decay, threshold, ...
     """
+
+    # Options of torch.compile for training on a CPU. Within its own bounds the compiler stores the maps between norm
+    # and spike in float32, up to four a layer, which costs more than to compute them again wherever they are read.
+    compile_options: ClassVar[dict[str, Any]] = {
+        "realize_reads_threshold": 40,
+        "realize_acc_reads_threshold": 40,
+        "realize_opcount_threshold": 300,
+    }
 
     def __init__(
         self,

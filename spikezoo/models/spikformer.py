@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
@@ -211,6 +211,8 @@ class Spikformer(SpikingModel):
         ValueError: ``dim`` is no multiple of 8 or of ``heads``, lists of another length than ``depth``, or an image
             that the total stride does not divide.
     """
+
+    compile_options: ClassVar[dict[str, Any]] = {}  # the compiler's own bounds are as good here, or a little better
 
     has_patches = True  # the stem is a patch embedding
 
