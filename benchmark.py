@@ -52,6 +52,7 @@ from torch._inductor import config as inductor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import spikezoo
 from spikezoo import sparse
@@ -812,7 +813,7 @@ def _timed(step: Step, device: str) -> float:
 
 def measure(sides: Sequence[Side], repeats: int, warmup: int, device: str = "cpu") -> None:
     """Run the sides in turns and fill in their times."""
-    for side in sides:
+    for side in tqdm(sides, "first steps, which may compile", leave=False, disable=None):
         side.first_s += _timed(side.step, device)
     for turn in range(warmup + repeats):
         for side in sides:
