@@ -42,8 +42,9 @@ from spikezoo.transforms.tickets import tickets
 __all__ = ["PRECISIONS", "Deployed", "deploy"]
 
 PRECISIONS = ("exact", "bf16", "int8")
-# The compiler unrolls the loop over time: longer sequences run in parts, or it would take minutes, and memory grow.
-LONGEST, PART = 16, 8
+# The compiler unrolls the loop over time: longer sequences run in parts of so many steps, or it would take minutes,
+# memory would grow, and feature maps of all steps would leave the processor's caches.
+PART = 8
 _LOG = logging.getLogger("spikezoo")
 
 
@@ -345,7 +346,7 @@ class Deployed(nn.Module):
         # An autocast around the call would compute in another precision than this one.
         with inductor.patch(freezing=self.precision == "bf16"), torch.autocast(x.device.type, enabled=False):
             T: Any = self.model.T if x.dim() == 4 else x.shape[1]
-            features = self._features(x) if T <= LONGEST or self._whole else self._in_parts(x)
+            features = self._features(x) if T <= PART or self._whole else self._in_parts(x)
             return self.model.forward_head(features)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
