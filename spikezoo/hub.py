@@ -69,6 +69,7 @@ __all__ = [
     "check_shipping",
     "describe",
     "portable_command",
+    "portable_place",
     "pull",
     "push_all",
     "push_folder",
@@ -647,15 +648,21 @@ def _portable(command: str) -> str:
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
         if equals or not word.startswith("--"):
-            value = _place(flag, value, "train.py" in words[:2])
+            value = portable_place(flag, value, "train.py" in words[:2])
             word = f"{flag}={value}" if equals else value
         told.append(word)
         before = word
     return shlex.join(told)
 
 
-def _place(flag: str, value: str, trains: bool) -> str:
-    """What a command's argument says of a place, without the folders above it."""
+def portable_place(flag: str, value: str, trains: bool) -> str:
+    """What a command's argument says of a place, without the folders above it.
+
+    Args:
+        flag: The flag that it stands behind, such as ``--teacher``.
+        value: The argument; what is no place stays as it is.
+        trains: Whether the command is train.py's.
+    """
     if flag == "--data-dir":
         return "DATA"
     if flag == "--output" and trains:

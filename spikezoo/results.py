@@ -21,6 +21,7 @@ the papers' numbers are typed by hand, in ``docs/claims.yaml``:
 from __future__ import annotations
 
 import csv
+import json
 import math
 import re
 import statistics
@@ -34,7 +35,7 @@ import yaml
 
 from spikezoo.checkpoint import atomic
 from spikezoo.evaluation import write_rows
-from spikezoo.hub import portable_command
+from spikezoo.hub import portable_command, portable_place
 from spikezoo.neurons import nearest
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "read_claims", "read_rows"]
@@ -120,6 +121,11 @@ def add_runs(source: str | Path, folder: str | Path) -> Path:
     for row in rows:
         for key in row.keys() & {"command", "train_command"}:
             row[key] = portable_command(row[key])
+        if row.get("overrides"):
+            for key, value in (overrides := json.loads(row["overrides"])).items():
+                if isinstance(value, str):
+                    overrides[key] = portable_place(f"--{key.replace('_', '-')}", value, True)
+            row["overrides"] = json.dumps(overrides)
     write_rows(Path(folder) / f"{name}.csv", rows)
     return Path(folder) / f"{name}.csv"
 

@@ -140,10 +140,12 @@ def test_runs_are_added_without_places(docs, tmp_path):
     plan = tmp_path / "output" / "table"
     plan.mkdir(parents=True)
     row = {"name": "a", "top1": "1", "train_command": "python train.py --data-dir /x/y --output /z", "error": ""}
+    row["overrides"] = '{"teacher": "local-dir:/x/y/ann", "initial_checkpoint": "/x/b", "model": "a", "T": 1}'
     write(plan / "results.csv", [row])
     assert add_runs(plan, docs / "runs") == docs / "runs" / "table.csv"
     (found,) = read_rows(docs / "runs" / "table.csv")
-    assert found == {**row, "train_command": "python train.py --data-dir DATA --output OUTPUT"}
+    overrides = '{"teacher": "local-dir:OUTPUT/ann", "initial_checkpoint": "OUTPUT/b", "model": "a", "T": 1}'
+    assert found == {**row, "train_command": "python train.py --data-dir DATA --output OUTPUT", "overrides": overrides}
     with pytest.raises(FileNotFoundError, match="No results at"):
         add_runs(tmp_path / "nothing", docs / "runs")
 
