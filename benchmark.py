@@ -93,6 +93,7 @@ class Settings:
         batch_size: Images a step.
         img_size: Height and width of the images.
         num_classes: Classes of the head.
+        surrogate: Surrogate gradient; SpikingJelly has none like some models' own, and then trains with a cheaper one.
         width: Fraction of the channels of every layer that is kept.
         ticket: Sparsity of a baked binary ticket, which our side and SpikingJelly's compute with.
         precision: Our side is ``spikezoo.deploy`` with this precision; None runs the model in the form that the next
@@ -115,6 +116,7 @@ class Settings:
     batch_size: int = 128
     img_size: int | None = None
     num_classes: int | None = None
+    surrogate: str | None = None
     width: float | None = None
     ticket: float | None = None
     precision: str | None = None
@@ -506,6 +508,8 @@ def make_model(settings: Settings, **changes: Any) -> SpikingModel:
         **changes: Further arguments of ``create_model``.
     """
     given = {"T": settings.T, "img_size": settings.img_size, "num_classes": settings.num_classes, **changes}
+    if given.get("neuron") != "relu":
+        given["surrogate"] = settings.surrogate
     torch.manual_seed(0)
     model: Any = spikezoo.create_model(settings.model, device=settings.device, **given)
     if settings.width is not None:
@@ -941,6 +945,7 @@ def describe(settings: Settings, model: SpikingModel) -> Row:
         "T": model.T,
         "img_size": "x".join(map(str, model.img_size)),
         "num_classes": model.num_classes,
+        "surrogate": model.neuron_config.surrogate,
         "width": settings.width,
         "ticket": settings.ticket,
         "macs": counter.get_total_flops() // 2,
@@ -1411,6 +1416,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", **fraction, help="fraction of the channels of every layer that is kept")
     add("--ticket", **fraction, help="sparsity of a baked binary ticket, on our side and SpikingJelly's")
     add("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
+    add("--surrogate", choices=tuple(SURROGATES), help="surrogate gradient of both sides (default: the model's)")
     add("--precision", choices=PRECISIONS, help="deploy our side in this precision")
     add("--amp", action="store_true", help="bfloat16 autocast, on spikezoo's side")
     add("--channels-last", action="store_true", help="channels-last memory format, on spikezoo's side")

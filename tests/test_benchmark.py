@@ -1,6 +1,7 @@
 """benchmark.py: the SpikingJelly baseline is the same network, and the command line measures and writes it."""
 
 import csv
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -107,6 +108,16 @@ def test_the_surrogate_that_spikingjelly_lacks_is_replaced_and_named(benchmark):
     notes = " ".join(benchmark._notes(spikezoo.create_model("test_mpbn_resnet", T=2)))
     assert "MPBNLIFNode" in notes
     assert "tanh" in notes
+
+
+def test_a_surrogate_that_both_sides_have(benchmark):
+    settings = benchmark.Settings(model="test_mpbn_resnet", batch_size=2, surrogate="triangle")
+    model = benchmark.make_model(settings)
+    assert model.neuron_config.surrogate == "triangle"
+    assert not any("surrogate" in note for note in benchmark.counterpart(model)[1])
+    assert benchmark.make_model(settings, neuron="relu", mpbn="none").neuron_config.kind == "relu"
+    with pytest.raises(ValueError, match="surrogate='triange' does not exist"):
+        benchmark.make_model(dataclasses.replace(settings, surrogate="triange"))
 
 
 @pytest.mark.parametrize("arguments", [{"neuron": "if"}, {"neuron": "relu"}, {"decay": 0.0}, {"mpbn": "element"}])
