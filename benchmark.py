@@ -139,6 +139,7 @@ class Settings:
             ("mode", (self.mode,), MODES),
             ("against", self.against, BASELINES),
             ("precision", () if self.precision is None else (self.precision,), PRECISIONS),
+            ("surrogate", () if self.surrogate is None else (self.surrogate,), SURROGATES),
         ):
             for value in values:
                 if value not in choices:
@@ -166,6 +167,8 @@ class Settings:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} is for whole models: leave it out of mode='neuron'."
                     )
+        if self.surrogate and self.mode != "train":
+            raise ValueError(f"surrogate={self.surrogate!r} changes gradients only: use mode='train'.")
         if self.mode == "train":
             for name in ("precision", "ticket"):
                 if getattr(self, name) is not None:
@@ -1416,7 +1419,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--width", **fraction, help="fraction of the channels of every layer that is kept")
     add("--ticket", **fraction, help="sparsity of a baked binary ticket, on our side and SpikingJelly's")
     add("--num-classes", type=int, metavar="N", help="classes (default: the model's)")
-    add("--surrogate", choices=tuple(SURROGATES), help="surrogate gradient of both sides (default: the model's)")
+    add("--surrogate", choices=tuple(SURROGATES), help="with --mode train: surrogate gradient (default: the model's)")
     add("--precision", choices=PRECISIONS, help="deploy our side in this precision")
     add("--amp", action="store_true", help="bfloat16 autocast, on spikezoo's side")
     add("--channels-last", action="store_true", help="channels-last memory format, on spikezoo's side")

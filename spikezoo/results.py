@@ -113,6 +113,10 @@ def add_runs(source: str | Path, folder: str | Path) -> Path:
 
     Returns:
         The new file.
+
+    Raises:
+        FileNotFoundError: No results there.
+        ValueError: What a row of the plan sets cannot be read.
     """
     source = Path(source)
     path = source / "results.csv" if source.is_dir() else source
@@ -122,12 +126,22 @@ def add_runs(source: str | Path, folder: str | Path) -> Path:
         for key in row.keys() & {"command", "train_command"}:
             row[key] = portable_command(row[key])
         if row.get("overrides"):
-            for key, value in (overrides := json.loads(row["overrides"])).items():
-                if isinstance(value, str):
-                    overrides[key] = portable_place(f"--{key.replace('_', '-')}", value, True)
-            row["overrides"] = json.dumps(overrides)
+            try:
+                overrides = json.loads(row["overrides"])
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: the overrides of {row.get('name')!r} are no JSON: {error}.") from None
+            row["overrides"] = json.dumps(_portable_value("", overrides))
     write_rows(Path(folder) / f"{name}.csv", rows)
     return Path(folder) / f"{name}.csv"
+
+
+def _portable_value(key: str, value: Any) -> Any:
+    """What a plan sets, and what that holds, without the folders of this machine."""
+    if isinstance(value, dict):
+        return {inner: _portable_value(key or inner, item) for inner, item in value.items()}
+    if isinstance(value, list):
+        return [_portable_value(key, item) for item in value]
+    return portable_place(f"--{key.replace('_', '-')}", value, True) if isinstance(value, str) else value
 
 
 def _check_keys(given: Any, known: set[str], required: set[str], where: str) -> dict[str, Any]:

@@ -116,8 +116,11 @@ def test_a_surrogate_that_both_sides_have(benchmark):
     assert model.neuron_config.surrogate == "triangle"
     assert not any("surrogate" in note for note in benchmark.counterpart(model)[1])
     assert benchmark.make_model(settings, neuron="relu", mpbn="none").neuron_config.kind == "relu"
-    with pytest.raises(ValueError, match="surrogate='triange' does not exist"):
-        benchmark.make_model(dataclasses.replace(settings, surrogate="triange"))
+    with pytest.raises(ValueError, match=r"surrogate='triange' does not exist\. Did you mean 'triangle'"):
+        dataclasses.replace(settings, surrogate="triange")
+    for mode in set(benchmark.MODES) - {"train"}:
+        with pytest.raises(ValueError, match="changes gradients only: use mode='train'"):
+            dataclasses.replace(settings, mode=mode)
 
 
 @pytest.mark.parametrize("arguments", [{"neuron": "if"}, {"neuron": "relu"}, {"decay": 0.0}, {"mpbn": "element"}])

@@ -146,6 +146,13 @@ def test_runs_are_added_without_places(docs, tmp_path):
     (found,) = read_rows(docs / "runs" / "table.csv")
     overrides = '{"teacher": "local-dir:OUTPUT/ann", "initial_checkpoint": "OUTPUT/b", "model": "a", "T": 1}'
     assert found == {**row, "train_command": "python train.py --data-dir DATA --output OUTPUT", "overrides": overrides}
+    row["overrides"] = '{"model_kwargs": {"output": "mean", "weights": ["/x/y/w.pt", null, 1]}, "hflip": null}'
+    write(plan / "results.csv", [row])
+    (found,) = read_rows(add_runs(plan, docs / "runs"))
+    assert found["overrides"] == row["overrides"].replace("/x/y", "OUTPUT")
+    write(plan / "results.csv", [{**row, "overrides": "lr=1"}])
+    with pytest.raises(ValueError, match="the overrides of 'a' are no JSON"):
+        add_runs(plan, docs / "runs")
     with pytest.raises(FileNotFoundError, match="No results at"):
         add_runs(tmp_path / "nothing", docs / "runs")
 
