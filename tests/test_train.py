@@ -801,6 +801,13 @@ def test_torchcompile(fast, tmp_path, monkeypatch, more):
         torch.testing.assert_close(found[name], plain[name], atol=1e-5, rtol=1e-4)
 
 
+def test_compiler_options_of_few_steps_only():
+    options = {T: spikezoo.create_model("test_mpbn_resnet", T=T).compile_options for T in (1, 2, 3)}
+    assert options[1] == options[2] and options[1] and not options[3]
+    assert spikezoo.create_model("test_spiking_vgg", neuron="relu").compile_options == options[1]
+    assert not spikezoo.create_model("test_spikformer", T=1).compile_options
+
+
 def test_one_seed_gives_the_same_weights_twice(fast, tmp_path):
     for run, seed in (("a", 1), ("b", 1), ("c", 2)):
         fast.main(

@@ -17,7 +17,7 @@ the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead
@@ -78,14 +78,6 @@ class SpikingModel(nn.Module):
         neuron_defaults: Constants of the family.
         **neuron_arguments: What the user gave for :class:`~spikezoo.neurons.NeuronConfig`: decay, threshold, ...
     """
-
-    # Options of torch.compile for training on a CPU. Within its own bounds the compiler stores the maps between norm
-    # and spike in float32, up to four a layer, which costs more than to compute them again wherever they are read.
-    compile_options: ClassVar[dict[str, Any]] = {
-        "realize_reads_threshold": 40,
-        "realize_acc_reads_threshold": 40,
-        "realize_opcount_threshold": 300,
-    }
 
     def __init__(
         self,
@@ -196,6 +188,22 @@ class SpikingModel(nn.Module):
         return [index % count for index in wanted]
 
     # ------------------------------------------------------------------------------------------------ forward
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """Options of ``torch.compile`` with which this model trains fastest on a CPU.
+
+        Within its own bounds the compiler stores the maps between norm and spike in float32, up to four a layer, which
+        costs more than to compute them again wherever they are read. Over many time steps what is computed again
+        becomes long, and so does compiling it: there the compiler's own bounds stay.
+        """
+        if self.T > 2:
+            return {}
+        return {
+            "realize_reads_threshold": 40,
+            "realize_acc_reads_threshold": 40,
+            "realize_opcount_threshold": 300,
+        }
 
     @property
     def takes_events(self) -> bool:

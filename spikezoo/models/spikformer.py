@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
@@ -212,8 +212,6 @@ class Spikformer(SpikingModel):
             that the total stride does not divide.
     """
 
-    compile_options: ClassVar[dict[str, Any]] = {}  # the compiler's own bounds are as good here, or a little better
-
     has_patches = True  # the stem is a patch embedding
 
     def __init__(
@@ -305,6 +303,11 @@ class Spikformer(SpikingModel):
             self._add_stage([SpikformerBlock(attn, mlp, rate)], dim, self.min_img_size)
         self._finish(dim)
         self._init_weights()
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """None: the compiler's own bounds are as good here, or a little better."""
+        return {}
 
     def _init_weights(self) -> None:
         # The authors' initialisation of linear layers; 3x3 convolutions keep torch's.
