@@ -1038,11 +1038,12 @@ _COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
 def markdown(rows: Sequence[Row]) -> str:
     """The rows of steps as tables for people, one for every network, with the facts that they share below it."""
     lines: list[str] = []
-    keys = ("model", "mode", "T", "batch_size", "img_size", "width", "ticket")
+    keys = ("model", "mode", "T", "batch_size", "img_size", "surrogate", "width", "ticket")
     for _, group in itertools.groupby(rows, lambda row: [row[key] for key in keys]):
         same = list(group)
         first = same[0]
-        extras = [f"{key} {first[key]}" for key in ("width", "ticket") if first[key] is not None]
+        told = ("width", "ticket", *(["surrogate"] if first["mode"] == "train" else []))
+        extras = [f"{key} {first[key]}" for key in told if first[key] is not None]
         lines += [
             ", ".join(
                 [

@@ -134,12 +134,8 @@ def test_a_net_without_norms_has_no_counterpart(benchmark):
         benchmark.SpikingJellyNet(spikezoo.create_model("test_rmp_resnet"))
 
 
-COLUMNS = (
-    "mode model T img_size num_classes width ticket macs firing_rate silent_layers batch_size side form parameters"
-)
-COLUMNS += (
-    " images_per_s step_ms step_ms_min step_ms_max first_step_s speedup speedup_min speedup_max share_of_conv_limit"
-)
+COLUMNS = "mode model T img_size num_classes surrogate width ticket macs firing_rate silent_layers batch_size side form"
+COLUMNS += " parameters images_per_s step_ms step_ms_min step_ms_max first_step_s speedup speedup_min speedup_max share_of_conv_limit"
 COLUMNS += (
     " bit_equal argmax_agree memory_mb memory_ratio device repeats warmup date commit python torch torchvision timm"
 )
