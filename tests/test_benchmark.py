@@ -135,11 +135,9 @@ def test_a_net_without_norms_has_no_counterpart(benchmark):
 
 
 COLUMNS = "mode model T img_size num_classes surrogate width ticket macs firing_rate silent_layers batch_size side form"
-COLUMNS += " parameters images_per_s step_ms step_ms_min step_ms_max first_step_s speedup speedup_min speedup_max share_of_conv_limit"
-COLUMNS += (
-    " bit_equal argmax_agree memory_mb memory_ratio device repeats warmup date commit python torch torchvision timm"
-)
-COLUMNS += " spikingjelly spikezoo-snn machine threads amx avx512_bf16 notes"
+COLUMNS += " parameters images_per_s step_ms step_ms_min step_ms_max first_step_s speedup speedup_min speedup_max"
+COLUMNS += " share_of_conv_limit bit_equal argmax_agree memory_mb memory_ratio device repeats warmup date commit python"
+COLUMNS += " torch torchvision timm spikingjelly spikezoo-snn machine threads amx avx512_bf16 notes"
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("train", "json"), ("infer", "csv"), ("infer", "md")])
