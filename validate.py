@@ -12,7 +12,7 @@ Pretrained weights are taken where a model has them; where it has none and no ch
 random, and the output says so. Weights that come with the package are compared with what was recorded of them: more
 than 0.05 points of accuracy apart is a failure, and with --amp or --deploy a loss of more than 0.2 points; of a small
 test set, more than one image and two. --ship TAG puts a checkpoint into the
-package, in half precision or smaller, measured as it is stored.
+package, in eight bits a weight or less, measured as it is stored.
 """
 
 from __future__ import annotations

@@ -1,9 +1,13 @@
 """Deployment: a trained model in the form that evaluates fastest and gives the same answer.
 
-Three precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` folds the norms and computes
-convolutions and linear layers in bfloat16, membrane potentials in float32. ``int8`` keeps spikes as bytes and
-multiplies them with eight-bit weights, summed in 32 bits; the weights of a baked binary ticket are -1, 0 and +1 there,
-and the gain and the norm come after the sum as they do in the model, so that its answer is the model's in every bit.
+Three precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` computes convolutions and linear
+layers on spikes in bfloat16, the first layer, norms and membrane potentials in float32. ``int8`` keeps spikes as bytes
+and multiplies them with eight-bit weights, summed in 32 bits.
+
+Weights that are whole numbers times a scale, as those of a baked binary ticket (-1, 0 and +1) and those that
+:func:`spikezoo.sparse.round_to_levels` made, are these whole numbers in ``bf16`` and ``int8``, and scale and norm
+come after the sum: in ``int8`` the potentials are the model's, of a ticket in every bit. In ``bf16`` only the sum is
+rounded, and since the distance to the threshold is what is summed, that is finest where the spike is decided.
 
 Everything up to the features is compiled as one graph, in which the neuron is one pass over all time steps with the
 norm before it and the residual join. The head runs as it is.
@@ -32,10 +36,12 @@ from spikezoo.layers import (
     ResidualBlock,
     TernaryConv2d,
     TernaryLinear,
+    set_ternary,
     signs_and_gain,
 )
 from spikezoo.neurons import SpikingNeuron, nearest
-from spikezoo.transforms import fold_bn, fold_mpbn
+from spikezoo.sparse import levels_of, round_to_levels
+from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import tickets
 
@@ -58,18 +64,38 @@ def has_compiler() -> bool:
 # --------------------------------------------------------------------------------------------------------------
 
 
-class ExactNorm(nn.Module):
-    """Batch norm with its running statistics, rounded as torch's own on a CPU, from operations that a compiler fuses.
+class Affine(nn.Module):
+    """A scale and a shift of every channel, from operations that a compiler fuses.
 
-    There it is one multiply-add with a single rounding. Float64 holds the product of two float32 exactly, so only the
-    sum is rounded twice.
+    Args:
+        scale: ``[C]``; its type is what is computed in.
+        shift: As ``scale``.
+        dtype: Type of the result.
     """
 
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    def __init__(self, scale: Tensor, shift: Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        self.dtype = dtype
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[N, C, ...]`` to the same shape."""
+        dims = (1, -1, *[1] * (x.dim() - 2))
+        return (x.to(self.scale.dtype) * self.scale.view(dims) + self.shift.view(dims)).to(self.dtype)
+
+
+class ExactNorm(Affine):
+    """Batch norm with its running statistics, rounded as torch's own on a CPU.
+
+    There it is one multiply-add with a single rounding. Float64 holds the product of two float32 exactly, so only the
+    sum is rounded twice.
+    """
+
+    def __init__(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
         mean, var = norm.running_mean, norm.running_var
         assert mean is not None and var is not None
         zero, one = torch.zeros_like(mean), torch.ones_like(mean)
@@ -77,13 +103,7 @@ class ExactNorm(nn.Module):
         # The norm itself says what it multiplies with and adds.
         scale = F.batch_norm(one[None], zero, var, weight, None if bias is None else zero, eps=norm.eps)[0]
         shift = F.batch_norm(zero[None], mean, var, weight, bias, eps=norm.eps)[0]
-        self.register_buffer("scale", scale.double())
-        self.register_buffer("shift", shift.double())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[N, C, ...]`` to the same shape."""
-        dims = (1, -1, *[1] * (x.dim() - 2))
-        return (x.double() * self.scale.view(dims) + self.shift.view(dims)).to(x.dtype)
+        super().__init__(scale.double(), shift.double())
 
 
 def _exact_norms(model: nn.Module) -> str | None:
@@ -129,7 +149,7 @@ class EightBit(nn.Module):
 
     Args:
         layer: The layer. Of a ternary one the weights are its signs, exactly; of another one they are rounded to 255
-            levels a channel.
+            levels a channel, if they are not yet.
         levels: What the input is multiplied with to become whole: 1 for spikes, 4 for averages of four.
     """
 
@@ -140,11 +160,10 @@ class EightBit(nn.Module):
         super().__init__()
         self.levels, self.ternary = levels, isinstance(layer, TernaryConv2d | TernaryLinear)
         weight = layer.weight.detach()
-        if self.ternary:
-            whole, scale = signs_and_gain(weight)
-        else:
-            scale = weight.flatten(1).abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny) / 127
-            whole = (weight / scale.view(-1, *[1] * (weight.dim() - 1))).round()
+        found = _whole(layer) or levels_of(round_to_levels(weight))
+        if found is None:
+            raise ValueError(f"A weight of {layer} is not finite: there are no eight-bit levels of it.")
+        whole, scale = found
         self.linear = isinstance(layer, nn.Linear)
         conv = None if isinstance(layer, nn.Linear) else layer
         self.stride, self.padding = (conv.stride, conv.padding) if conv is not None else ((1, 1), (0, 0))
@@ -257,7 +276,6 @@ class Deployed(nn.Module):
     def __init__(self, model: nn.Module, precision: str, compiled: bool, notes: list[str]) -> None:
         super().__init__()
         self.model, self.precision, self.notes = model, precision, notes
-        self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
         # Patches are chosen by the spikes of all time steps.
@@ -337,7 +355,7 @@ class Deployed(nn.Module):
             if self._shapes:
                 _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
             self._shapes.add(tuple(x.shape))
-        x = x.to(self._dtype)
+        x = x.float()
         if x.dim() == 4:
             bf16 = self.precision == "bf16"  # torch.save cannot store a memory format in an attribute
             x = x.contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
@@ -374,12 +392,89 @@ def _check(model: nn.Module, precision: str) -> None:
         raise ValueError(f"The model has parameters of {', '.join(map(str, weird))}: deploy model.float().")
 
 
-def _to_bf16(model: nn.Module) -> None:
-    """Convolutions and linear layers of everything but the head in bfloat16; thresholds and norms stay."""
-    head = set(model.head.modules())  # type: ignore[union-attr]
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and module not in head:
-            module.to(torch.bfloat16)
+class _Half(nn.Module):
+    """A convolution or linear layer in bfloat16, whatever it is given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        return self.layer(x.to(torch.bfloat16))
+
+
+def _threshold(neuron: nn.Module | None, channels: int, like: Tensor) -> Tensor:
+    """The input of each channel at which a neuron at rest begins to fire, about; 0 where there is none."""
+    if not isinstance(neuron, SpikingNeuron):
+        return torch.zeros_like(like)
+    folded, config = neuron.folded, neuron.config
+    at = torch.full_like(like, config.threshold) if folded is None else folded.threshold.view(channels, -1).mean(1)
+    one = torch.ones_like(like)
+    rest = one * (config.v_reset + config.v_init)
+    # The charge is linear in its input.
+    zero = neuron.charge(rest, 0 * one)
+    slope = neuron.charge(rest, one) - zero
+    return ((at - zero) / slope).nan_to_num(0, 0, 0)  # a folded threshold may be infinite: never, or always
+
+
+def _to_bf16(model: nn.Module, first: nn.Module) -> str:
+    """Convolutions and linear layers on spikes in bfloat16; the first one, norms, thresholds and the head stay."""
+    neurons = [m for m in model.modules() if isinstance(m, SpikingNeuron)]
+    for neuron in neurons:
+        neuron.spike_dtype = torch.bfloat16
+    joins: dict[nn.Module, nn.Module] = {m.conv2: m.neuron for m in model.modules() if isinstance(m, ResidualBlock)}
+    whole = total = 0
+    for block in list(model.modules()):
+        if not isinstance(block, ConvNormNeuron | LinearNormNeuron) or block is first:
+            continue
+        inner = "conv" if isinstance(block, ConvNormNeuron) else "linear"
+        layer = getattr(block, inner)
+        found = _whole(layer)
+        weight, gain = (layer.weight, torch.ones(())) if found is None else found
+        scale, shift = _affine(block.norm, layer)
+        scale = scale * gain
+        # What the layer adds brings its sum to zero at the threshold, near which bfloat16 is finest; the norm takes it
+        # away again, with what its rounding lost.
+        centre = (shift - _threshold(joins.get(block) or block.neuron, len(shift), shift)) / scale
+        added = centre.nan_to_num(0, 0, 0).bfloat16()
+        set_ternary(layer, False)
+        layer.weight, layer.bias = nn.Parameter(weight.to(torch.float32), False), nn.Parameter(added, False)
+        setattr(block, inner, _Half(layer))
+        block.norm = Affine(scale, shift - scale * added.float(), torch.float32 if neurons else torch.bfloat16)
+        total, whole = total + 1, whole + (found is not None)
+    return f"{total} convolutions and linear layers in bfloat16, {whole} of them with weights that it holds exactly"
+
+
+def _whole(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """Weights as whole numbers and what they are multiplied with, one for all or one a channel; None for others."""
+    if isinstance(layer, TernaryConv2d | TernaryLinear):
+        return signs_and_gain(layer.weight.detach())
+    return levels_of(layer.weight)
+
+
+def _affine(norm: nn.Module | None, layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor]:
+    """What a norm and the bias of the layer before it multiply the layer's sums with and add to them."""
+    zero = layer.weight.new_zeros(len(layer.weight))
+    bias = zero if layer.bias is None else layer.bias
+    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+        return zero + 1, bias.clone()
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+    return scale, (0 if norm.bias is None else norm.bias) + scale * (bias - norm.running_mean)
+
+
+def _first(model: nn.Module, example: Tensor) -> nn.Module:
+    """The layer that sees the image."""
+    seen: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, ConvNormNeuron | LinearNormNeuron)]
+    handles = [layer.register_forward_pre_hook(lambda module, _: seen.append(module)) for layer in layers]
+    try:
+        model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen[0]
 
 
 class _InRows(nn.Module):
@@ -442,9 +537,11 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
 
     Args:
         model: A model of this library in evaluation mode, float32; tickets baked. It stays as it is.
-        precision: ``exact``: the same spikes as the model, in float32. ``bf16``: norms folded, weights and spikes in
-            bfloat16, membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit sums; bit for
-            bit the model where those layers are baked binary tickets, otherwise weights rounded per channel.
+        precision: ``exact``: the same spikes as the model, in float32. ``bf16``: weights and spikes in bfloat16, the
+            first layer, norms and membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit
+            sums; bit for bit the model where those layers are baked binary tickets, otherwise weights rounded per
+            channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, as the shipped
+            ones.
         example: Input of the shape that will be used, ``[B, C, H, W]`` or ``[B, T, C, H, W]``, which is compiled at
             once; None compiles at the first call. Another shape is compiled anew, once.
 
@@ -470,19 +567,14 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
+    like = torch.zeros(1, *copied.input_shape, device=device) if example is None else example[:1].to(device)
     if precision == "bf16":
-        try:
-            copied = fold_bn(copied)
-            notes.append("batch norms folded into weights")
-        except ValueError as error:
-            notes.append(f"batch norms kept ({error})")
-        _to_bf16(copied)
+        notes.append(_to_bf16(copied, _first(copied, like)))
         if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
             _LOG.warning("This processor has no bfloat16 instructions: precision='bf16' may be slower than 'exact'.")
     else:
         notes += filter(None, [_exact_norms(copied)])
     if precision == "int8":
-        like = torch.zeros(1, *copied.input_shape) if example is None else example[:1].to(device)
         notes.append(_to_int8(copied, like))
         if not torch.cpu._is_vnni_supported():
             _LOG.warning("This processor has no eight-bit dot products: precision='int8' may be slower than 'exact'.")

@@ -61,6 +61,7 @@ from spikezoo.checkpoint import (
     write_checkpoint,
 )
 from spikezoo.registry import FACTORY_ARGUMENTS, create_model, locate, model_info
+from spikezoo.sparse import round_to_levels
 from spikezoo.transforms import replay
 
 __all__ = [
@@ -212,8 +213,9 @@ def save_checkpoint(
         sparse: Store each tensor in its smallest code (see :mod:`spikezoo.sparse`), which only spikezoo reads.
             Otherwise dense, which ``timm.create_model('hf-hub:...')`` reads, too.
         dtype: Round weights of two and more dimensions to this type, for instance ``torch.float16``: measure the
-            saved checkpoint then, not the model. Binary weights (-gain, 0, gain), whose code has one gain a layer,
-            stay exact.
+            saved checkpoint then, not the model. ``torch.int8`` rounds those of convolutions and linear layers to 255
+            levels a channel (:func:`spikezoo.sparse.round_to_levels`), with which ``deploy(model, 'int8')`` computes
+            exactly, and others to float16. Binary weights (-gain, 0, gain), whose code has one gain a layer, stay.
 
     Returns:
         The folder.
@@ -227,8 +229,8 @@ def save_checkpoint(
     """
     if Path(folder).suffix == ".safetensors":
         raise ValueError(f"{folder}: expected a folder, in which {WEIGHTS_NAME} and {CONFIG_NAME} are written.")
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype={dtype!r}: expected a floating-point type such as torch.float16.")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and (dtype.is_floating_point or dtype == torch.int8)):
+        raise ValueError(f"dtype={dtype!r}: expected a floating-point type such as torch.float16, or torch.int8.")
     results = _plain_results(results)
     facts = describe(model)
     if any(tensor.is_meta for tensor in model.state_dict().values()):
@@ -242,7 +244,15 @@ def save_checkpoint(
             for name, tensor in state.items()
             if tensor.is_floating_point() and tensor.dim() > 1 and not (sparse and _binary(tensor))
         }
-        state |= {name: state[name].to(dtype) for name in many}
+        layers = {
+            f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+        }
+        state |= {
+            name: state[name].to(torch.float16 if dtype == torch.int8 else dtype)
+            if dtype != torch.int8 or name not in layers
+            else round_to_levels(state[name])
+            for name in many
+        }
         if lost := [name for name in sorted(many) if not state[name].isfinite().all()]:
             raise ValueError(f"dtype={dtype} cannot hold the values of {lost[0]}. Store it as it is (dtype=None).")
     size: Any = model.img_size
@@ -742,7 +752,7 @@ def ship(
     overwrite: bool = False,
     license: str = "apache-2.0",
 ) -> Path:
-    """Put a checkpoint into the package: in half precision or smaller, measured as it is stored, with its card.
+    """Put a checkpoint into the package: in eight bits a weight or less, measured as it is stored, with its card.
 
     Args:
         model: A model of :func:`spikezoo.create_model`.
@@ -769,7 +779,7 @@ def ship(
     mark = secrets.token_hex(4)
     folder, old = (final.with_name(f".{name}.{mark}.{part}") for part in ("new", "old"))
     try:
-        save_checkpoint(model, folder, dtype=torch.float16)
+        save_checkpoint(model, folder, dtype=torch.int8)
         others = sum(
             file.stat().st_size
             for place in final.parent.iterdir()

@@ -1,4 +1,4 @@
-"""The sparse code of weights: per tensor the smallest of dense, bitmask, ticket and mask, exact and checked when read.
+"""The sparse code of weights: per tensor the smallest of dense, bitmask, ticket, levels and mask, exact and checked.
 
 A coded tensor ``p`` becomes several plain ones, named after it, as in the sparse-bitmask convention of
 compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convolutions pack as tightly as matrices:
@@ -10,7 +10,11 @@ compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convo
     p.signs        ticket code: one bit a kept value, in order, set where it is negative; left out where the signs
                    come from a seed, which then stands in the metadata with a hash of what it has to give
 
-The mask code, of tensors of bool, is p.shape and p.bitmask alone.
+The mask code, of tensors of bool, is p.shape and p.bitmask alone. The levels code, of float32 weights that
+:func:`round_to_levels` made, is two other tensors, of which the first may be in the bitmask code itself:
+
+    p.levels       int8, whole numbers from -127 to 127
+    p.scale        float32, what each row of them is multiplied with
 
     bits           one bit an entry, little-endian, every row padded to whole bytes
     deflate        those bytes, Huffman coded
@@ -33,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["METADATA_KEY", "VERSION", "decode", "encode", "seeded_signs"]
+__all__ = ["METADATA_KEY", "VERSION", "decode", "encode", "levels_of", "round_to_levels", "seeded_signs"]
 
 METADATA_KEY = "spikezoo.sparse"
 VERSION = 1
@@ -53,11 +57,13 @@ _INTEGERS = {
 _ENTRY_BYTES = 100  # what one more tensor costs in the header of the file, about
 _MASKS = ("bits", "deflate", "gaps", "holes")
 _PARTS = ("shape", "bitmask", "compressed", "gain", "signs")
+_LEVELS = ("scale", "levels", *(f"levels.{part}" for part in ("shape", "bitmask", "compressed")))
 _CODES = {
     "bitmask": {"shape", "bitmask", "compressed"},
     "ticket": {"shape", "bitmask", "gain"},
     "mask": {"shape", "bitmask"},
 }
+_MOST_LEVEL = 127
 
 
 def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -82,6 +88,67 @@ def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 def _signs_hash(negative: np.ndarray) -> str:
     return hashlib.sha256(np.packbits(negative, bitorder="little").tobytes()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------- levels
+
+
+def _scales(rows: Tensor) -> Tensor:
+    """Of every row the smallest number of four significant bits that brings its values to at most 127, in float64."""
+    fraction, exponent = torch.frexp(rows.abs().amax(1, keepdim=True) / _MOST_LEVEL)
+    # Far below float32's smallest normal number there is nothing to keep; a scale of zero would divide by zero.
+    scale = torch.ldexp((fraction * 16).ceil() / 16, exponent).clamp_min(2.0**-100)
+    # The largest value of a row that was rounded before may have become smaller: then its scale was the next one.
+    fraction, exponent = torch.frexp(scale)
+    coarser = torch.ldexp(fraction + 1 / 16, exponent)
+    return torch.where(~_whole(rows / scale) & _whole(rows / coarser), coarser, scale)
+
+
+def _whole(rows: Tensor) -> Tensor:
+    return (rows == rows.round()).all(1, keepdim=True)
+
+
+def _rows_of(weight: Tensor) -> Tensor:
+    return weight.detach().flatten(1).double()
+
+
+def round_to_levels(weight: Tensor) -> Tensor:
+    """Round weights to 255 levels a row (an output channel): whole numbers from -127 to 127 times the row's scale.
+
+    A scale has four significant bits, so that float32 holds any sum of up to 8,800 such weights exactly, in whatever
+    order: on spikes these weights and eight-bit integers give the same potentials. It is at most an eighth coarser
+    than the finest scale that reaches the largest weight. Weights that were rounded stay as they are.
+
+    Args:
+        weight: ``[rows, ...]``, at least two dimensions, floating point.
+
+    Returns:
+        The rounded weights, of the same shape and type; nan and infinity make nan of their row.
+    """
+    rows = _rows_of(weight)
+    scale = _scales(rows)
+    # Adding zero turns minus zero, which is no level, into zero.
+    return ((rows / scale).round() * scale + 0.0).to(weight.dtype).view(weight.shape)
+
+
+def levels_of(weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The levels of weights that :func:`round_to_levels` made.
+
+    Args:
+        weight: ``[rows, ...]``.
+
+    Returns:
+        The levels, int8 in the shape of ``weight``, and the scales ``[rows]`` in its type, whose product it is
+        exactly; None for other weights.
+    """
+    if weight.dim() < 2 or not weight.numel() or not weight.is_floating_point():
+        return None
+    for part in (weight[:4], weight):  # few are enough to tell ordinary weights
+        rows = _rows_of(part)
+        scale = _scales(rows)
+        if not _whole(levels := rows / scale).all():
+            return None
+    return levels.to(torch.int8).view(weight.shape), scale.squeeze(1).to(weight.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -178,6 +245,15 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
     kept = int(np.count_nonzero(mask))
     boolean = tensor.dtype == torch.bool
     ticket = tensor.is_floating_point() and _one_magnitude(bits, mask) and not values[int(mask.argmax())].isnan()
+    if tensor.dtype == torch.float32 and kept and not ticket and (found := levels_of(tensor)) is not None:
+        levels, scale = found
+        negative_zero = np.signbit(tensor.numpy()) & (levels.numpy() == 0)
+        if not negative_zero.any():
+            inner = _encode_tensor(f"{name}.levels", levels, None)
+            parts = {"levels": levels} if inner is None else {f"levels.{key}": part for key, part in inner[1].items()}
+            parts["scale"] = scale
+            if sum(part.nbytes + _ENTRY_BYTES for part in parts.values()) < tensor.nbytes + _ENTRY_BYTES:
+                return {"code": "levels"} | ({} if inner is None else {"levels": inner[0]}), parts
     if not (ticket or boolean) and kept * tensor.element_size() + tensor.numel() // 100 >= tensor.nbytes:
         return None  # even the best mask would not pay
     code, packed = _pack_mask(mask, shape)
@@ -207,12 +283,14 @@ def _one_magnitude(bits: np.ndarray, mask: np.ndarray) -> bool:
 
 def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
     """Check and decode one tensor."""
+    if facts.get("code") == "levels":
+        return _decode_levels(name, facts, parts)
     code, mask_code = facts.get("code"), facts.get("mask")
     wanted = _CODES.get(str(code), set()).copy()
     if not wanted or mask_code not in _MASKS:
         raise ValueError(
             f"{name} is stored in the code {code!r} with the mask code {mask_code!r}; known are "
-            f"{', '.join(_CODES)}, with {', '.join(_MASKS)}. Update spikezoo, or fetch the file again."
+            f"{', '.join(_CODES)}, with {', '.join(_MASKS)}, and levels. Update spikezoo, or fetch the file again."
         )
     if code == "ticket" and "seed" not in facts:
         wanted.add("signs")
@@ -265,6 +343,25 @@ def _decode_tensor(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
     result = mask * gain.view(_INTEGERS[gain.dtype]).numpy()
     result |= negative * integer(np.iinfo(integer).min)
     return torch.from_numpy(result).view(gain.dtype).reshape(shape)
+
+
+def _decode_levels(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tensor]) -> Tensor:
+    """Check and decode a tensor in the levels code."""
+    inner = facts.get("levels")
+    scale, rest = parts.get("scale"), {key: part for key, part in parts.items() if key != "scale"}
+    if inner is None and rest.keys() == {"levels"}:
+        levels = rest["levels"]
+    elif isinstance(inner, dict) and inner.get("code") == "bitmask":
+        coded = {key.removeprefix("levels."): part for key, part in rest.items()}
+        levels = _decode_tensor(f"{name}.levels", inner, coded)
+    else:
+        raise ValueError(f"{name} is stored in the parts {sorted(parts)}: its code 'levels' has levels and scale.")
+    if levels.dtype != torch.int8 or levels.dim() < 2:
+        raise ValueError(f"{name}.levels is {tuple(levels.shape)} of {levels.dtype}: no levels.")
+    if scale is None or scale.dtype != torch.float32 or scale.shape != levels.shape[:1]:
+        found = "missing" if scale is None else f"{tuple(scale.shape)} of {scale.dtype}"
+        raise ValueError(f"{name}.scale is {found}; its {len(levels):,} rows of levels need one float32 each.")
+    return levels * scale.view(-1, *[1] * (levels.dim() - 1))
 
 
 def _numpy_integer(dtype: torch.dtype) -> Any:
@@ -320,7 +417,7 @@ def encode(
             continue
         tensor = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
         coded = _encode_tensor(name, tensor, (seeds or {}).get(name)) if sparse else None
-        if coded is not None and not any(f"{name}.{part}" in state for part in _PARTS):
+        if coded is not None and not any(f"{name}.{part}" in state for part in (*_PARTS, *_LEVELS)):
             codes[name] = coded[0]
             stored |= {f"{name}.{part}": value for part, value in coded[1].items()}
         else:
@@ -353,7 +450,8 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
     state = {}
     rest = dict(stored)
     for name, code in codes.items():
-        found = {part: rest.pop(key) for part in _PARTS if (key := f"{name}.{part}") in rest}
+        names = _LEVELS if code.get("code") == "levels" else _PARTS
+        found = {part: rest.pop(key) for part in names if (key := f"{name}.{part}") in rest}
         state[name] = _decode_tensor(name, code, found)
     if twice := state.keys() & rest.keys():
         raise ValueError(f"It holds {min(twice)} twice: coded and dense.")

@@ -34,7 +34,7 @@ from spikezoo.checkpoint import (
     write_checkpoint,
 )
 from spikezoo.neurons import MembraneNorm, SpikingNeuron
-from spikezoo.sparse import METADATA_KEY
+from spikezoo.sparse import METADATA_KEY, round_to_levels
 from spikezoo.transforms import TRANSFORMS, apply
 
 
@@ -510,8 +510,28 @@ def test_half_precision_storage(tmp_path):
     with pytest.raises(ValueError, match=r"float16 cannot hold the values of stem\.0\.conv\.weight"):
         spikezoo.save_checkpoint(model, tmp_path, dtype=torch.float16)
     with pytest.raises(ValueError, match="expected a floating-point type"):
-        spikezoo.save_checkpoint(model, tmp_path, dtype=torch.int8)
+        spikezoo.save_checkpoint(model, tmp_path, dtype=torch.int16)
     same(load_sparse_file(tmp_path), stored)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_eight_bit_storage(tmp_path, sparse):
+    model = pruned(made())
+    spikezoo.save_checkpoint(model, tmp_path, dtype=torch.int8, sparse=sparse)
+    layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)}
+    loaded = load(tmp_path).state_dict()
+    for name, tensor in model.state_dict().items():
+        wanted = round_to_levels(tensor) if name in layers else tensor
+        wanted = tensor.half().float() if name not in layers and tensor.dim() > 1 else wanted
+        same(loaded[name], wanted)
+    # Again: nothing is lost a second time.
+    spikezoo.save_checkpoint(load(tmp_path), tmp_path / "again", dtype=torch.int8, sparse=sparse)
+    files = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "again")]
+    assert files[0] == files[1]
+    with torch.no_grad():
+        model.stem[0].conv.weight[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"int8 cannot hold the values of stem\.0\.conv\.weight"):
+        spikezoo.save_checkpoint(model, tmp_path, dtype=torch.int8)
 
 
 @pytest.mark.parametrize("transforms", [(), ("fold_mpbn", "fold_bn")])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from spikezoo import sparse
-from spikezoo.sparse import METADATA_KEY, decode, encode, seeded_signs
+from spikezoo.sparse import METADATA_KEY, decode, encode, levels_of, round_to_levels, seeded_signs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
@@ -453,8 +453,86 @@ def test_handmade_files_are_read():
     assert torch.equal(found["a"], torch.where(signs, -0.5, 0.5) * kept) and found["b"] is found["a"]
 
 
+def test_levels_by_hand(round_trip):
+    # 127 / 127 is a scale of four bits; 100 / 127 is between 12/16 and 13/16; 1e-3 / 127 is 8.26 * 2**-20.
+    weight = torch.tensor([[127.0, 0.4, -0.6, 0], [100, -50, 0.3, 0.5], [1e-3, 5e-4, 0, -1e-5], [0, 0, 0, 0]])
+    scale = torch.tensor([1.0, 13 / 16, 9 * 2**-20, 2**-100])
+    levels = torch.tensor([[127, 0, -1, 0], [123, -62, 0, 1], [117, 58, 0, -1], [0, 0, 0, 0]], dtype=torch.int8)
+    rounded = round_to_levels(weight)
+    same({"a": rounded}, {"a": levels * scale[:, None]})  # without minus zeros
+    found = levels_of(rounded)
+    assert torch.equal(found[0], levels) and torch.equal(found[1], scale)
+    assert levels_of(weight) is None and levels_of(rounded[0]) is None and levels_of(torch.zeros(0, 3)) is None
+    assert round_trip({"a": rounded})[2] == {}  # names cost more than bytes here
+    wide = rounded.repeat(1, 300)
+    _, stored, codes = round_trip({"a": wide})
+    assert codes["a"] == {"code": "levels", "levels": {"code": "bitmask", "mask": "bits"}}
+    assert stored.keys() == {"a.scale", "a.levels.shape", "a.levels.bitmask", "a.levels.compressed"}
+    assert sum(part.nbytes for part in stored.values()) < wide.nbytes / 4
+
+
+@pytest.mark.parametrize("shape", [(64, 300), (7, 3, 3, 3), (1, 1), (40, 1), (1, 400)], ids=str)
+@pytest.mark.parametrize("kept", [0.03, 0.5, 1.0])
+def test_levels(round_trip, shape, kept):
+    generator = torch.Generator().manual_seed(0)
+    for size in (1e-20, 0.04, 1.0, 3e4):
+        weight = size * torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < kept)
+        rounded = round_to_levels(weight)
+        peak = weight.flatten(1).abs().amax(1).view(-1, *[1] * (len(shape) - 1))
+        assert ((rounded - weight).abs() <= peak / 127 * 9 / 16 * (1 + 1e-6)).all()
+        assert torch.equal(round_to_levels(rounded), rounded)  # what is rounded stays
+        levels, scale = levels_of(rounded)
+        assert levels.dtype == torch.int8 and torch.equal(levels * scale.view(peak.shape), rounded)
+        mantissa = torch.frexp(scale)[0] * 16
+        assert torch.equal(mantissa, mantissa.round())
+        _, stored, codes = round_trip({"a": rounded, "b": rounded.half(), "c": weight})
+        if math.prod(shape) > 1000 and kept == 1:
+            assert codes["a"] == {"code": "levels"} and stored["a.levels"].dtype == torch.int8 and "c" in stored
+    assert round_trip({"a": rounded, "a.scale": torch.ones(1), "a.levels": torch.ones(1)})[2].get("a") is None
+
+
+def test_sums_of_levels_are_exact_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    weight = round_to_levels(torch.randn(16, 8800, generator=generator))
+    spikes = (torch.rand(50, 8800, generator=generator) < 0.5).float()
+    order = torch.randperm(8800, generator=generator)
+    exact = spikes.double() @ weight.double().T
+    assert torch.equal(spikes @ weight.T, exact.float()) and torch.equal(exact.float().double(), exact)
+    assert torch.equal((spikes[:, order] @ weight[:, order].T), exact.float())
+
+
+def test_weights_that_have_no_levels():
+    assert round_to_levels(torch.tensor([[torch.inf, 1], [1, 2]])).isnan().any(1).tolist() == [True, False]
+    for bad in ([[torch.nan, 1.0]], [[torch.inf, 1.0]], [[1.0, 1 / 3]]):
+        assert levels_of(torch.tensor(bad)) is None
+
+
+def levels(code=(), **parts):
+    """Levels of two rows, with parts taken away (None), replaced or added."""
+    stored = {"levels": torch.tensor([[127, -3, 0], [0, 5, 126]], dtype=torch.int8), "scale": torch.tensor([0.5, 2.0])}
+    stored = {key: part for key, part in (stored | parts).items() if part is not None}
+    return {f"a.{key}": part for key, part in stored.items()}, {"code": "levels", **dict(code)}
+
+
+def test_well_formed_levels():
+    parts, code = levels()
+    assert decode(parts, sealed(parts, {"a": code}))["a"].tolist() == [[63.5, -1.5, 0], [0, 10, 252]]
+
+
 HUGE = [torch.tensor(shape) for shape in ([2**62, 5], [2**40], [2**63 - 1] * 9, [2**17], [2] * 5000)]
 MALFORMED = {
+    "levels without scale": (levels(scale=None), r"a\.scale is missing"),
+    "levels without levels": (levels(levels=None), r"stored in the parts \['scale'\]"),
+    "levels with a shape": (levels(**{"levels.shape": torch.tensor([2, 3])}), "stored in the parts"),
+    "levels of int16": (levels(levels=torch.ones(2, 3, dtype=torch.int16)), r"a\.levels is .*int16: no levels"),
+    "levels of one dimension": (levels(levels=torch.ones(2, dtype=torch.int8)), r"a\.levels is \(2,\)"),
+    "three scales": (levels(scale=torch.ones(3)), r"a\.scale is \(3,\) .*2 rows"),
+    "scales of float16": (levels(scale=torch.ones(2).half()), r"a\.scale is .*float16.*2 rows"),
+    "levels in the code of tickets": (levels({"levels": {"code": "ticket", "mask": "bits"}}), "stored in the parts"),
+    "levels in no code": (levels({"levels": 3}), "stored in the parts"),
+    "levels in the bitmask code": (
+        levels({"levels": {"code": "bitmask", "mask": "bits"}}), r"a\.levels is stored in the parts"
+    ),
     "no mask": (bitmask(bitmask=None), r"parts \['compressed', 'shape'\].*\['bitmask', 'compressed', 'shape'\]"),
     "no shape": (bitmask(shape=None), "stored in the parts"),
     "no values": (bitmask(compressed=None), "stored in the parts"),
