@@ -43,11 +43,11 @@ ALLOWED = {
         "transforms",
     },
     "search.py": {"registry", "neurons", "checkpoint", "data", "evaluation"},
-    "hub.py": {"registry", "transforms", "checkpoint", "_version"},
+    "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "results.py": {"neurons", "checkpoint", "evaluation", "hub"},
     "conversion.py": {"neurons", "layers", "encoding", "registry", "transforms", "hub"},
     "export.py": {"neurons", "layers", "models", "transforms", "checkpoint", "hub", "_version"},
-    "deploy.py": {"neurons", "layers", "transforms", "counters", "checkpoint"},
+    "deploy.py": {"neurons", "layers", "transforms", "counters", "checkpoint", "sparse"},
     "__init__.py": {"*"},
 }
 SCRIPTS = ("train.py", "validate.py", "benchmark.py")
