@@ -741,6 +741,8 @@ def conv_limit_side(model: SpikingModel, images: Tensor, labels: Tensor, setting
     half = settings.precision == "bf16" or settings.amp
     last = settings.precision in ("bf16", "int8") or settings.channels_last
     layers, inputs = [], []
+    # Deployed, the first layer and the head stay in float32.
+    whole = {next(iter(shapes))} if settings.precision == "bf16" else set()
     for name, shape in shapes.items():
         spikes = (torch.rand(shape, device=settings.device) < 0.2).float()
         layer = copy.deepcopy(found[name]).requires_grad_(False)
@@ -748,7 +750,7 @@ def conv_limit_side(model: SpikingModel, images: Tensor, labels: Tensor, setting
             layer, spikes = _Sums(layer), spikes.to(torch.uint8)
         else:
             set_ternary(layer, False)
-            if half and not name.startswith("head."):  # deploy keeps the head in float32
+            if half and not name.startswith("head.") and name not in whole:
                 layer, spikes = layer.to(torch.bfloat16), spikes.to(torch.bfloat16)
         if last:
             layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -162,7 +162,7 @@ class EightBit(nn.Module):
         weight = layer.weight.detach()
         found = _whole(layer) or levels_of(round_to_levels(weight))
         if found is None:
-            raise ValueError(f"A weight of {layer} is not finite: there are no eight-bit levels of it.")
+            raise ValueError(f"A weight of {layer} is not finite, or too large for eight-bit levels.")
         whole, scale = found
         self.linear = isinstance(layer, nn.Linear)
         conv = None if isinstance(layer, nn.Linear) else layer
@@ -392,16 +392,16 @@ def _check(model: nn.Module, precision: str) -> None:
         raise ValueError(f"The model has parameters of {', '.join(map(str, weird))}: deploy model.float().")
 
 
-class _Half(nn.Module):
-    """A convolution or linear layer in bfloat16, whatever it is given."""
+class _In(nn.Module):
+    """A convolution or linear layer that computes in one type, whatever it is given."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, dtype: torch.dtype) -> None:
         super().__init__()
-        self.layer = layer.to(torch.bfloat16)
+        self.layer, self.dtype = layer.to(dtype), dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
-        return self.layer(x.to(torch.bfloat16))
+        return self.layer(x.to(self.dtype))
 
 
 def _threshold(neuron: nn.Module | None, channels: int, like: Tensor) -> Tensor:
@@ -409,7 +409,8 @@ def _threshold(neuron: nn.Module | None, channels: int, like: Tensor) -> Tensor:
     if not isinstance(neuron, SpikingNeuron):
         return torch.zeros_like(like)
     folded, config = neuron.folded, neuron.config
-    at = torch.full_like(like, config.threshold) if folded is None else folded.threshold.view(channels, -1).mean(1)
+    # Of thresholds that differ from place to place the one in the middle: a mean would follow the odd ones out.
+    at = folded.threshold.view(channels, -1).median(1).values if folded else torch.full_like(like, config.threshold)
     one = torch.ones_like(like)
     rest = one * (config.v_reset + config.v_init)
     # The charge is linear in its input.
@@ -424,12 +425,16 @@ def _to_bf16(model: nn.Module, first: nn.Module) -> str:
     for neuron in neurons:
         neuron.spike_dtype = torch.bfloat16
     joins: dict[nn.Module, nn.Module] = {m.conv2: m.neuron for m in model.modules() if isinstance(m, ResidualBlock)}
-    whole = total = 0
+    whole = done = total = 0
     for block in list(model.modules()):
-        if not isinstance(block, ConvNormNeuron | LinearNormNeuron) or block is first:
+        if not isinstance(block, ConvNormNeuron | LinearNormNeuron):
             continue
+        total += 1
         inner = "conv" if isinstance(block, ConvNormNeuron) else "linear"
         layer = getattr(block, inner)
+        if block is first or not _is_affine(block):
+            setattr(block, inner, _In(layer, torch.float32))
+            continue
         found = _whole(layer)
         weight, gain = (layer.weight, torch.ones(())) if found is None else found
         scale, shift = _affine(block.norm, layer)
@@ -439,11 +444,24 @@ def _to_bf16(model: nn.Module, first: nn.Module) -> str:
         centre = (shift - _threshold(joins.get(block) or block.neuron, len(shift), shift)) / scale
         added = centre.nan_to_num(0, 0, 0).bfloat16()
         set_ternary(layer, False)
-        layer.weight, layer.bias = nn.Parameter(weight.to(torch.float32), False), nn.Parameter(added, False)
-        setattr(block, inner, _Half(layer))
+        layer.weight, layer.bias = nn.Parameter(weight.float(), False), nn.Parameter(added, False)
+        setattr(block, inner, _In(layer, torch.bfloat16))
         block.norm = Affine(scale, shift - scale * added.float(), torch.float32 if neurons else torch.bfloat16)
-        total, whole = total + 1, whole + (found is not None)
-    return f"{total} convolutions and linear layers in bfloat16, {whole} of them with weights that it holds exactly"
+        done, whole = done + 1, whole + (found is not None)
+    return f"{done} of {total} convolutions and linear layers before the head in bfloat16, {whole} with exact weights"
+
+
+def _is_affine(block: ConvNormNeuron | LinearNormNeuron) -> bool:
+    """Whether what follows a layer's sums is a scale and a shift a channel, which its pooling lets through."""
+    pool, norm = getattr(block, "pool", None), block.norm
+    if isinstance(pool, nn.AvgPool2d):
+        if pool.divisor_override or (pool.count_include_pad and pool.padding not in (0, (0, 0))):
+            return False
+    elif not isinstance(pool, nn.MaxPool2d | None):
+        return False
+    if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return norm.running_mean is not None
+    return isinstance(norm, nn.Identity | None)
 
 
 def _whole(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
@@ -457,7 +475,7 @@ def _affine(norm: nn.Module | None, layer: nn.Conv2d | nn.Linear) -> tuple[Tenso
     """What a norm and the bias of the layer before it multiply the layer's sums with and add to them."""
     zero = layer.weight.new_zeros(len(layer.weight))
     bias = zero if layer.bias is None else layer.bias
-    if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return zero + 1, bias.clone()
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
@@ -540,8 +558,8 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         precision: ``exact``: the same spikes as the model, in float32. ``bf16``: weights and spikes in bfloat16, the
             first layer, norms and membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit
             sums; bit for bit the model where those layers are baked binary tickets, otherwise weights rounded per
-            channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, as the shipped
-            ones.
+            channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, such as the
+            weights that come with the package.
         example: Input of the shape that will be used, ``[B, C, H, W]`` or ``[B, T, C, H, W]``, which is compiled at
             once; None compiles at the first call. Another shape is compiled anew, once.
 
@@ -567,7 +585,9 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
-    like = torch.zeros(1, *copied.input_shape, device=device) if example is None else example[:1].to(device)
+    if example is not None:
+        copied._check_input(example)
+    like = torch.zeros(1, *copied.input_shape, device=device) if example is None else example[:1].to(device).float()
     if precision == "bf16":
         notes.append(_to_bf16(copied, _first(copied, like)))
         if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():

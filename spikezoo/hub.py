@@ -245,7 +245,9 @@ def save_checkpoint(
             if tensor.is_floating_point() and tensor.dim() > 1 and not (sparse and _binary(tensor))
         }
         layers = {
-            f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+            f"{path}.weight"
+            for path, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Conv2d | nn.Linear)
         }
         state |= {
             name: state[name].to(torch.float16 if dtype == torch.int8 else dtype)

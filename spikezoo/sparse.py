@@ -10,16 +10,18 @@ compressed-tensors, with the mask over ``p.reshape(shape[0], -1)`` so that convo
     p.signs        ticket code: one bit a kept value, in order, set where it is negative; left out where the signs
                    come from a seed, which then stands in the metadata with a hash of what it has to give
 
-The mask code, of tensors of bool, is p.shape and p.bitmask alone. The levels code, of float32 weights that
-:func:`round_to_levels` made, is two other tensors, of which the first may be in the bitmask code itself:
-
-    p.levels       int8, whole numbers from -127 to 127
-    p.scale        float32, what each row of them is multiplied with
+The mask code, of tensors of bool, is p.shape and p.bitmask alone. Masks have codes of their own:
 
     bits           one bit an entry, little-endian, every row padded to whole bytes
     deflate        those bytes, Huffman coded
     gaps, holes    distances between the entries that are (holes: that are not) kept, in bytes, Huffman coded: close
                    to the entropy of sparse (nearly full) masks
+
+The levels code, of float32 weights that :func:`round_to_levels` made, is two other tensors, of which the first may be
+in the bitmask code itself:
+
+    p.levels       int8, whole numbers from -127 to 127
+    p.scale        float32, what each row of them is multiplied with
 
 "Zero" means all bits zero: minus zero is kept as a value.
 """
@@ -120,11 +122,14 @@ def round_to_levels(weight: Tensor) -> Tensor:
     than the finest scale that reaches the largest weight. Weights that were rounded stay as they are.
 
     Args:
-        weight: ``[rows, ...]``, at least two dimensions, floating point.
+        weight: ``[rows, ...]``, at least two dimensions, float32 or float64.
 
     Returns:
-        The rounded weights, of the same shape and type; nan and infinity make nan of their row.
+        The rounded weights, of the same shape and type. Nan and infinity make nan of their row, and numbers next to the
+        largest one infinity.
     """
+    if not weight.numel():
+        return weight.clone()
     rows = _rows_of(weight)
     scale = _scales(rows)
     # Adding zero turns minus zero, which is no level, into zero.
@@ -135,7 +140,7 @@ def levels_of(weight: Tensor) -> tuple[Tensor, Tensor] | None:
     """The levels of weights that :func:`round_to_levels` made.
 
     Args:
-        weight: ``[rows, ...]``.
+        weight: ``[rows, ...]``, float32 or float64.
 
     Returns:
         The levels, int8 in the shape of ``weight``, and the scales ``[rows]`` in its type, whose product it is
@@ -245,17 +250,9 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
     kept = int(np.count_nonzero(mask))
     boolean = tensor.dtype == torch.bool
     ticket = tensor.is_floating_point() and _one_magnitude(bits, mask) and not values[int(mask.argmax())].isnan()
-    if tensor.dtype == torch.float32 and kept and not ticket and (found := levels_of(tensor)) is not None:
-        levels, scale = found
-        negative_zero = np.signbit(tensor.numpy()) & (levels.numpy() == 0)
-        if not negative_zero.any():
-            inner = _encode_tensor(f"{name}.levels", levels, None)
-            parts = {"levels": levels} if inner is None else {f"levels.{key}": part for key, part in inner[1].items()}
-            parts["scale"] = scale
-            if sum(part.nbytes + _ENTRY_BYTES for part in parts.values()) < tensor.nbytes + _ENTRY_BYTES:
-                return {"code": "levels"} | ({} if inner is None else {"levels": inner[0]}), parts
-    if not (ticket or boolean) and kept * tensor.element_size() + tensor.numel() // 100 >= tensor.nbytes:
-        return None  # even the best mask would not pay
+    best = _encode_levels(name, tensor) if tensor.dtype == torch.float32 and kept and not ticket else None
+    if not (ticket or boolean) and kept * tensor.element_size() + tensor.numel() // 100 >= _size(best, tensor):
+        return best  # even the best mask would not pay
     code, packed = _pack_mask(mask, shape)
     parts = {"shape": torch.tensor(shape), "bitmask": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}
     facts: dict[str, Any] = {"code": "ticket" if ticket else "mask" if boolean else "bitmask", "mask": code}
@@ -269,8 +266,25 @@ def _encode_tensor(name: str, tensor: Tensor, seed: int | None) -> tuple[dict[st
             parts["signs"] = torch.from_numpy(np.packbits(negative[mask], bitorder="little"))
     elif not boolean:
         parts["compressed"] = torch.from_numpy(bits[mask]).view(tensor.dtype) if kept else values[:0]
-    coded = sum(part.nbytes + _ENTRY_BYTES for part in parts.values())
-    return (facts, parts) if coded < tensor.nbytes + _ENTRY_BYTES else None
+    return (facts, parts) if _size((facts, parts), tensor) < _size(best, tensor) else best
+
+
+def _encode_levels(name: str, tensor: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """The levels code of one tensor, or None where it has none or dense is as small."""
+    if (found := levels_of(tensor)) is None:
+        return None
+    levels, scale = found
+    if (np.signbit(tensor.numpy()) & (levels.numpy() == 0)).any():
+        return None  # minus zero is no level
+    inner = _encode_tensor(f"{name}.levels", levels, None)
+    parts = {"levels": levels} if inner is None else {f"levels.{key}": part for key, part in inner[1].items()}
+    coded = {"code": "levels"} | ({} if inner is None else {"levels": inner[0]}), {"scale": scale, **parts}
+    return coded if _size(coded, tensor) < _size(None, tensor) else None
+
+
+def _size(coded: tuple[dict[str, Any], dict[str, Tensor]] | None, tensor: Tensor) -> int:
+    """Bytes of a coded tensor in a file, about; None is dense."""
+    return sum(part.nbytes + _ENTRY_BYTES for part in ([tensor] if coded is None else coded[1].values()))
 
 
 def _one_magnitude(bits: np.ndarray, mask: np.ndarray) -> bool:
@@ -356,11 +370,13 @@ def _decode_levels(name: str, facts: Mapping[str, Any], parts: Mapping[str, Tens
         levels = _decode_tensor(f"{name}.levels", inner, coded)
     else:
         raise ValueError(f"{name} is stored in the parts {sorted(parts)}: its code 'levels' has levels and scale.")
-    if levels.dtype != torch.int8 or levels.dim() < 2:
-        raise ValueError(f"{name}.levels is {tuple(levels.shape)} of {levels.dtype}: no levels.")
+    if levels.dtype != torch.int8 or levels.dim() < 2 or not levels.numel() or levels.min() < -_MOST_LEVEL:
+        raise ValueError(f"{name}.levels is {tuple(levels.shape)} of {levels.dtype}: no levels from -127 to 127.")
     if scale is None or scale.dtype != torch.float32 or scale.shape != levels.shape[:1]:
         found = "missing" if scale is None else f"{tuple(scale.shape)} of {scale.dtype}"
         raise ValueError(f"{name}.scale is {found}; its {len(levels):,} rows of levels need one float32 each.")
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise ValueError(f"{name}.scale has the values {scale[:3].tolist()}: expected positive numbers.")
     return levels * scale.view(-1, *[1] * (levels.dim() - 1))
 
 

@@ -501,7 +501,16 @@ def test_sums_of_levels_are_exact_in_float32():
     assert torch.equal((spikes[:, order] @ weight[:, order].T), exact.float())
 
 
+def test_levels_only_where_they_are_smallest(round_trip):
+    few = torch.zeros(4096, 16)
+    few[::14, 3], few[::14, 5] = 127, 100
+    _, stored, codes = round_trip({"a": few})
+    assert levels_of(few) is not None and codes["a"]["code"] == "bitmask"
+    assert sum(part.nbytes for part in stored.values()) < 4096 * 4
+
+
 def test_weights_that_have_no_levels():
+    assert round_to_levels(torch.zeros(3, 0)).shape == (3, 0)
     assert round_to_levels(torch.tensor([[torch.inf, 1], [1, 2]])).isnan().any(1).tolist() == [True, False]
     for bad in ([[torch.nan, 1.0]], [[torch.inf, 1.0]], [[1.0, 1 / 3]]):
         assert levels_of(torch.tensor(bad)) is None
@@ -526,6 +535,12 @@ MALFORMED = {
     "levels with a shape": (levels(**{"levels.shape": torch.tensor([2, 3])}), "stored in the parts"),
     "levels of int16": (levels(levels=torch.ones(2, 3, dtype=torch.int16)), r"a\.levels is .*int16: no levels"),
     "levels of one dimension": (levels(levels=torch.ones(2, dtype=torch.int8)), r"a\.levels is \(2,\)"),
+    "level -128": (levels(levels=torch.tensor([[-128, 1], [2, 3]], dtype=torch.int8)), "from -127 to 127"),
+    "no columns of levels": (levels(levels=torch.ones(2, 0, dtype=torch.int8)), "no levels"),
+    **{
+        f"scale {value}": (levels(scale=torch.tensor([1.0, value])), "expected positive numbers")
+        for value in (0.0, -1.0, torch.inf, torch.nan)
+    },
     "three scales": (levels(scale=torch.ones(3)), r"a\.scale is \(3,\) .*2 rows"),
     "scales of float16": (levels(scale=torch.ones(2).half()), r"a\.scale is .*float16.*2 rows"),
     "levels in the code of tickets": (levels({"levels": {"code": "ticket", "mask": "bits"}}), "stored in the parts"),
