@@ -418,7 +418,8 @@ def test_limit_has_the_layers_of_the_network(benchmark, monkeypatch):
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     assert [layer.weight.shape for layer, _ in seen] == [layer.weight.shape for layer in layers]
     assert [len(x) for _, x in seen] == [3, *(len(layers) - 2) * [6], 3]  # the image once, then T*B, the head once
-    assert {x.dtype for _, x in seen[:-1]} == {torch.bfloat16} and seen[-1][1].dtype == torch.float32
+    types = [x.dtype for _, x in seen]  # deployed, the first layer and the head stay in float32
+    assert types == [torch.float32, *(len(layers) - 2) * [torch.bfloat16], torch.float32]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for _, x in seen if x.dim() == 4)
 
 
