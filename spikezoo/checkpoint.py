@@ -256,9 +256,10 @@ def load_sparse_file(path: str | Path) -> dict[str, Tensor]:
     ours = sparse.METADATA_KEY in metadata
     _check_hash(path, ours)
     if not ours:
-        if any(name.endswith((".bitmask", ".compressed")) for name in stored):
+        marks = (".bitmask", ".compressed", ".levels")
+        if found := next((mark for mark in marks if any(name.endswith(mark) for name in stored)), None):
             raise ValueError(
-                f"{path} holds sparse tensors (*.bitmask) and its metadata do not name spikezoo's code: it is damaged, "
+                f"{path} holds sparse tensors (*{found}) and its metadata do not name spikezoo's code: it is damaged, "
                 "or another library wrote it."
             )
         return stored

@@ -34,7 +34,7 @@ from spikezoo.checkpoint import (
     write_checkpoint,
 )
 from spikezoo.neurons import MembraneNorm, SpikingNeuron
-from spikezoo.sparse import METADATA_KEY, round_to_levels
+from spikezoo.sparse import METADATA_KEY, encode, round_to_levels
 from spikezoo.transforms import TRANSFORMS, apply
 
 
@@ -778,6 +778,18 @@ def test_unknown_version_of_the_sparse_code(checkpoints, tmp_path):
     save_file(load_file(path), path)  # its metadata lost, its hash forged
     edited(folder, lambda config: config["spikezoo"]["sha256"].update({"model.safetensors": file_hash(path)}))
     refused(folder, "holds sparse tensors (*.bitmask)")
+
+
+def test_levels_whose_mark_is_lost(tmp_path):
+    path = tmp_path / "model.safetensors"
+    weights = round_to_levels(torch.randn(64, 64))
+    stored, metadata = encode({"a": weights})
+    assert stored.keys() == {"a.levels", "a.scale"}  # without a bitmask
+    save_file(stored, path, metadata)
+    same(load_sparse_file(path)["a"], weights)
+    save_file(stored, path)
+    with pytest.raises(ValueError, match=r"holds sparse tensors \(\*\.levels\)"):
+        load_sparse_file(path)
 
 
 def test_numbers_that_are_none(tmp_path, folder):
