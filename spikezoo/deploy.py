@@ -36,6 +36,7 @@ from spikezoo.layers import (
     ResidualBlock,
     TernaryConv2d,
     TernaryLinear,
+    is_mean,
     set_ternary,
     signs_and_gain,
 )
@@ -221,7 +222,7 @@ def _levels(model: nn.Module, example: Tensor) -> dict[nn.Module, int]:
     def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         _, level = known.get(id(inputs[0]), (None, 0))
         if level and not getattr(module, "average", False):
-            found[module.conv if isinstance(module, ConvNormNeuron) else module.linear] = level  # type: ignore[index]
+            found[getattr(module, _inner(module))] = level
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         if isinstance(module, Pool):
@@ -392,6 +393,11 @@ def _check(model: nn.Module, precision: str) -> None:
         raise ValueError(f"The model has parameters of {', '.join(map(str, weird))}: deploy model.float().")
 
 
+def _inner(block: nn.Module) -> str:
+    """What a block calls its convolution or linear layer."""
+    return "conv" if isinstance(block, ConvNormNeuron) else "linear"
+
+
 class _In(nn.Module):
     """A convolution or linear layer that computes in one type, whatever it is given."""
 
@@ -430,7 +436,7 @@ def _to_bf16(model: nn.Module, first: nn.Module) -> str:
         if not isinstance(block, ConvNormNeuron | LinearNormNeuron):
             continue
         total += 1
-        inner = "conv" if isinstance(block, ConvNormNeuron) else "linear"
+        inner = _inner(block)
         layer = getattr(block, inner)
         if block is first or not _is_affine(block):
             setattr(block, inner, _In(layer, torch.float32))
@@ -454,10 +460,7 @@ def _to_bf16(model: nn.Module, first: nn.Module) -> str:
 def _is_affine(block: ConvNormNeuron | LinearNormNeuron) -> bool:
     """Whether what follows a layer's sums is a scale and a shift a channel, which its pooling lets through."""
     pool, norm = getattr(block, "pool", None), block.norm
-    if isinstance(pool, nn.AvgPool2d):
-        if pool.divisor_override or (pool.count_include_pad and pool.padding not in (0, (0, 0))):
-            return False
-    elif not isinstance(pool, nn.MaxPool2d | None):
+    if not (is_mean(pool) if isinstance(pool, nn.AvgPool2d) else isinstance(pool, nn.MaxPool2d | None)):
         return False
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         return norm.running_mean is not None
@@ -528,7 +531,7 @@ def _to_int8(model: nn.Module, example: Tensor) -> str:
         for name, child in parent.named_children():
             if isinstance(child, ConvNormNeuron | LinearNormNeuron):
                 total += 1
-                inner = "conv" if isinstance(child, ConvNormNeuron) else "linear"
+                inner = _inner(child)
                 layer = getattr(child, inner)
                 if layer in levels:
                     setattr(child, inner, EightBit(layer, levels[layer]))

@@ -244,17 +244,12 @@ def save_checkpoint(
             for name, tensor in state.items()
             if tensor.is_floating_point() and tensor.dim() > 1 and not (sparse and _binary(tensor))
         }
-        layers = {
-            f"{path}.weight"
-            for path, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Conv2d | nn.Linear)
-        }
-        state |= {
-            name: state[name].to(torch.float16 if dtype == torch.int8 else dtype)
-            if dtype != torch.int8 or name not in layers
-            else round_to_levels(state[name])
-            for name in many
-        }
+        eight: set[str] = set()
+        rest = dtype
+        if dtype == torch.int8:
+            rest, modules = torch.float16, model.named_modules(remove_duplicate=False)
+            eight = {f"{path}.weight" for path, module in modules if isinstance(module, nn.Conv2d | nn.Linear)}
+        state |= {name: round_to_levels(state[name]) if name in eight else state[name].to(rest) for name in many}
         if lost := [name for name in sorted(many) if not state[name].isfinite().all()]:
             raise ValueError(f"dtype={dtype} cannot hold the values of {lost[0]}. Store it as it is (dtype=None).")
     size: Any = model.img_size

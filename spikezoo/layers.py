@@ -141,6 +141,11 @@ class TernaryLinear(_Ternary, nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+def is_mean(pool: nn.AvgPool2d) -> bool:
+    """Whether an average pooling is a mean of entries of the map everywhere, which lets a shift of all pass through."""
+    return pool.divisor_override is None and (pool.padding in (0, (0, 0)) or not pool.count_include_pad)
+
+
 _TERNARY: dict[type, type] = {nn.Conv2d: TernaryConv2d, nn.Linear: TernaryLinear}
 
 

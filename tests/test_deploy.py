@@ -286,6 +286,8 @@ def test_eight_bit_layer_is_the_layer_of_the_rounded_weights(layer):
     rounded = copy.deepcopy(layer)
     with torch.no_grad():
         rounded.weight.copy_(round_to_levels(layer.weight))
+        step = layer.weight.abs().max() / 127 * 9 / 8  # four bits of a scale are at most an eighth above it
+        assert (rounded.weight - layer.weight).abs().max() <= step / 2 + 1e-7
         torch.testing.assert_close(eight(x), rounded(x), rtol=1e-5, atol=1e-6)
         assert (eight(x) - layer(x)).abs().max() > 1e-5
         torch.testing.assert_close(copy.deepcopy(eight)(x), eight(x), rtol=0, atol=0)

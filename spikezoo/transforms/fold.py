@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, set_ternary
+from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, is_mean, set_ternary
 from spikezoo.neurons import FoldedThreshold, SpikingNeuron, spike
 
 __all__ = ["fold_bn", "fold_mpbn"]
@@ -180,7 +180,7 @@ def _check_pool(name: str, pool: nn.Module | None, scale: Tensor) -> None:
             "maximum into a minimum. Keep this model unfolded.",
         )
     elif isinstance(pool, nn.AvgPool2d):
-        if pool.divisor_override is not None or (pool.padding not in (0, (0, 0)) and pool.count_include_pad):
+        if not is_mean(pool):
             raise ValueError(
                 f"Layer {name!r}: {pool} counts padding or has its own divisor, so the norm's shift does not pass "
                 "through it. Use count_include_pad=False, or keep this model unfolded."
