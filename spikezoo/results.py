@@ -34,7 +34,7 @@ from typing import Any
 import yaml
 
 from spikezoo.checkpoint import atomic
-from spikezoo.evaluation import write_rows
+from spikezoo.evaluate import write_rows
 from spikezoo.hub import portable_command, portable_place
 from spikezoo.neurons import nearest
 

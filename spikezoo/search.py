@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic
 from spikezoo.data import create_loader, dataset_info, natural_dataset
-from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.evaluate import environment, evaluate, write_rows
 from spikezoo.neurons import SpikingNeuron, nearest
 from spikezoo.registry import create_model
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spikezoo.counters import count
+from spikezoo.counting import count
 from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import Maskable, SpikingNeuron, nearest
 from spikezoo.transforms.fold import _record
