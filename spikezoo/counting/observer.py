@@ -342,10 +342,10 @@ class Observer:
 
     def _rate(self, row: Row, x: Tensor, events: Events, arrived: Tensor) -> float:
         assert events.signal.unit is not None
-        number = _integer(arrived)
-        fired = number * float(events.signal.unit / events.signal.spike)
+        spikes = _integer(arrived)
+        fired = spikes * float(events.signal.unit / events.signal.spike)
         row.spiking = True
-        row.events += number
+        row.events += spikes
         row.fired += fired
         row.places += x.numel()
         return fired / x.numel()

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spikezoo.checks import number, switch, whole
 from spikezoo.counting.mode import observe
 from spikezoo.counting.observer import Observer, Tally
 from spikezoo.counting.results import Count, CountSummary
@@ -33,21 +34,13 @@ class _Prices:
     neuron_ops: bool
 
     def __post_init__(self) -> None:
-        for name in ("mac_pj", "sop_pj", "pj_per_byte"):
-            value = getattr(self, name)
-            if name == "pj_per_byte" and value is None:
-                continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-                raise ValueError(
-                    f"{name}={value!r}: expected an energy in picojoule, a number >= 0; the papers take mac_pj=4.6 and "
-                    "sop_pj=0.9."
-                )
-        if isinstance(self.norm_ops, bool) or not isinstance(self.norm_ops, int) or self.norm_ops < 0:
-            raise ValueError(
-                f"norm_ops={self.norm_ops!r}: expected operations per element of a norm, an integer: 0 or 4."
-            )
-        if not isinstance(self.neuron_ops, bool):
-            raise ValueError(f"neuron_ops={self.neuron_ops!r}: expected True or False.")
+        wanted = "an energy in picojoule, a number >= 0; the papers take mac_pj=4.6 and sop_pj=0.9"
+        number("mac_pj", self.mac_pj, 0, expected=wanted)
+        number("sop_pj", self.sop_pj, 0, expected=wanted)
+        if self.pj_per_byte is not None:
+            number("pj_per_byte", self.pj_per_byte, 0, expected=wanted)
+        whole("norm_ops", self.norm_ops, 0, expected="operations per element of a norm, an integer: 0 or 4")
+        switch("neuron_ops", self.neuron_ops)
 
     def count(self, tally: Tally, T: int) -> Count:
         """Divide sums by the number of images and price them."""
@@ -177,9 +170,8 @@ def count_loader(
     """
     prices = _Prices(mac_pj, sop_pj, pj_per_byte, norm_ops, neuron_ops)
     _check_inputs(inputs)
-    for name, value in (("images", images), ("piece", piece)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected an integer >= 1.")
+    whole("images", images)
+    whole("piece", piece)
     model = _original(model)
     first = next(iter(model.parameters()), None)
     observer = Observer(model)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron, nearest
+from spikezoo.checks import nearest
+from spikezoo.neurons import ReLU, Sign, SpikingNeuron
 from spikezoo.pictures.figure import bare, check_picture, event_pixels, write
 
 __all__ = ["activation_maps", "caption", "draw_activations", "draw_events", "draw_patches"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.checks import nearest
+from spikezoo.neurons import SpikingNeuron
 from spikezoo.pictures.figure import check_picture, write
 
 __all__ = ["draw_raster", "spikes_over_time"]
