@@ -80,8 +80,9 @@ from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, r
 from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import environment, evaluate, input_options, write_rows
-from spikezoo.hub import check_repo_id, describe
+from spikezoo.hub import check_repo_id
 from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates
+from spikezoo.saving import describe
 from spikezoo.transforms import FLAGS, replay
 from spikezoo.transforms.dynsnn import (
     check_reactivation,

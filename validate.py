@@ -38,9 +38,12 @@ from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
-from spikezoo.hub import check_repo_id, check_shipping, describe, portable_command, ship, training_facts
+from spikezoo.factory import is_reference, locate
+from spikezoo.hub import check_repo_id
+from spikezoo.hub.provenance import portable_command, training_facts
+from spikezoo.hub.ship import check_shipping, ship
 from spikezoo.neurons import WithRates
-from spikezoo.registry import is_reference, locate
+from spikezoo.saving import describe
 from spikezoo.transforms.tickets import tickets
 
 # Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines

@@ -69,7 +69,9 @@ from spikezoo.evaluate import (
 )
 from spikezoo.events import open_events
 from spikezoo.export import check_suffix, export
-from spikezoo.hub import push_all, push_folder, save_checkpoint, training_facts
+from spikezoo.hub import push_all, push_folder
+from spikezoo.hub.provenance import training_facts
+from spikezoo.saving import save_checkpoint
 from spikezoo.transforms import apply
 from spikezoo.transforms.dynsnn import (
     compacted,

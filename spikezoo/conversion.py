@@ -22,10 +22,10 @@ from torch.nn.utils import parametrize
 
 from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
-from spikezoo.hub import describe
+from spikezoo.factory import create_model
 from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock
 from spikezoo.neurons import ReLU, Sign, SpikingNeuron
-from spikezoo.registry import create_model
+from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, replay
 
 __all__ = ["convert"]

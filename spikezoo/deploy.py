@@ -5,7 +5,7 @@ layers on spikes in bfloat16, the first layer, norms and membrane potentials in 
 and multiplies them with eight-bit weights, summed in 32 bits.
 
 Weights that are whole numbers times a scale, as those of a baked binary ticket (-1, 0 and +1) and those that
-:func:`spikezoo.sparse.round_to_levels` made, are these whole numbers in ``bf16`` and ``int8``, and scale and norm
+:func:`round_to_levels` made, are these whole numbers in ``bf16`` and ``int8``, and scale and norm
 come after the sum: in ``int8`` the potentials are the model's, of a ticket in every bit. In ``bf16`` only the sum is
 rounded, and since the distance to the threshold is what is summed, that is finest where the spike is decided.
 
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from spikezoo.checkpoint.sparse import levels_of, round_to_levels
 from spikezoo.checks import choice
 from spikezoo.layers import (
     ConvNormNeuron,
@@ -42,7 +43,6 @@ from spikezoo.layers import (
     signs_and_gain,
 )
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.sparse import levels_of, round_to_levels
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import tickets
@@ -561,7 +561,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         precision: ``exact``: the same spikes as the model, in float32. ``bf16``: weights and spikes in bfloat16, the
             first layer, norms and membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit
             sums; bit for bit the model where those layers are baked binary tickets, otherwise weights rounded per
-            channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, such as the
+            channel, which changes nothing in those that :func:`round_to_levels` made, such as the
             weights that come with the package.
         example: Input of the shape that will be used, ``[B, C, H, W]`` or ``[B, T, C, H, W]``, which is compiled at
             once; None compiles at the first call. Another shape is compiled anew, once.

@@ -38,10 +38,10 @@ from torch import Tensor, nn
 
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
-from spikezoo.hub import describe
 from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock, conv_out
 from spikezoo.models.spikformer import SpikingSelfAttention
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
+from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, fold_mpbn
 from spikezoo.transforms.tickets import tickets
 

@@ -43,8 +43,8 @@ from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, is_whole, nearest, number, whole
 from spikezoo.data import create_loader, dataset_info, natural_dataset
 from spikezoo.evaluate import environment, evaluate, write_rows
+from spikezoo.factory import create_model
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.registry import create_model
 
 __all__ = [
     "MEASURED",

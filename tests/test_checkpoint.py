@@ -20,10 +20,10 @@ from timm.models import adapt_input_conv
 from torch import nn
 
 import spikezoo
-from spikezoo import checkpoint
 from spikezoo.checkpoint import (
     atomic,
     file_hash,
+    files,
     find_weights,
     load_sparse_file,
     load_state,
@@ -31,10 +31,13 @@ from spikezoo.checkpoint import (
     read_config,
     read_weights,
     save_state,
+    weights,
     write_checkpoint,
 )
+from spikezoo.checkpoint.config import config_hash
+from spikezoo.checkpoint.files import open_tensors
+from spikezoo.checkpoint.sparse import METADATA_KEY, encode, round_to_levels
 from spikezoo.neurons import MembraneNorm, SpikingNeuron
-from spikezoo.sparse import METADATA_KEY, encode, round_to_levels
 from spikezoo.transforms import TRANSFORMS, apply
 
 
@@ -171,7 +174,7 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_state(path, {"epoch": 2})
     assert load_state(path) == {"epoch": 1} and os.listdir(tmp_path) == ["a.safetensors"]
@@ -692,7 +695,7 @@ def edited(folder, edit):
     config = json.loads((folder / "config.json").read_text())
     edit(config)
     if isinstance(config.get("spikezoo"), dict):
-        config["spikezoo"]["sha256"]["config.json"] = checkpoint._config_hash(config)
+        config["spikezoo"]["sha256"]["config.json"] = config_hash(config)
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -769,7 +772,7 @@ def test_recipe_lost_from_a_folded_checkpoint(checkpoints, tmp_path):
 def test_unknown_version_of_the_sparse_code(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints / "sparse", tmp_path / "copy")
     path = folder / "model.safetensors"
-    with checkpoint._open(path) as file:
+    with open_tensors(path) as file:
         facts = json.loads(file.metadata()[METADATA_KEY])
     save_file(load_file(path), path, {METADATA_KEY: json.dumps({**facts, "version": 2})})
     refused(folder, "its sha256 is")
@@ -838,8 +841,8 @@ def half_a_file(error):
 FAULTS = {
     "weights, no room": ("save_file", half_a_file(OSError(errno.ENOSPC, "No space left on device"))),
     "weights, forbidden": ("save_file", half_a_file(PermissionError(errno.EACCES, "Permission denied"))),
-    "config, no room": ("_write_config", half_a_file(OSError(errno.ENOSPC, "No space left on device"))),
-    "interrupted": ("_write_config", half_a_file(KeyboardInterrupt())),
+    "config, no room": ("write_config", half_a_file(OSError(errno.ENOSPC, "No space left on device"))),
+    "interrupted": ("write_config", half_a_file(KeyboardInterrupt())),
 }
 
 
@@ -848,9 +851,9 @@ def test_faults_in_writing_leave_no_trace(folder, tmp_path, monkeypatch, case):
     before, old = content(folder), answers(load(folder))
     if case.startswith(("config", "interrupted")):
         fault = FAULTS[case][1]
-        monkeypatch.setattr(checkpoint, FAULTS[case][0], lambda path, config, weights: fault(None, path, None))
+        monkeypatch.setattr(weights, FAULTS[case][0], lambda path, config, weights: fault(None, path, None))
     else:
-        monkeypatch.setattr(checkpoint, *FAULTS[case])
+        monkeypatch.setattr(files, *FAULTS[case])
     for target in (folder, tmp_path / "new"):
         with pytest.raises((OSError, KeyboardInterrupt)):
             spikezoo.save_checkpoint(made("test_spiking_vgg"), target)

@@ -1,223 +1,91 @@
-"""Checkpoints: safetensors files written atomically, read with checks, loaded strictly or not at all.
-
-A checkpoint is a folder of ``model.safetensors`` (see :mod:`spikezoo.sparse` for the code of its tensors) and
-``config.json``, which says how to make the model, what was measured, and the sha256 of the weights and of itself.
-"""
+"""Weights: read from sparse, dense, pickled and training files, loaded strictly or not at all, and written."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
-import os
-import secrets
+import math
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from spikezoo import sparse
-from spikezoo.checks import nearest
+from spikezoo.checkpoint import sparse
+from spikezoo.checkpoint.config import Config, read_config, write_config
+from spikezoo.checkpoint.files import (
+    CONFIG_NAME,
+    PICKLES,
+    WEIGHTS_NAME,
+    atomic,
+    check_file,
+    file_hash,
+    find_weights,
+    hint,
+    open_tensors,
+    write_tensors,
+)
+from spikezoo.checkpoint.state import is_state, load_state
 
-__all__ = [
-    "CONFIG_NAME",
-    "WEIGHTS_NAME",
-    "atomic",
-    "check_nan",
-    "copy_checkpoint",
-    "file_hash",
-    "find_weights",
-    "load_sparse_file",
-    "load_state",
-    "load_weights",
-    "read_config",
-    "read_weights",
-    "save_state",
-    "write_checkpoint",
-]
+__all__ = ["check_nan", "copy_checkpoint", "load_sparse_file", "load_weights", "read_weights", "stored_numbers"]
+__all__ += ["write_checkpoint"]
 
 _logger = logging.getLogger("spikezoo")
 
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
-CONFIG_VERSION = 1
-# What config.json may name as the code of the tensors: a name from a file never decides what code runs.
-FORMATS = ("dense", "spikezoo-sparse")
-STATE_VERSION = "spikezoo-state/1"
+# Where trainers put the weights among other things, and the averaged ones.
+_WEIGHTS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
+# What torch's wrappers (DistributedDataParallel, torch.compile, AveragedModel) put before every name.
+_WRAPPERS = ("module.", "_orig_mod.")
 
 
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its name when the block ends well, and vanishes otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two savers never share it
-    try:
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # safetensors writes files that only their owner may read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _unwrap(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Names without what wrappers put before all of them, in whatever order."""
+    found = {str(name): tensor for name, tensor in weights.items()}
+    while prefix := next((p for p in _WRAPPERS if found and all(name.startswith(p) for name in found)), ""):
+        found = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+    return found
 
 
-def file_hash(path: str | Path) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-# ------------------------------------------------------------------------------------------- training state
-
-
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Replace the tensors of a nested structure by references, so that the rest is JSON."""
-    if isinstance(value, Tensor):
-        while path in tensors:  # the keys 1 and "1", or "a.b" and a's "b", have the same path
-            path += "'"
-        # Shared or non-contiguous tensors are not storable; a state has few of them and copies are fine.
-        tensors[path] = value.detach().cpu().contiguous().clone()
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        # JSON keys are strings; optimiser states have integer keys, so items are kept as pairs.
-        if bad := [key for key in value if not isinstance(key, str | int | float | None)]:
-            raise TypeError(f"Cannot store {path}: its key {bad[0]!r} is no string or number.")
-        return {"dict": [[key, _pack(item, f"{path}.{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, list | tuple):
-        kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_pack(item, f"{path}.{index}", tensors) for index, item in enumerate(value)]}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    raise TypeError(f"Cannot store {path}, a {type(value).__name__}: only tensors, numbers, strings, lists and dicts.")
-
-
-def _unpack(node: dict[str, Any], tensor: Callable[[str], Tensor]) -> Any:
-    ((kind, content),) = node.items()
-    if kind == "tensor":
-        return tensor(content)
-    if kind == "dict":
-        return {key: _unpack(item, tensor) for key, item in content}
-    if kind in ("list", "tuple"):
-        items = [_unpack(item, tensor) for item in content]
-        return tuple(items) if kind == "tuple" else items
-    return content
-
-
-def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a nested structure of tensors and plain data as one safetensors file, under a temporary name first.
-
-    Args:
-        path: File to write.
-        state: Dicts, lists and tuples of tensors, numbers and strings.
-    """
-    tensors: dict[str, Tensor] = {}
-    tree = _pack(state, "state", tensors)
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "spikezoo.state": STATE_VERSION, "tree": json.dumps(tree)})
-
-
-def load_state(path: str | Path, *keys: str) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote.
-
-    Args:
-        path: File to read.
-        *keys: Only these entries, so that a question about a state does not read its tensors; none means all.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Truncated, or not a training state.
-    """
-    with _open(Path(path)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("spikezoo.state") != STATE_VERSION:
-            raise ValueError(
-                f"{path} is not a training state of this version ({STATE_VERSION}; found "
-                f"{metadata.get('spikezoo.state', 'none')}). Start from its weights with --initial-checkpoint instead."
-            )
-        try:
-            entries = json.loads(metadata["tree"])["dict"]
-            return {key: _unpack(item, file.get_tensor) for key, item in entries if not keys or key in keys}
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: its tree of entries cannot be read ({error!r}).") from error
-
-
-def _is_state(path: Path) -> bool:
-    """Whether a file is a training state, of any version."""
-    if path.suffix != ".safetensors":
-        return False
-    with _open(path) as file:
-        return "spikezoo.state" in (file.metadata() or {})
-
-
-# -------------------------------------------------------------------------------------------------- weights
-
-
-def _hint(path: Path, otherwise: str) -> str:
-    with open(path, "rb") as file:
-        head = file.read(64).lstrip()
-    if head.startswith(b"version https://git-lfs"):
-        return "It is a Git LFS pointer, not the weights: fetch the real file with 'git lfs pull'."
-    if head[:1] == b"<":
-        return "It is a web page, not weights: the download went wrong."
-    if head.startswith((b"PK\x03\x04", b"\x80\x02")) and path.suffix.lower() not in _PICKLES:
-        return f"It is a pickle: give it the name {path.stem}.pth to have it read, as weights only."
-    if head[8:9] == b"{" and path.suffix.lower() in _PICKLES:
-        return f"It is no pickle but a safetensors file: give it the name {path.stem}.safetensors."
-    return f"{otherwise}: fetch or write it again."
-
-
-def _check_file(path: Path) -> Path:
-    if not path.is_file():
-        raise FileNotFoundError(f"No checkpoint at {path}. Give a .safetensors file or a folder that holds one.")
-    if path.name == CONFIG_NAME:
-        raise ValueError(f"{path} describes a checkpoint and holds no weights: give its folder, {path.parent}.")
-    return path
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """Open a safetensors file, which reads its header and checks its length, but no tensor yet."""
-    _check_file(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        hint = _hint(path, "It is truncated or not a safetensors file")
-        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({error})") from error
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    _check_file(path)
+def _read_pickle(path: Path, ema: bool) -> dict[str, Tensor]:
+    check_file(path)
     try:
         # timm's saver puts the command line's arguments beside the weights: plain values in a Namespace, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise anything
-        hint = _hint(path, "It is truncated, or a pickle of more than weights, which could run code")
+        told = hint(path, "It is truncated, or a pickle of more than weights, which could run code")
         first = str(error).partition("\n")[0].partition(". ")[0]  # the rest advises to run whatever the file says
-        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {hint} ({first})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds no state dict: expected names and tensors.")
-    return {str(k).removeprefix("module."): v for k, v in content.items()}
+        raise ValueError(f"Cannot read {path} ({path.stat().st_size:,} bytes). {told} ({first})") from error
+    keys = list(map(str, content)) if isinstance(content, Mapping) else []
+    if not ema and _is_weights(content):
+        return dict(content)
+    wanted = _AVERAGED if ema else _WEIGHTS
+    for key in wanted:
+        if key in keys and _is_weights(content[key]):
+            weights: dict[str, Tensor] = content[key]
+            return weights
+    have = f"It holds {', '.join(keys[:10])}{', ...' if len(keys) > 10 else ''}." if keys else ""
+    what = "averaged weights" if ema else "state dict"
+    raise ValueError(
+        f"{path} holds no {what}: expected names and tensors{' ' if ema else ', or them '}under one of "
+        f"{', '.join(wanted)}. {have}".rstrip()
+    )
 
 
 def _check_hash(path: Path, ours: bool) -> None:
     """Compare a weights file with the hash in the config.json beside it, which files of ours must have."""
     if not (path.parent / CONFIG_NAME).is_file():
         return
-    hashes = _hashes(read_config(path.parent))
+    hashes = Config.read(path.parent).sha256
     if path.name not in hashes:
         if ours and path.name == WEIGHTS_NAME:
             raise ValueError(
@@ -228,28 +96,30 @@ def _check_hash(path: Path, ours: bool) -> None:
     if (found := file_hash(path)) != hashes[path.name]:
         raise ValueError(
             f"{path} is damaged: its sha256 is {found[:16]}... and {CONFIG_NAME} says {hashes[path.name][:16]}... "
-            + _hint(path, "Nothing was loaded")
+            + hint(path, "Nothing was loaded")
         )
 
 
-def load_sparse_file(path: str | Path) -> dict[str, Tensor]:
+def load_sparse_file(path: str | Path, *, most: int | None = None) -> dict[str, Tensor]:
     """Read a weights file, sparse or dense, into a state dict.
 
     Args:
         path: A safetensors file, or a folder that holds one. Where config.json lies beside it, its hash is checked.
+        most: How many numbers it may hold once decoded; None allows what its size makes plausible.
 
     Returns:
         Names and dense tensors, bit for bit as they were stored.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Damaged in any bit, truncated, of an unknown version, or no safetensors file.
+        ValueError: Damaged in any bit, truncated, of an unknown version, no safetensors file, or more numbers than
+            ``most``.
 
     Example:
         >>> state = spikezoo.load_sparse_file('output/quickstart/model.safetensors')
     """
     path = find_weights(path)
-    with _open(path) as file:
+    with open_tensors(path) as file:
         metadata = file.metadata() or {}
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     # A damaged header may have lost our mark: tensors named as the sparse code names them are not read as they are.
@@ -264,44 +134,39 @@ def load_sparse_file(path: str | Path) -> dict[str, Tensor]:
             )
         return stored
     try:
-        return sparse.decode(stored, metadata)
+        return sparse.decode(stored, metadata, most=most)
     except ValueError as error:
         raise ValueError(f"Cannot read {path}. {error} Fetch or write it again.") from error
 
 
-def find_weights(path: str | Path) -> Path:
-    """Resolve a checkpoint file, or the weights in a folder: ``model.safetensors``, else ``last.safetensors``."""
-    path = Path(path)
-    if not path.is_dir():
-        return _check_file(path)
-    for name in (WEIGHTS_NAME, "model_best.safetensors", "last.safetensors"):
-        if (path / name).is_file():
-            return path / name
-    if pickles := sorted(file.name for file in path.iterdir() if file.suffix.lower() in _PICKLES):
-        raise FileNotFoundError(
-            f"No {WEIGHTS_NAME} in {path}, only {', '.join(pickles)}: a pickle can run code, so it is read (as "
-            f"weights only) when you name it: {path / pickles[0]}."
-        )
-    raise FileNotFoundError(f"No {WEIGHTS_NAME} in {path}. Give a .safetensors file or a folder that train.py wrote.")
+def stored_numbers(path: str | Path) -> int | None:
+    """How many numbers a checkpoint says that it holds, without decoding them; None of a pickle."""
+    path = find_weights(path)
+    if path.suffix.lower() in PICKLES:
+        return None
+    with open_tensors(path) as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        coded = [file.get_tensor(name) for name in shapes if name.endswith(".shape")]
+    return sum(map(math.prod, shapes.values())) + sum(math.prod(shape.tolist()) for shape in coded)
 
 
-_PICKLES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
-
-
-def read_weights(path: str | Path, ema: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str | Path, ema: bool = False, *, most: int | None = None) -> dict[str, Tensor]:
     """Read a state dict from weights, sparse or dense, or from a training state.
 
     Args:
         path: A file or a folder.
-        ema: Take the averaged weights of a training state.
+        ema: Take the averaged weights of a training state, or of a pickle that holds both.
+        most: See :func:`load_sparse_file`.
     """
     path = find_weights(path)
-    if not _is_state(path):
+    if path.suffix.lower() in PICKLES:
+        return _unwrap(_read_pickle(path, ema))
+    if not is_state(path):
         if ema:
             raise ValueError(
                 f"{path} holds one set of weights, not a training state: give last.safetensors, or leave --use-ema out."
             )
-        return _read_pickle(path) if path.suffix.lower() in _PICKLES else load_sparse_file(path)
+        return _unwrap(load_sparse_file(path, most=most))
     key = "ema" if ema else "model"
     weights = load_state(path, key).get(key)
     if weights is None:
@@ -350,6 +215,7 @@ def load_weights(
     ema: bool = False,
     *,
     weights: dict[str, Tensor] | None = None,
+    fresh: Mapping[str, Tensor] | None = None,
     changed: Collection[str] = (),
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
 ) -> None:
@@ -360,6 +226,7 @@ def load_weights(
         path: A file or a folder.
         ema: Take the averaged weights of a training state.
         weights: What :func:`read_weights` read there already.
+        fresh: What the model keeps of its own where the checkpoint lacks it.
         changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
             as initialised, the first convolution fitted as timm does, and a warning says so.
         filter_fn: Translates the names of foreign weights.
@@ -368,8 +235,12 @@ def load_weights(
         FileNotFoundError: No such checkpoint.
         ValueError: Damaged, foreign, or NaN; names and counts of what differs.
     """
-    weights, own = read_weights(path, ema) if weights is None else weights, model.state_dict()
-    check_nan(weights, f"Checkpoint {path}")
+    own = model.state_dict()
+    if weights is None:
+        # With other classes or channels the checkpoint's head and stem may be larger than the model's.
+        most = 2 * sum(tensor.numel() for tensor in own.values()) + 2**24
+        weights = read_weights(path, ema, most=most)
+    weights = {**(fresh or {}), **weights}
     if filter_fn is not None and weights.keys() != own.keys():
         weights = filter_fn(weights, model)
     if changed:
@@ -391,87 +262,8 @@ def load_weights(
             + "Create the model that the checkpoint was written for (same name, num_classes, in_chans, mpbn, neuron, "
             "and the same transforms)."
         )
+    check_nan(weights, f"Checkpoint {path}")
     model.load_state_dict(weights)
-
-
-# --------------------------------------------------------------------------------------------------- config
-
-
-def _hashes(config: Mapping[str, Any]) -> dict[str, str]:
-    block = config.get("spikezoo")
-    found = block.get("sha256") if isinstance(block, Mapping) else None
-    return {name: str(value) for name, value in found.items()} if isinstance(found, Mapping) else {}
-
-
-def _check_types(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Raise where a config says how to make the model in another form than an object of arguments and a recipe."""
-    if not isinstance(arguments := config.get("model_args", {}), dict):
-        raise ValueError(f"{path}: model_args is {arguments!r}. Expected an object such as {{'T': 4}}.")
-    block = config.get("spikezoo", {})
-    recipe = block.get("recipe", []) if isinstance(block, dict) else block
-    if not isinstance(recipe, list) or not all(
-        isinstance(entry, list | tuple) and len(entry) == 2 and isinstance(entry[0], str) and isinstance(entry[1], dict)
-        for entry in recipe
-    ):
-        raise ValueError(f"{path}: recipe is {recipe!r}. Expected pairs such as ['fold_bn', {{}}].")
-    return config
-
-
-def _config_hash(config: Mapping[str, Any]) -> str:
-    """The sha256 of a config's content, without the entry that holds it."""
-    block = {**config["spikezoo"], "sha256": {k: v for k, v in _hashes(config).items() if k != CONFIG_NAME}}
-    return hashlib.sha256(json.dumps({**config, "spikezoo": block}, sort_keys=True).encode()).hexdigest()
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: architecture, model_args, recipe and results.
-
-    Args:
-        path: A folder with config.json, a weights file beside one, or a training state, which holds it itself.
-
-    Returns:
-        The config, {} where there is none.
-
-    Raises:
-        ValueError: Damaged, edited without its hash, or of an unknown version or format.
-    """
-    path = Path(path)
-    if not (path / CONFIG_NAME).is_file():
-        path = find_weights(path)
-        if _is_state(path):
-            return _check_types(load_state(path, "architecture", "model_args", "spikezoo"), path)
-    beside = (path if path.is_dir() else path.parent) / CONFIG_NAME
-    if not beside.is_file():
-        return {}
-    try:
-        config = json.loads(beside.read_text())
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond measure
-        raise ValueError(f"{beside} is not valid JSON: {error}. {_hint(beside, 'It is damaged')}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{beside} holds a {type(config).__name__}: expected an object with architecture and model_args."
-        )
-    stored = config.get("sparsity_config", {})
-    form = stored.get("format", "dense") if isinstance(stored, dict) else stored
-    if form not in FORMATS:
-        raise ValueError(
-            f"{beside}: sparsity_config.format is {form!r}. {nearest(form, FORMATS)} Nothing was loaded; update "
-            "spikezoo if the format is newer than this version."
-        )
-    if "spikezoo" not in config:
-        if "sparsity_config" in config:  # only ever written together; without the block nothing vouches for the rest
-            raise ValueError(f"{beside} has lost its 'spikezoo' block. {_hint(beside, 'It is damaged')}")
-        return _check_types(config, beside)
-    block = config["spikezoo"]
-    version = block.get("version", 0) if isinstance(block, dict) else None
-    if version not in (0, CONFIG_VERSION):  # 0: written before the config had versions, and hashes
-        raise ValueError(f"{beside} has format version {version!r}; this spikezoo reads {CONFIG_VERSION}. Update it.")
-    if (version or "sha256" in block) and _hashes(config).get(CONFIG_NAME) != _config_hash(config):
-        raise ValueError(
-            f"{beside} is not as it was written: it was damaged, or edited by hand. Fetch it again; to change how a "
-            "model is made, load it, give other arguments, and spikezoo.save_checkpoint it."
-        )
-    return _check_types(config, beside)
 
 
 def write_checkpoint(
@@ -504,30 +296,9 @@ def write_checkpoint(
         "global_sparsity": round(zeros / max(total, 1), 6),
     }
     with atomic(folder / CONFIG_NAME) as config_file, atomic(folder / WEIGHTS_NAME) as weights_file:
-        save_file(stored, weights_file, {"format": "pt", **metadata})
-        _sort_metadata(weights_file)
-        _write_config(config_file, {**config, "sparsity_config": form}, weights_file)
+        write_tensors(weights_file, stored, metadata)
+        write_config(config_file, {**config, "sparsity_config": form}, weights_file)
     return folder / WEIGHTS_NAME
-
-
-def _sort_metadata(path: Path) -> None:
-    """Order the metadata of a safetensors file, which its writer leaves to chance: equal content, equal bytes."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:  # always, unless the writer escapes differently; then its order stays
-            file.seek(8)
-            file.write(text.ljust(length))
-
-
-def _write_config(path: Path, config: Mapping[str, Any], weights: Path) -> None:
-    """Write a config with its version, the hash of the weights, and its own."""
-    block = {**config["spikezoo"], "version": CONFIG_VERSION, "sha256": {WEIGHTS_NAME: file_hash(weights)}}
-    whole = json.loads(json.dumps({**config, "spikezoo": block}))  # tuples become lists, as the reader will see them
-    whole["spikezoo"]["sha256"][CONFIG_NAME] = _config_hash(whole)
-    path.write_text(json.dumps(whole, indent=2) + "\n")
 
 
 def copy_checkpoint(source: str | Path, folder: str | Path, results: Mapping[str, Any] | None = None) -> None:
@@ -548,4 +319,4 @@ def copy_checkpoint(source: str | Path, folder: str | Path, results: Mapping[str
         config["spikezoo"] |= {key: results.get(key) for key in ("dataset", "split")} | {"results": dict(results)}
     with atomic(folder / CONFIG_NAME) as config_file, atomic(folder / WEIGHTS_NAME) as weights_file:
         shutil.copyfile(source / WEIGHTS_NAME, weights_file)
-        _write_config(config_file, config, weights_file)
+        write_config(config_file, config, weights_file)
