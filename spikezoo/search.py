@@ -42,7 +42,7 @@ from tqdm import tqdm
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, is_whole, nearest, number, whole
 from spikezoo.data import create_loader, dataset_info, natural_dataset
-from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.evaluate import environment, evaluate, write_rows
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.registry import create_model
 
