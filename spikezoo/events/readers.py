@@ -161,7 +161,7 @@ def _packets(path: Path) -> Iterator[tuple[tuple[int, ...], bytes]]:
     lines, start = _lines(path)
     if form := [line for line in lines if line.startswith("Format: ") and line != "Format: RAW"]:
         raise ValueError(f"its {form[0].lower()!r} is not read, only RAW is")
-    content = memoryview(path.read_bytes())
+    content = path.read_bytes()
     while start < len(content):
         if len(content) - start >= 28:
             header = struct.unpack_from("<HHIIIIII", content, start)
