@@ -67,7 +67,7 @@ from spikezoo.evaluate import (
     open_model,
     write_rows,
 )
-from spikezoo.events import open_events
+from spikezoo.data.events import open_events
 from spikezoo.export import check_suffix, export
 from spikezoo.hub import push_all, push_folder, save_checkpoint, training_facts
 from spikezoo.transforms import apply
