@@ -42,7 +42,7 @@ ALLOWED = {
         "search",
         "transforms",
     },
-    "search.py": {"registry", "neurons", "checkpoint", "data", "evaluation"},
+    "search": {"registry", "neurons", "checkpoint", "data", "evaluation", "search"},
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "results.py": {"neurons", "checkpoint", "evaluation", "hub"},
     "conversion.py": {"neurons", "layers", "encoding", "registry", "transforms", "hub"},
