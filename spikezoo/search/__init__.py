@@ -15,7 +15,18 @@ spaces share Spikformer's patch embedding and blocks.
 from spikezoo.search.correlation import CorrelationConfig, correlate, correlation_table, correlations, sample
 from spikezoo.search.evolution import Evolution, evolve
 from spikezoo.search.exhaustive import Found, Result, exact, latency_ms
-from spikezoo.search.metrics import MEASURED, METRICS, images_of, linear_regions, noise, ntk, sahd, score, synflow
+from spikezoo.search.metrics import (
+    MEASURED,
+    METRICS,
+    Metric,
+    images_of,
+    linear_regions,
+    noise,
+    ntk,
+    sahd,
+    score,
+    synflow,
+)
 from spikezoo.search.report import RECIPE, RECIPE_IMAGENET, table, train_config, write
 from spikezoo.search.space import SPACES, Constraints, Cost, Net, Setting, Space, cost, window
 
@@ -30,6 +41,7 @@ __all__ = [
     "Cost",
     "Evolution",
     "Found",
+    "Metric",
     "Net",
     "Result",
     "Setting",

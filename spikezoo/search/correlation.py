@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic
+from spikezoo.checks import nearest, number, whole
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluation import environment, evaluate, write_rows
-from spikezoo.neurons import nearest
 from spikezoo.search.evolution import RANDOM_DRAWS, random_net
 from spikezoo.search.exhaustive import cover, keeping
 from spikezoo.search.metrics import METRICS, find_metric, images_of, score
@@ -88,10 +88,10 @@ class CorrelationConfig:
             if value is None and name in ("subset", "test_subset"):
                 continue
             real = name in ("lr", "weight_decay", "warmup_epochs", "smoothing")
-            number = not isinstance(value, bool) and isinstance(value, int | float if real else int)
-            if not number or not low <= value < math.inf:
-                kind = "a number" if real else "an integer"
-                raise ValueError(f"{name}={value!r}: expected {kind} of at least {low}.")
+            if real:
+                number(name, value, low, expected=f"a number of at least {low}")
+            else:
+                whole(name, value, low, expected=f"an integer of at least {low}")
         if isinstance(self.metrics, str) or not self.metrics:
             raise ValueError(f"metrics={self.metrics!r}: expected a list of {', '.join(METRICS)}.")
         for name in self.metrics:

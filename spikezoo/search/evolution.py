@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic
+from spikezoo.checks import number, whole
 from spikezoo.search.exhaustive import Found, Result, best_of, check_top, cover, front_of, keeping, quick_enough
 from spikezoo.search.metrics import find_metric, score
 from spikezoo.search.space import Constraints, Net, Setting, Space, cost
@@ -46,13 +47,9 @@ class Evolution:
     def __post_init__(self) -> None:
         least = {"population": 1, "generations": 0, "parents": 1, "mutations": 0, "crossovers": 0}
         for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r}: expected an integer >= {low}.")
+            whole(name, getattr(self, name), low)
         for name in ("m_prob", "s_prob"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r}: expected a probability, from 0 to 1.")
+            number(name, getattr(self, name), 0, 1, "[]", expected="a probability, from 0 to 1")
 
 
 class _Log:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikezoo.checks import nearest
 from spikezoo.data import create_loader
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import SpikingNeuron
 from spikezoo.search.space import Net, Setting, cost
 
 

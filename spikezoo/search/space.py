@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import nn
 
-from spikezoo.neurons import nearest
+from spikezoo.checks import is_number, is_whole, nearest, whole
 from spikezoo.registry import create_model
 
 
@@ -40,11 +40,10 @@ class Space:
             values = getattr(self, key)
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"Space {self.name!r}: {key}={values!r}, expected a list, for instance {key}: [4, 8].")
-            whole = key != "mlp_ratios"
+            integers = key != "mlp_ratios"
             for value in values:
-                number = not isinstance(value, bool) and isinstance(value, int if whole else int | float)
-                if not number or not 0 < value < math.inf:
-                    wanted = "positive integers" if whole else "positive numbers"
+                if not (is_whole(value) if integers else is_number(value, 0, bounds="()")):
+                    wanted = "positive integers" if integers else "positive numbers"
                     raise ValueError(f"Space {self.name!r}: {key}={list(values)!r}, expected {wanted}.")
             object.__setattr__(self, key, tuple(sorted(set(values))))
         if self.dims[0] * self.mlp_ratios[0] < 1:
@@ -166,9 +165,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{item.name}={value!r}: expected an integer >= 1.")
+            whole(item.name, getattr(self, item.name))
         stride = 16 if self.large else 4
         if self.img_size % stride:
             near = max(stride, round(self.img_size / stride) * stride)
