@@ -35,7 +35,7 @@ import yaml
 
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
-from spikezoo.evaluation import write_rows
+from spikezoo.evaluate import write_rows
 from spikezoo.hub import portable_command, portable_place
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "read_claims", "read_rows"]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import nearest, number, whole
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate, write_rows
+from spikezoo.evaluate import environment, evaluate, write_rows
 from spikezoo.search.evolution import RANDOM_DRAWS, random_net
 from spikezoo.search.exhaustive import cover, keeping
 from spikezoo.search.metrics import METRICS, find_metric, images_of, score

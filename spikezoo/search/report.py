@@ -11,7 +11,7 @@ import yaml
 
 from spikezoo.checkpoint import atomic
 from spikezoo.data import natural_dataset
-from spikezoo.evaluation import write_rows
+from spikezoo.evaluate import write_rows
 from spikezoo.search.exhaustive import Result
 from spikezoo.search.metrics import find_metric
 from spikezoo.search.space import Constraints, Net, Setting, Space
