@@ -41,7 +41,7 @@ ALLOWED = {
         "search",
         "transforms",
     },
-    "search.py": {"checks", "registry", "neurons", "checkpoint", "data", "evaluate"},
+    "search": {"checks", "registry", "neurons", "checkpoint", "data", "evaluate", "search"},
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "results.py": {"checks", "checkpoint", "evaluate", "hub"},
     "conversion.py": {"checks", "neurons", "layers", "encoding", "registry", "transforms", "hub"},
