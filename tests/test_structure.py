@@ -22,9 +22,10 @@ ALLOWED = {
     "data.py": {"events lazily"},
     "events.py": {"data", "neurons"},
     "layers.py": {"neurons"},
+    "graph.py": {"layers", "neurons"},
     "registry.py": {"neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
     "models": {"layers", "registry", "encoding", "neurons", "models"},
-    "transforms": {"neurons", "layers", "counters", "sparse", "transforms"},
+    "transforms": {"neurons", "layers", "graph", "counters", "sparse", "transforms"},
     "evaluation.py": {"neurons", "checkpoint", "counters", "data", "events", "registry"},
     "pictures.py": {"neurons", "transforms", "checkpoint"},
     "__main__.py": {
