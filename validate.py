@@ -34,10 +34,10 @@ from timm.utils import ParseKwargs
 
 import spikezoo
 from spikezoo.checkpoint import file_hash, read_config
-from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
+from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS
-from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
+from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.hub import check_repo_id, check_shipping, describe, portable_command, ship, training_facts
 from spikezoo.neurons import WithRates
 from spikezoo.registry import is_reference, locate

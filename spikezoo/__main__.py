@@ -55,10 +55,10 @@ from torch import Tensor, nn
 from spikezoo import pictures, results, search
 from spikezoo.checkpoint import read_config
 from spikezoo.conversion import convert
-from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
+from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.deploy import PRECISIONS, deploy
-from spikezoo.evaluation import (
+from spikezoo.evaluate import (
     accuracy_over_time,
     check_results_file,
     environment,
@@ -190,7 +190,7 @@ def _count(args: argparse.Namespace) -> int:
     )
     source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"
     if args.plot:
-        plot(summary.mean, args.plot, f"{name}: operations per image ({source}, weights {weights})")
+        pictures.draw_operations(summary.mean, args.plot, f"{name}: operations per image ({source}, weights {weights})")
     if args.json:
         std = {key: None if math.isnan(value) else value for key, value in summary.std.items()}  # JSON has no nan
         facts = {"model": name, "data": source, "weights": weights, "piece": summary.piece, "std": std}
