@@ -1,4 +1,4 @@
-"""Tests of spikezoo.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
+"""Tests of spikezoo.data.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
 
 import base64
 import dataclasses
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from spikezoo import data, events
-from spikezoo.events import event_info, open_events, read_events, write_split
-from spikezoo.events.readers import native_sensor
+from spikezoo import data
+from spikezoo.data import events
+from spikezoo.data.events import event_info, open_events, read_events, write_split
+from spikezoo.data.events.readers import native_sensor
 
 KEYS = ("t", "x", "y", "p")
 

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from spikezoo.checks import nearest
 from spikezoo.data import DatasetInfo, _bad, _check_split, _data_root
-from spikezoo.events.readers import READERS, check_packets, native_sensor, read_events
+from spikezoo.data.events.readers import READERS, check_packets, native_sensor, read_events
 
 __all__ = [
     "EventFrames",
@@ -280,7 +280,7 @@ def _listed(file: Path, known: dict[str, Path]) -> dict[Path, str]:
         raise ValueError(
             f"{file.parent} has classes but no split: there are neither the folders train and test nor a file "
             f"{_TEST_FILE} that lists the test recordings. To write one (a tenth of each class, drawn by a seed) type "
-            f'python -c "from spikezoo.events import write_split; write_split({str(file.parent)!r})"'
+            f'python -c "from spikezoo.data.events import write_split; write_split({str(file.parent)!r})"'
         )
     listed = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
