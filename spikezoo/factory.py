@@ -229,7 +229,7 @@ def _pretrained_reference(architecture: str, tag: str) -> str:
     weights = row_of(architecture).weights
     if not weights:
         there = [row.name for row in list_pretrained()]
-        kin = [name for name in there if _related(architecture, split_name(name)[0])] if there else []
+        kin = [name for name in there if _related(architecture, name.partition(".")[0])]
         near = max(kin, key=lambda name: SequenceMatcher(None, name, architecture).ratio(), default="")
         raise ValueError(
             f"Model {architecture!r} has no pretrained weights. "
