@@ -22,9 +22,10 @@ ALLOWED = {
     "checkpoint.py": {"checks", "sparse"},
     "data": {"checks", "data"},
     "layers.py": {"neurons"},
+    "graph.py": {"layers", "neurons"},
     "registry.py": {"checks", "neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
     "models": {"checks", "layers", "registry", "encoding", "neurons", "models"},
-    "transforms": {"checks", "neurons", "layers", "counting", "sparse", "transforms"},
+    "transforms": {"checks", "neurons", "layers", "graph", "counting", "sparse", "transforms"},
     "evaluate.py": {"neurons", "checkpoint", "counting", "data", "registry"},
     "pictures": {"checks", "neurons", "transforms", "checkpoint", "counting", "pictures"},
     "__main__.py": {
