@@ -86,6 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         "the dataset's)",
     )
     group.add_argument("--std", type=float, nargs="+", metavar="X", help="likewise")
+    group.add_argument("--crop-pct", type=float, metavar="X", help="part of a file's image seen (default: the model's)")
+    group.add_argument("--interpolation", help="of its resizing: bicubic, bilinear, ... (default: the model's)")
+    group.add_argument("--skip-damaged", action="store_true", help="leave out, and count, images that cannot be read")
     group.add_argument("--split", default="test")
     group.add_argument("-b", "--batch-size", type=int, default=128)
     group.add_argument("-j", "--workers", type=int, default=2)
@@ -218,7 +221,10 @@ def measure(
         in_chans=model.in_chans,
         channels_last=args.channels_last,
         num_workers=args.workers,
-        **input_options(model, dataset, args.mean, args.std, args.frames_by, args.duration_us),
+        skip_damaged=args.skip_damaged,
+        **input_options(
+            model, dataset, args.mean, args.std, args.frames_by, args.duration_us, args.crop_pct, args.interpolation
+        ),
     )
     classes, own = loader.info.num_classes, config.get("spikezoo", {}).get("dataset")
     # A net may have been trained with more classes than its own data has.
