@@ -148,9 +148,7 @@ def complain(faults: Sequence[str], count: int, rest: str = "") -> ValueError:
     return ValueError(f"{len(faults)} of {count} recordings cannot be used: {shown}. Mend or remove them{rest}")
 
 
-def cached(
-    paths: Sequence[Path], hashes: dict[Path, str], framing: Framing, cache: Path, label: str
-) -> np.ndarray:
+def cached(paths: Sequence[Path], hashes: dict[Path, str], framing: Framing, cache: Path, label: str) -> np.ndarray:
     """Map the .npy file with the frames of the recordings, which is made where it is not there or not intact.
 
     Its name has a hash of the recordings, and it gets it when it is complete; the list beside it has its own sha256

@@ -18,6 +18,7 @@ from spikezoo.data.events.official import NAMED
 from spikezoo.data.events.recordings import TEST_FILE, check_twins, find_recordings
 from spikezoo.data.info import DatasetInfo, check_split, refuse
 
+
 @dataclass(frozen=True)
 class EventFrames:
     """The frames of one split, as ``open_events`` returns them."""
@@ -132,5 +133,3 @@ def _in_memory(paths: Sequence[Path], framing: Framing) -> np.ndarray:
     if faults:
         raise complain(faults, len(paths))
     return np.stack(rows)
-
-
