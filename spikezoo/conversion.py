@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
 from spikezoo.hub import describe
 from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron, nearest
+from spikezoo.neurons import ReLU, Sign, SpikingNeuron
 from spikezoo.registry import create_model
 from spikezoo.transforms import fold_bn, replay
 
@@ -216,8 +217,7 @@ def convert(
     Example:
         >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
     """
-    if not isinstance(half_threshold, bool):  # the text "false" counts as true
-        raise ValueError(f"half_threshold={half_threshold!r}: expected True or False.")
+    switch("half_threshold", half_threshold)
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)

@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from spikezoo.checks import number, switch, whole
+
 __all__ = ["MAC_PJ", "SOP_PJ", "Count", "CountSummary", "FiringRate", "ModuleCount", "count", "count_loader", "plot"]
 
 MAC_PJ = 4.6  # a 32-bit float multiply and add in 45 nm (Horowitz 2014), the papers' constant
@@ -1068,10 +1070,10 @@ class _Mode(TorchDispatchMode):
 
     def _rate(self, row: _Row, x: Tensor, events: _Events, arrived: Tensor) -> float:
         assert events.signal.unit is not None
-        number = _integer(arrived)
-        fired = number * float(events.signal.unit / events.signal.spike)
+        spikes = _integer(arrived)
+        fired = spikes * float(events.signal.unit / events.signal.spike)
         row.spiking = True
-        row.events += number
+        row.events += spikes
         row.fired += fired
         row.places += x.numel()
         return fired / x.numel()
@@ -1230,11 +1232,8 @@ def _second_shape(name: str) -> str:
 
 def _check_energy(**values: float | None) -> None:
     for name, value in values.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"{name}={value!r}: expected an energy in picojoule, a number >= 0; the papers take mac_pj=4.6 and "
-                "sop_pj=0.9."
-            )
+        wanted = "an energy in picojoule, a number >= 0; the papers take mac_pj=4.6 and sop_pj=0.9"
+        number(name, value, 0, expected=wanted)
 
 
 def _check_options(
@@ -1243,10 +1242,8 @@ def _check_options(
     _check_energy(mac_pj=mac_pj, sop_pj=sop_pj)
     if pj_per_byte is not None:
         _check_energy(pj_per_byte=pj_per_byte)
-    if isinstance(norm_ops, bool) or not isinstance(norm_ops, int) or norm_ops < 0:
-        raise ValueError(f"norm_ops={norm_ops!r}: expected operations per element of a norm, an integer: 0 or 4.")
-    if not isinstance(neuron_ops, bool):
-        raise ValueError(f"neuron_ops={neuron_ops!r}: expected True or False.")
+    whole("norm_ops", norm_ops, 0, expected="operations per element of a norm, an integer: 0 or 4")
+    switch("neuron_ops", neuron_ops)
     if inputs not in ("auto", "analog"):
         raise ValueError(f"inputs={inputs!r}: expected 'auto' (judge the input by its values) or 'analog'.")
 
@@ -1473,9 +1470,8 @@ def count_loader(
         ValueError: An empty loader, or what :func:`count` raises for.
     """
     _check_options(mac_pj, sop_pj, pj_per_byte, norm_ops, neuron_ops, inputs)
-    for name, value in (("images", images), ("piece", piece)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: expected an integer >= 1.")
+    whole("images", images)
+    whole("piece", piece)
     model = _original(model)
     first = next(iter(model.parameters()), None)
     mode = _Mode(model)

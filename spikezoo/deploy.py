@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from spikezoo.checks import choice
 from spikezoo.layers import (
     ConvNormNeuron,
     LinearNormNeuron,
@@ -40,7 +41,7 @@ from spikezoo.layers import (
     set_ternary,
     signs_and_gain,
 )
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import SpikingNeuron
 from spikezoo.sparse import levels_of, round_to_levels
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
@@ -374,8 +375,7 @@ class Deployed(nn.Module):
 
 
 def _check(model: nn.Module, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} does not exist. {nearest(precision, PRECISIONS)}")
+    choice("precision", precision, PRECISIONS)
     if not hasattr(model, "forward_sequence"):
         raise ValueError(
             f"deploy takes a model of this library with its head, and got {type(model).__name__}: make one with "

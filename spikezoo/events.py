@@ -35,8 +35,8 @@ from torch import Tensor
 from torchvision.datasets.utils import check_integrity, download_url
 from tqdm import tqdm
 
+from spikezoo.checks import nearest
 from spikezoo.data import DatasetInfo, _bad, _check_split, _data_root
-from spikezoo.neurons import nearest
 
 __all__ = [
     "EventFrames",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from spikezoo.checkpoint import atomic
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron, nearest
+from spikezoo.checks import nearest
+from spikezoo.neurons import ReLU, Sign, SpikingNeuron
 
 __all__ = [
     "activation_maps",

@@ -34,9 +34,9 @@ from typing import Any
 import yaml
 
 from spikezoo.checkpoint import atomic
+from spikezoo.checks import is_number, nearest
 from spikezoo.evaluation import write_rows
 from spikezoo.hub import portable_command, portable_place
-from spikezoo.neurons import nearest
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "read_claims", "read_rows"]
 
@@ -156,7 +156,7 @@ def _check_keys(given: Any, known: set[str], required: set[str], where: str) -> 
 
 
 def _paper_number(value: Any, where: str) -> float | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if value is not None and not is_number(value):
         raise ValueError(f"{where}: {value!r}, expected the paper's number.")
     return None if value is None else float(value)
 

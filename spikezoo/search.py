@@ -40,9 +40,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic
+from spikezoo.checks import is_number, is_whole, nearest, number, whole
 from spikezoo.data import create_loader, dataset_info, natural_dataset
 from spikezoo.evaluation import environment, evaluate, write_rows
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import SpikingNeuron
 from spikezoo.registry import create_model
 
 __all__ = [
@@ -104,11 +105,10 @@ class Space:
             values = getattr(self, key)
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"Space {self.name!r}: {key}={values!r}, expected a list, for instance {key}: [4, 8].")
-            whole = key != "mlp_ratios"
+            integers = key != "mlp_ratios"
             for value in values:
-                number = not isinstance(value, bool) and isinstance(value, int if whole else int | float)
-                if not number or not 0 < value < math.inf:
-                    wanted = "positive integers" if whole else "positive numbers"
+                if not (is_whole(value) if integers else is_number(value, 0, bounds="()")):
+                    wanted = "positive integers" if integers else "positive numbers"
                     raise ValueError(f"Space {self.name!r}: {key}={list(values)!r}, expected {wanted}.")
             object.__setattr__(self, key, tuple(sorted(set(values))))
         if self.dims[0] * self.mlp_ratios[0] < 1:
@@ -230,9 +230,7 @@ class Setting:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{item.name}={value!r}: expected an integer >= 1.")
+            whole(item.name, getattr(self, item.name))
         stride = 16 if self.large else 4
         if self.img_size % stride:
             near = max(stride, round(self.img_size / stride) * stride)
@@ -885,13 +883,9 @@ class Evolution:
     def __post_init__(self) -> None:
         least = {"population": 1, "generations": 0, "parents": 1, "mutations": 0, "crossovers": 0}
         for name, low in least.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ValueError(f"{name}={value!r}: expected an integer >= {low}.")
+            whole(name, getattr(self, name), low)
         for name in ("m_prob", "s_prob"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"{name}={value!r}: expected a probability, from 0 to 1.")
+            number(name, getattr(self, name), 0, 1, "[]", expected="a probability, from 0 to 1")
 
 
 class _Log:
@@ -1338,10 +1332,10 @@ class CorrelationConfig:
             if value is None and name in ("subset", "test_subset"):
                 continue
             real = name in ("lr", "weight_decay", "warmup_epochs", "smoothing")
-            number = not isinstance(value, bool) and isinstance(value, int | float if real else int)
-            if not number or not low <= value < math.inf:
-                kind = "a number" if real else "an integer"
-                raise ValueError(f"{name}={value!r}: expected {kind} of at least {low}.")
+            if real:
+                number(name, value, low, expected=f"a number of at least {low}")
+            else:
+                whole(name, value, low, expected=f"an integer of at least {low}")
         if isinstance(self.metrics, str) or not self.metrics:
             raise ValueError(f"metrics={self.metrics!r}: expected a list of {', '.join(METRICS)}.")
         for name in self.metrics:

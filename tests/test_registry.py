@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import spikezoo
 from spikezoo import evaluation, registry
+from spikezoo.checks import UnknownArgumentError
 from spikezoo.models.spiking_vgg import SpikingVGG
-from spikezoo.neurons import UnknownArgumentError
 from spikezoo.registry import _rows, register_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -72,13 +72,34 @@ def test_costs_by_hand():
     assert narrow.parameters == found.parameters and found.flops - narrow.flops == 4 * 64**2 * 256
 
 
-def test_named_models_are_nets_of_the_search():
-    for name, net in (
-        ("autost_tiny", Net(320, (4, 5), (5, 5))),
-        ("autost_small", Net(448, (5, 5, 5), (7,) * 3)),
-        ("autost_base", Net(576, (5, 5, 5, 6, 6), (9,) * 5)),
-    ):
-        assert search.cost(net, Setting()).parameters == spikezoo.model_info(name).parameters
+@pytest.mark.parametrize(
+    ("name", "net"),
+    [
+        ("autost_tiny", Net(320, (4, 5), (8, 8))),
+        ("autost_small", Net(448, (5, 5, 5), (8,) * 3)),
+        ("autost_base", Net(576, (5, 5, 5, 6, 6), (8,) * 5)),
+        ("autost_in_tiny", Net(320, (3,) * 4, (8,) * 4)),
+        ("autost_in_small", Net(448, (5,) * 4, (8,) * 4)),
+        ("autost_in_base", Net(768, (3, 3, 3, 4), (8,) * 4)),
+        ("autost_dvs_tiny", Net(320, (4, 5), (8, 8))),
+    ],
+)
+def test_named_models_are_nets_of_the_search(name, net):
+    model = spikezoo.create_model(name, device="meta")
+    built = [block[0] for block in model.stages]
+    assert tuple(block.attn.heads for block in built) == net.heads
+    assert tuple(block.mlp.fc1.conv.out_channels / net.dim for block in built) == net.mlp_ratios
+    setting = Setting(1, model.num_classes, model.img_size[0], model.in_chans)
+    assert search.cost(net, setting).parameters == sum(p.numel() for p in model.parameters())
+    space = SPACES[name.rpartition("_")[2]]
+    assert net.dim in space.dims and net.depth in space.depths
+    assert {*net.mlp_ratios} <= {*space.mlp_ratios} and {*net.heads} <= {*space.heads}
+
+
+@pytest.mark.parametrize("tag", ["cifar10", "cifar10_multisp"])
+def test_trained_nets_keep_the_heads_that_they_were_trained_with(tag):
+    model = spikezoo.create_model(f"autost_tiny.{tag}", pretrained=True)
+    assert [block[0].attn.heads for block in model.stages] == [5, 5]
 
 
 def test_speed_of_scoring():

@@ -22,8 +22,9 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from spikezoo.checks import choice, nearest, whole
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, ResidualBlock
-from spikezoo.neurons import Maskable, nearest
+from spikezoo.neurons import Maskable
 from spikezoo.transforms.fold import _record, _refuse_tickets, _refuse_where
 
 __all__ = ["compact"]
@@ -216,11 +217,9 @@ def _check_sizes(
             if name not in valid:
                 raise ValueError(f"{argument}: {name!r} names no neurons that it could. {nearest(name, valid)}")
     for name, width in widths.items():
-        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= groups[name].width:
-            raise ValueError(f"widths[{name!r}]={width!r}: expected an integer from 1 to {groups[name].width}.")
+        whole(f"widths[{name!r}]", width, 1, groups[name].width)
     for name, per in masks.items():
-        if per not in ("unit", "channel"):
-            raise ValueError(f"masks[{name!r}]={per!r} does not exist. {nearest(per, ('unit', 'channel'))}")
+        choice(f"masks[{name!r}]", per, ("unit", "channel"))
 
 
 @torch.no_grad()

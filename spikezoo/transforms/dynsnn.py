@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikezoo.checks import choice, number, whole
 from spikezoo.counters import count
 from spikezoo.layers import TernaryConv2d, TernaryLinear
-from spikezoo.neurons import Maskable, SpikingNeuron, nearest
+from spikezoo.neurons import Maskable, SpikingNeuron
 from spikezoo.transforms.fold import _record
 from spikezoo.transforms.multisp import PatchSelection
-from spikezoo.transforms.tickets import check_number
 
 __all__ = [
     "check_reactivation",
@@ -82,19 +82,13 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _epoch(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected epochs, integers from 1; they act when that epoch has ended.")
-    return value
+    return whole(name, value, expected="epochs, integers from 1; they act when that epoch has ended")
 
 
 def check_threshold(value: Any) -> float:
     """A firing rate that neurons may be held against, or an error that says so."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(
-            f"threshold={value!r}: expected a firing rate in [0, 1], spikes per time step; neurons below it fade, so 0 "
-            "removes nothing."
-        )
-    return float(value)
+    wanted = "a firing rate in [0, 1], spikes per time step; neurons below it fade, so 0 removes nothing"
+    return float(number("threshold", value, 0, 1, "[]", expected=wanted))
 
 
 def compacted(model: Any) -> bool:
@@ -137,12 +131,11 @@ def dynsnn(
         >>> model = spikezoo.create_model('spiking_conv4', dynsnn=dict(per='channel', threshold=0.02, prune_at=9))
     """
     for name, value, valid in (("per", per, PER), ("weights", weights, REDRAWN)):
-        if value not in valid:
-            raise ValueError(f"{name}={value!r} does not exist. {nearest(value, valid)}")
+        choice(name, value, valid)
     if threshold is not None:
         check_threshold(threshold)
     if compression is not None:
-        check_number("compression", compression, 0, 1)
+        number("compression", compression, 0, 1)
     if isinstance(reactivate_at, str) or not isinstance(reactivate_at, Sequence):
         raise ValueError(f"reactivate_at={reactivate_at!r}: expected a list of epochs such as [3, 6].")
     epochs = [_epoch("reactivate_at", epoch) for epoch in reactivate_at]
@@ -153,8 +146,7 @@ def dynsnn(
         )
     if (epochs or prune_at is not None) and threshold is None and compression is None:
         raise ValueError("reactivate_at and prune_at need to know which neurons fade: give threshold or compression.")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise ValueError(f"samples={samples!r}: expected an integer >= 1.")
+    whole("samples", samples)
     if per == "unit" and any(isinstance(module, PatchSelection) for module in model.modules()):
         raise ValueError(
             "per='unit' on a model that selects patches: a place of its maps is another patch in every image. Use "
@@ -220,8 +212,8 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
     Raises:
         ValueError: No spiking neurons, no batches, or another ``per``.
     """
-    if per not in (None, *PER):
-        raise ValueError(f"per={per!r} does not exist. {nearest(per, PER)}")
+    if per is not None:
+        choice("per", per, PER)
     neurons = _hidden(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: dict[str, Tensor] = {}
@@ -315,7 +307,7 @@ def threshold_for(model: nn.Module, rates: Mapping[str, Tensor], compression: fl
     Raises:
         ValueError: A compression outside [0, 1), or one that empties a layer, which the message names.
     """
-    wanted = check_number("compression", compression, 0, 1)
+    wanted = float(number("compression", compression, 0, 1))
     if wanted == 0:
         return 0.0
     flat, sizes = _row(rates), _sizes(model, rates)
@@ -381,8 +373,8 @@ def find_threshold(
     Raises:
         ValueError: A tolerance below 0.
     """
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 <= tolerance <= 100:
-        raise ValueError(f"tolerance={tolerance!r}: expected points of accuracy, from 0 to 100, for instance 0.3.")
+    wanted = "points of accuracy, from 0 to 100, for instance 0.3"
+    number("tolerance", tolerance, 0, 100, "[]", expected=wanted)
     highest, _ = _highest(rates)
     # All thresholds that differ in what they remove; the first removes nothing.
     found = _row(rates).unique()
@@ -652,8 +644,7 @@ def reactivate(
         ValueError: Another ``weights``, a model of which neurons were removed, or one whose weights are tickets,
             also baked ones of two values.
     """
-    if weights not in REDRAWN:
-        raise ValueError(f"weights={weights!r} does not exist. {nearest(weights, REDRAWN)}")
+    choice("weights", weights, REDRAWN)
     check_reactivation(model)
     reach = _Reach(model, {name: ~flags for name, flags in fading.items()})
     tensors = model.state_dict()
