@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import torch
 from timm.utils import ParseKwargs
 
-from spikezoo.neurons import nearest
+from spikezoo.checks import nearest
 
 __all__ = ["KeyValue", "Parser", "Switch", "add_flags", "choose_device", "whole_flags"]
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from spikezoo._version import __version__
-from spikezoo.neurons import nearest
+from spikezoo.checks import nearest
 
 __all__ = ["COMMANDS", "main"]
 
