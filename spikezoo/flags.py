@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from timm.utils import ParseKwargs
 
 from spikezoo.checks import nearest
 
-__all__ = ["KeyValue", "Parser", "Switch", "add_flags", "choose_device", "whole_flags"]
+__all__ = ["KeyValue", "Parser", "Switch", "add_flags", "choose_device", "leave", "whole_flags"]
 
 # --amp, and --no-amp where a config has it: the command line wins.
 Switch = argparse.BooleanOptionalAction
@@ -158,3 +159,15 @@ def whole_flags(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected an integer >= 1.")
+
+
+def leave(main: Callable[[], int]) -> NoReturn:
+    """End this process as a command does: with its exit code, of a user's mistake with one line and 1.
+
+    Args:
+        main: Does the work and returns the exit code.
+    """
+    try:
+        sys.exit(min(main(), 100))
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

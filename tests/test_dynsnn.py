@@ -17,8 +17,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import spikezoo
-from spikezoo.__main__ import main
 from spikezoo.checkpoint import load_state
+from spikezoo.cli import main
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
 from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
@@ -35,6 +35,7 @@ from spikezoo.transforms.dynsnn import (
     threshold_for,
     without,
 )
+from tools import dynsnn_table
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -785,7 +786,7 @@ def test_table(tmp_path, capsys):
     with open(tmp_path / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
-    assert main(["dynsnn", "--table", str(tmp_path)]) == 0
+    assert dynsnn_table.main([str(tmp_path)]) == 0
     first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
     # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
     assert first.split() == [

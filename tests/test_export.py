@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_models import fill, image_for, make, wave
 
 import spikezoo
-from spikezoo.__main__ import main
+from spikezoo.cli import main
 from spikezoo.export import DT, TOLERANCE, _differ, _judge, _margins, _NirGraph, export
 from spikezoo.neurons import IF, LIF, PLIF, MembraneNorm, NeuronConfig, Sign, SpikingNeuron
 from spikezoo.transforms import fold_bn, fold_mpbn

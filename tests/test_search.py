@@ -17,7 +17,7 @@ from torch import nn
 
 import spikezoo
 from spikezoo import search
-from spikezoo.__main__ import main
+from spikezoo.cli import main
 from spikezoo.neurons import IF, NeuronConfig
 from spikezoo.search import SPACES, Constraints, CorrelationConfig, Evolution, Net, Setting, Space
 
@@ -539,7 +539,7 @@ def test_command_line(tmp_path, capsys):
     model = spikezoo.create_model(args.model, device="meta", **train.model_arguments(args))
     assert sum(p.numel() for p in model.parameters()) == int(rows[0]["parameters"]) == 4_213_170
     assert (args.dataset, args.T, args.epochs, args.opt, args.lr) == ("cifar10", 4, 300, "adamw", 5e-4)
-    assert "Found by: python -m spikezoo search" in (folder / "best.yaml").read_text()
+    assert "Found by: spikezoo search" in (folder / "best.yaml").read_text()
     # The evolution, with its log; the same again.
     assert main([*call, "--method", "evolution", "--seed", "1"]) == 0
     first = (folder / "search.csv").read_bytes()

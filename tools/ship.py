@@ -74,7 +74,7 @@ def put_on_shelf(name: str, args: argparse.Namespace, config: dict[str, Any]) ->
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Validate or ship what was asked for; returns the number of models that failed."""
+    """Validate or ship what was asked for; returns 1 where a model failed, else 0."""
     parser = validate.build_parser("python validate.py")
     group = parser.add_argument_group("package")
     group.add_argument("--ship", metavar="TAG", help="put the checkpoint into the package as ARCHITECTURE.TAG")

@@ -21,21 +21,20 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from typing import Any
 
 import torch
 
-import spikezoo
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
-from spikezoo.deploy import PRECISIONS
+from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
-from spikezoo.hub import check_repo_id, describe, portable_command, training_facts
+from spikezoo.hub import check_repo_id, describe, portable_command, push_folder, push_to_hub, training_facts
 from spikezoo.neurons import WithRates
-from spikezoo.registry import is_reference, locate
+from spikezoo.registry import is_reference, list_models, locate
 
 # Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines
 # order differently, and of everything that rounds more.
@@ -194,7 +193,7 @@ def measure(
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     result = evaluate(
-        spikezoo.deploy(model.eval(), args.deploy) if args.deploy else model,
+        deploy(model.eval(), args.deploy) if args.deploy else model,
         loader,
         rates=not args.deploy,
         device=device,
@@ -303,8 +302,8 @@ def publish(model: Any, weights: str, args: argparse.Namespace, config: dict[str
     row = {**config.get("spikezoo", {}).get("results", {}), **row, **facts}
     same = describe(model)["model_args"] == config.get("model_args") and not args.use_ema
     if args.checkpoint and same:
-        return spikezoo.push_folder(args.checkpoint, args.push_to_hub, results=row)
-    return spikezoo.push_to_hub(model, args.push_to_hub, row)
+        return push_folder(args.checkpoint, args.push_to_hub, results=row)
+    return push_to_hub(model, args.push_to_hub, row)
 
 
 def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
@@ -315,7 +314,7 @@ def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
         raise ValueError(f"{hint}give --model NAME, see spikezoo.list_models().")
     if name != "all" and "*" not in name and "?" not in name:
         return [name]
-    found = spikezoo.list_models("" if name == "all" else name, pretrained=args.pretrained)
+    found = list_models("" if name == "all" else name, pretrained=args.pretrained)
     if not found:
         which, where = (" with pretrained weights", "list_pretrained") if args.pretrained else ("", "list_models")
         raise ValueError(f"No model{which} matches {name!r}. See spikezoo.{where}().")
@@ -355,7 +354,7 @@ def run(args: argparse.Namespace, each: Callable[..., dict[str, Any]] = validate
         each: What is done with each name: :func:`validate`, or what its callers put around it.
 
     Returns:
-        The number of models that failed.
+        1 where a model failed, else 0.
     """
     logging.getLogger("timm").setLevel(logging.WARNING)
     args.command = portable_command(args.command)
@@ -372,7 +371,8 @@ def run(args: argparse.Namespace, each: Callable[..., dict[str, Any]] = validate
     failed = 0
     for name in names:
         try:
-            rows.append(each(name, args, config))
+            with redirect_stdout(sys.stderr) if args.json else nullcontext():
+                rows.append(each(name, args, config))
             failed += not rows[-1].get("reproduced", True)
         except Exception as error:  # whatever is wrong with one model, the others get their rows
             if len(names) == 1:
@@ -384,13 +384,13 @@ def run(args: argparse.Namespace, each: Callable[..., dict[str, Any]] = validate
             write_rows(args.results_file, rows)
     if args.json:
         print(json.dumps(rows[0] if len(rows) == 1 else rows, indent=2))
-    else:
-        print(f"\n{table(rows)}")
+        return int(failed > 0)
+    print(f"\n{table(rows)}")
     if args.results_file:
-        print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {args.results_file}", file=sys.stderr)
-    return failed
+        print(f"Wrote {len(rows)} row{'s' * (len(rows) != 1)} to {args.results_file}")
+    return int(failed > 0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and validate; returns the number of models that failed."""
+    """Parse and validate; returns 1 where a model failed, else 0."""
     return run(build_parser().parse_args(argv))
