@@ -59,7 +59,7 @@ from spikezoo import sparse
 from spikezoo.checkpoint import atomic, write_checkpoint
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, EightBit, has_compiler
-from spikezoo.evaluation import environment, write_rows
+from spikezoo.evaluate import environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, set_ternary
 from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer

@@ -79,7 +79,7 @@ import spikezoo
 from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, read_weights, save_state
 from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate, input_options, write_rows
+from spikezoo.evaluate import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
 from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates
 from spikezoo.transforms import FLAGS, replay

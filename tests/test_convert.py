@@ -13,7 +13,7 @@ import spikezoo
 from spikezoo.checkpoint import read_config
 from spikezoo.cli import main
 from spikezoo.data import create_loader
-from spikezoo.evaluation import accuracy_over_time, evaluate, input_options
+from spikezoo.evaluate import accuracy_over_time, evaluate, input_options
 from spikezoo.layers import LinearNormNeuron
 from spikezoo.neurons import ReLU, SpikingNeuron
 from spikezoo.transforms import replay

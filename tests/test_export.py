@@ -472,7 +472,7 @@ def test_command(tmp_path, capsys):
     spikezoo.save_checkpoint(make("test_spiking_vgg"), tmp_path / "checkpoint")
     for arguments, message in (
         ([*command, "--output", "net.txt"], "ends in .onnx or .nir"),
-        ([*command, "--output", str(path), "--images", "0"], "images=0"),
+        ([*command, "--output", str(path), "--images", "0"], "--images 0"),
         (["export", "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", "none", "--output", str(path)], "max-p"),
     ):
         assert main(arguments) == 2

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spikezoo
-from spikezoo import evaluation, registry
+from spikezoo import evaluate, registry
 from spikezoo.checks import UnknownArgumentError
 from spikezoo.models.spiking_vgg import SpikingVGG
 from spikezoo.registry import _rows, register_rows
@@ -300,7 +300,7 @@ def test_a_tag_brings_its_classes_its_dataset_and_its_weights(tmp_path, monkeypa
         assert (info.num_classes, info.dataset) == (5, "npz:a5.npz")
         assert info.pretrained == ["spiking_tagged.z10", "spiking_tagged.a5"]
         for name, tag in (("spiking_tagged", "z10"), ("spiking_tagged.a5", "a5")):
-            model, dataset, origin = evaluation.open_model(name, {})
+            model, dataset, origin = evaluate.open_model(name, {})
             assert (dataset, origin) == (f"npz:{tag}.npz", f"spiking_tagged.{tag}")
             assert model.num_classes == files[tag]
             stored = load_file(tmp_path / f"{tag}.safetensors")

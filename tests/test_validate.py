@@ -16,9 +16,9 @@ from conftest import load
 from safetensors.torch import save_file
 
 import spikezoo
-from spikezoo import data, evaluation, registry
+from spikezoo import data, evaluate, registry
 from spikezoo.checkpoint import save_state
-from spikezoo.evaluation import environment
+from spikezoo.evaluate import environment
 from spikezoo.flags import leave
 from spikezoo.neurons import WithRates
 
@@ -307,14 +307,14 @@ def test_wildcard_with_csv(validate, tmp_path, npz, capsys):
 
 @pytest.mark.parametrize("suffix", ["csv", "json"])
 def test_errors_of_one_model_do_not_stop_the_others(validate, tmp_path, npz, monkeypatch, capsys, suffix):
-    create = evaluation.create_model
+    create = evaluate.create_model
 
     def broken(name, *args, **kwargs):
         if name == "test_mpbn_vgg":
             raise RuntimeError("out of memory")
         return create(name, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "create_model", broken)
+    monkeypatch.setattr(evaluate, "create_model", broken)
     file = tmp_path / f"r.{suffix}"
     assert validate.main(["--model", "test_*_vgg", "--dataset", npz, "--T", "1", "--results-file", str(file)]) == 1
     found = json.loads(file.read_text()) if suffix == "json" else rows(file)

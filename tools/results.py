@@ -40,7 +40,7 @@ import yaml
 from spikezoo import pictures
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
-from spikezoo.evaluation import write_rows
+from spikezoo.evaluate import write_rows
 from spikezoo.flags import Parser, add_flags, leave
 from spikezoo.hub import portable_command, portable_place
 

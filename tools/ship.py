@@ -14,7 +14,7 @@ from typing import Any
 import spikezoo
 from spikezoo.checkpoint import read_config
 from spikezoo.cli import validate
-from spikezoo.evaluation import open_model
+from spikezoo.evaluate import open_model
 from spikezoo.hub import check_shipping, describe, ship, training_facts
 from spikezoo.transforms.tickets import tickets
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spikezoo.checkpoint import read_config
 from spikezoo.data import create_loader
-from spikezoo.evaluation import input_options, open_model
+from spikezoo.evaluate import input_options, open_model
 from spikezoo.flags import Parser, add_flags, choose_device
 
 __all__ = ["add_data", "add_name", "batches", "noise", "one_image", "open_net"]

@@ -13,8 +13,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from spikezoo import pictures
 from spikezoo.cli.common import add_data, add_name, batches, noise, open_net
-from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader, plot
+from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.flags import Parser, add_flags, whole_flags
 
 __all__ = ["main"]
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     )
     source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"
     if args.plot:
-        plot(summary.mean, args.plot, f"{name}: operations per image ({source}, weights {weights})")
+        pictures.draw_operations(summary.mean, args.plot, f"{name}: operations per image ({source}, weights {weights})")
     if args.json:
         std = {key: None if math.isnan(value) else value for key, value in summary.std.items()}  # JSON has no nan
         facts = {"model": name, "data": source, "weights": weights, "piece": summary.piece, "std": std}

@@ -14,7 +14,7 @@ from torch import nn
 from spikezoo import pictures
 from spikezoo.cli.common import add_data, batches, open_net
 from spikezoo.deploy import PRECISIONS, deploy
-from spikezoo.evaluation import environment, evaluate
+from spikezoo.evaluate import environment, evaluate
 from spikezoo.flags import Parser, add_flags, whole_flags
 from spikezoo.hub import save_checkpoint, training_facts
 from spikezoo.transforms import apply

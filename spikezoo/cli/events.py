@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from spikezoo import pictures
-from spikezoo.events import open_events
+from spikezoo.data.events import open_events
 from spikezoo.flags import Parser, add_flags
 
 __all__ = ["main"]

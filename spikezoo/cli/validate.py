@@ -27,10 +27,10 @@ from typing import Any
 import torch
 
 from spikezoo.checkpoint import file_hash, read_config
-from spikezoo.counters import MAC_PJ, SOP_PJ, count_loader
+from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS, deploy
-from spikezoo.evaluation import check_results_file, environment, evaluate, input_options, open_model, write_rows
+from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_repo_id, describe, portable_command, push_folder, push_to_hub, training_facts
 from spikezoo.neurons import WithRates

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spikezoo.checks import choice, number, whole
-from spikezoo.counters import count
+from spikezoo.counting import count
 from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import Maskable, SpikingNeuron
 from spikezoo.transforms.fold import _record

@@ -16,8 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import spikezoo
-from spikezoo import counters
-from spikezoo.counters import count, count_loader
+from spikezoo.counting import count, count_loader, rules
 
 
 def spikes(*shape, rate=0.3):
@@ -731,7 +730,7 @@ def test_a_loader_of_other_things():
 
 def test_a_rule_cannot_hide_another():
     with pytest.raises(ValueError, match=r"aten\.mm has a rule already"):
-        counters._register("product", "mm")(lambda *args: None)
+        rules.register("product", "mm")(lambda *args: None)
 
 
 def test_results_are_plain_data():
