@@ -17,7 +17,6 @@ __all__ = ["COMMANDS", "main"]
 
 # In the order of the help.
 COMMANDS = (
-    "train",
     "validate",
     "list",
     "count",
