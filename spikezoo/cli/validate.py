@@ -1,4 +1,4 @@
-"""Validate spiking networks: accuracy, speed and firing rates of named models or checkpoints on a dataset.
+"""Measure accuracy, speed and firing rates of named models or checkpoints on a dataset.
 
     spikezoo validate --checkpoint output/quickstart
     spikezoo validate --model mpbn_resnet19
