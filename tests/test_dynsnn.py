@@ -773,13 +773,14 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         (["--compression", "0.99"], "would remove all"),
         (["--tolerance", "-1"], "tolerance=-1"),
         (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
-        (["--table", str(tmp_path)], "train.py --plan"),
     ):
         assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_table(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"train\.py --plan"):
+        dynsnn_table.main([str(tmp_path)])
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
     rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
     rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
