@@ -98,7 +98,11 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "std": ((), {"type": float, "nargs": "+", "metavar": "X", "help": "likewise"}),
     "crop-pct": (
         (),
-        {"type": float, "metavar": "X", "help": "part of a file's image that an evaluation sees (default: the model's)"},
+        {
+            "type": float,
+            "metavar": "X",
+            "help": "part of an image file that is evaluated (default: the model's)",
+        },
     ),
     "interpolation": ((), {"help": "of its resizing: bicubic, bilinear ... (default: the model's)"}),
     "frames-by": ((), {"help": "of event recordings, which become T frames: number (of events), time or duration"}),

@@ -16,7 +16,6 @@ import operator
 import os
 import random
 import shutil
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -33,7 +32,6 @@ from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_
 from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
@@ -268,7 +266,12 @@ class LoaderOptions:
             pair = getattr(self, option)
             fits = len(pair) == 2 and all(is_number(side, 0, highest, "(]") for side in pair) and pair[0] <= pair[1]
             if not fits:
-                refuse(option, pair, f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}", f"--{option} {example}")
+                refuse(
+                    option,
+                    pair,
+                    f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}",
+                    f"--{option} {example}",
+                )
         if not 0 <= self.rank < self.world_size:
             refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
         if self.auto_augment and self.auto_augment != "snn":
@@ -840,7 +843,12 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
     mode = operator.methodcaller("convert", "L" if info.in_chans == 1 else "RGB")
     if not options.train:
         return transforms.Compose([eight_bits, mode, create_transform(crop_pct=options.crop_pct, **common)])
-    common |= {"scale": options.scale, "ratio": options.ratio, "hflip": 0.5 if options.hflip is None else options.hflip, "color_jitter": None}
+    common |= {
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": 0.5 if options.hflip is None else options.hflip,
+        "color_jitter": None,
+    }
     common |= {"re_prob": options.reprob, "re_mode": options.remode}
     primary, _, final = create_transform(is_training=True, separate=True, **common)
     steps = [eight_bits, rgb if options.auto_augment else mode, primary]

@@ -27,7 +27,9 @@ TIMM_PREFIXES = ("torch/", "hfds/")
 EVERY_PART = ("train", "val", "validation", "test")
 _TORCH_FOLDERS = ("torch/folder", "torch/image_folder")  # torchvision numbers the classes of each split by itself
 _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image format)"
-_KINDS = frozenset(".png .jpg .jpeg .jpe .jfif .bmp .gif .jp2 .pbm .pgm .ppm .tif .tiff .webp".split())
+_KINDS = frozenset(
+    [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"]
+)
 _TRIES = 10  # images in a row that a training may find damaged
 
 _logger = logging.getLogger("spikezoo")
