@@ -825,7 +825,7 @@ def test_overhead():
 
 
 def test_command_line(tmp_path, capsys):
-    from spikezoo.__main__ import main
+    from spikezoo.cli import main
 
     assert main(["count", "test_spiking_vgg", "--dataset", "none", "--images", "2", "--T", "2"]) == 0
     text = capsys.readouterr().out
@@ -848,12 +848,12 @@ def test_command_line(tmp_path, capsys):
     [
         (["test_spiking_vgx"], "test_spiking_vgg"),
         (["test_spiking_vgg", "--dataset", "none", "--mac-pj", "-1"], "mac_pj"),
-        (["test_spiking_vgg", "--dataset", "none", "--images", "0"], "images=0"),
+        (["test_spiking_vgg", "--dataset", "none", "--images", "0"], "--images 0"),
         (["test_spiking_vgg", "--dataset", "none", "--device", "abacus"], "Use --device cpu"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):
-    from spikezoo.__main__ import main
+    from spikezoo.cli import main
 
     assert main(["count", *arguments]) == 2
     assert message in capsys.readouterr().err
