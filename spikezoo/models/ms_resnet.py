@@ -188,8 +188,8 @@ def _renamed(name: str, stem_layers: int) -> str:
         return f"head.{name}"
     stem = re.fullmatch(r"conv1\.(\d)\.(?:bn\.)?(\w+)", name)
     if stem:
-        index = int(stem[1])  # convolutions, then the one norm
-        return f"stem.{min(index, stem_layers - 1)}.{'norm' if index == stem_layers else 'conv'}.{stem[2]}"
+        number = int(stem[1])  # convolutions, then the one norm
+        return f"stem.{min(number, stem_layers - 1)}.{'norm' if number == stem_layers else 'conv'}.{stem[2]}"
     block = re.fullmatch(r"conv(\d)_x\.(\d+)\.(residual_function|shortcut)\.(\d)\.(bn\.)?(\w+)", name)
     if block is None:
         return name  # and loading names it as unexpected
