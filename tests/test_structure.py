@@ -46,7 +46,7 @@ ALLOWED = {
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "results.py": {"checks", "checkpoint", "evaluate", "hub"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "registry", "transforms", "hub"},
-    "export.py": {"neurons", "layers", "models", "transforms", "checkpoint", "hub", "_version"},
+    "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "hub", "_version"},
     "deploy.py": {"checks", "neurons", "layers", "transforms", "counting", "checkpoint", "sparse"},
     "__init__.py": {"*"},
 }
