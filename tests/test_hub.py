@@ -18,8 +18,7 @@ from conftest import load
 from huggingface_hub import ModelCard, constants
 
 import spikezoo
-from spikezoo import __main__ as cli
-from spikezoo import registry
+from spikezoo import cli, registry
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.hub import HubError, client, pull, write_card
 from spikezoo.saving import describe

@@ -10,73 +10,50 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import logging
 import math
 import operator
 import os
 import random
 import shutil
-import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 
-Batch = tuple[Tensor, Tensor]
+from spikezoo.checks import is_number
+from spikezoo.data.events import event_info, is_event_dataset, list_event_datasets, open_events
+from spikezoo.data.images import (
+    EVERY_PART,
+    FOLDER_NAMES,
+    TIMM_PREFIXES,
+    class_names,
+    eight_bits,
+    image_place,
+    is_read_by_timm,
+    labels_of,
+    names_of,
+    open_images,
+)
+from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, number_classes, refuse, shared_names
 
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What a model has to know of a dataset."""
-
-    name: str  # the name it is asked for by
-    num_classes: int  # 0 where the data has to be opened to know it (torch/, hfds/)
-    in_chans: int
-    img_size: int  # side length of an image
-    mean: tuple[float, ...]  # of each channel, of values in 0..1
-    std: tuple[float, ...]
-    split_note: str  # how train and test are told apart
-
-
-@runtime_checkable
-class Loader(Protocol):
-    """What ``create_loader`` returns.
-
-    ``len(loader)`` is the number of batches per epoch on this rank, ``num_samples`` the number of samples of the whole
-    split over all ranks (of the subset where one was asked for), and ``info`` describes the images as delivered (size,
-    channels, mean and std after every conversion).
-    """
-
-    info: DatasetInfo
-    num_samples: int
-    facts: dict[str, Any]  # what a result has to say of the data besides its name
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, and with it the order and the augmentations, of later iterations."""
-
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
-        """Yields what a full iteration yields from batch ``start_batch`` on."""
-
+_logger = logging.getLogger("spikezoo")
 
 _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
@@ -97,20 +74,13 @@ _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", 
 # A mirrored 2 or 7 is no digit, so these are not flipped unless somebody asks for it.
 _NO_FLIP = frozenset({"digits", "mnist"})
 
-_FOLDER_NAMES = ("imagenet", "folder")
-_TIMM_PREFIXES = ("torch/", "hfds/")
-_SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test", "eval": "test"}
 _NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _POLICIES = [policy.value for policy in transforms.AutoAugmentPolicy]  # torchvision's: imagenet, cifar10, svhn
-_EVERY_PART = ("train", "val", "validation", "test")
-_LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image format)"
 
 
 def list_datasets() -> list[str]:
     """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
-    from spikezoo.data.events import list_event_datasets  # which builds on this file
-
-    images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+    images = [*_INFOS, "npz:PATH", *FOLDER_NAMES, *(f"{prefix}NAME" for prefix in TIMM_PREFIXES)]
     return images + list_event_datasets()
 
 
@@ -125,8 +95,6 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
         ValueError: The name is unknown or the file is not usable.
         FileNotFoundError: The file or folder is not there.
     """
-    from spikezoo.data.events import event_info, is_event_dataset
-
     if name in _INFOS:
         return _INFOS[name]
     if is_event_dataset(name):
@@ -138,11 +106,11 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
     _check_timm_name(name)
     info = DatasetInfo(name, 0, 3, 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "the splits of the source")
     if name == "folder":
-        dataset = _open_images(name, _image_place(name, _EVERY_PART, data_dir))
-        return replace(info, num_classes=len(_classes_of(dataset)))
+        names = class_names(name, data_dir)
+        return replace(info, num_classes=len(names), label_names=names)
     if name == "imagenet":
         if data_dir is not None:
-            _image_place(name, _EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
+            image_place(name, EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
         return replace(info, num_classes=1000)
     return info
 
@@ -179,15 +147,13 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
         ValueError: Name, split or file is not usable.
         FileNotFoundError: The data is not there and could not be downloaded.
     """
-    split = _check_split(split)
+    split = check_split(split)
     if name == "digits":
         return _load_digits(split)
     if name in _TORCHVISION:
-        return _load_torchvision(name, split, _data_root(data_dir), download)
+        return _load_torchvision(name, split, data_root(data_dir), download)
     if name.startswith("npz:"):
         return _load_npz(_npz_path(name, data_dir), split)
-    from spikezoo.data.events import is_event_dataset
-
     if not is_event_dataset(name):
         _check_timm_name(name)
     raise ValueError(f"dataset {name!r} is not held in memory; use create_loader({name!r}, ...) instead")
@@ -196,24 +162,9 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
 # --- what is asked for ----------------------------------------------------------------------------------------
 
 
-def _bad(option: str, value: object, wanted: str, example: object) -> NoReturn:
-    """Raises ValueError; an example that is no text is shown as the scripts' option."""
-    if not isinstance(example, str):
-        flag = {"num_workers": "workers", "auto_augment": "aa"}.get(option, option).replace("_", "-")
-        example = f"--{flag} {example}"
-    raise ValueError(f"{option}={value!r} is not possible: it must be {wanted}, e.g. {example}")
-
-
-def _check_split(split: str) -> str:
-    if split not in _SPLITS:
-        _bad("split", split, "train or test (validation, val and eval mean test)", "split='train'")
-    return _SPLITS[split]
-
-
 def _check_timm_name(name: str) -> None:
     """Raises ValueError for a name that nothing here reads, with the nearest names."""
-    prefix, _, rest = name.partition("/")
-    if name in _FOLDER_NAMES or (f"{prefix.lower()}/" in _TIMM_PREFIXES and rest):
+    if is_read_by_timm(name):
         return
     if Path(name).suffix == ".npz":
         hint = f"for a file of arrays type --dataset npz:{name}"
@@ -284,8 +235,12 @@ class LoaderOptions:
     subset: int | None = None  # number of samples, chosen by the seed with even classes; default: all
     drop_last: bool | None = None  # whether a last, smaller batch is left out; default: in training, if others are left
     scale: tuple[float, float] = (0.08, 1.0)  # range of the area of random resized crops (timm's datasets)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and of their width by their height
     crop_pct: float | None = None  # part of the image that an evaluation sees (timm's datasets); default: 0.875
     interpolation: str = "bicubic"  # of timm's datasets
+    # Names of the classes of the model that is evaluated: they number those of an image folder; default: train's do.
+    label_names: Sequence[str] = ()
+    skip_damaged: bool = False  # whether an evaluation leaves images out that cannot be read, and counts them
     T: int = 4  # frames of a recording; images have none
     # How a recording becomes frames: number (of events; the default), time or duration, see events.open_events.
     frames_by: str | None = None
@@ -298,24 +253,32 @@ class LoaderOptions:
             number = isinstance(value, int | float)
             least, whole = _WHOLE.get(option, (None, None))
             if least is not None and (type(value) is not int or value < least):
-                _bad(option, value, f"a whole number of at least {least}", whole)
+                refuse(option, value, f"a whole number of at least {least}", whole)
             if option in _FRACTIONS and not (number and 0 <= value <= 1):
-                _bad(option, value, "a probability from 0 to 1", _FRACTIONS[option])
+                refuse(option, value, "a probability from 0 to 1", _FRACTIONS[option])
             if option in ("mixup", "cutmix") and not (number and 0 <= value < math.inf):
-                _bad(option, value, "the alpha of a Beta distribution, 0 for off", 1)
+                refuse(option, value, "the alpha of a Beta distribution, 0 for off", 1)
             if option in _CHOICES and value not in _CHOICES[option]:
-                _bad(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
+                refuse(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
+        if self.crop_pct is not None and not is_number(self.crop_pct, 0, 1, "(]"):
+            refuse("crop_pct", self.crop_pct, "a part of the side of an image, above 0 and up to 1", 0.875)
+        for option, highest, example in (("scale", 1.0, "0.08 1"), ("ratio", math.inf, "0.75 1.33")):
+            pair = getattr(self, option)
+            fits = len(pair) == 2 and all(is_number(side, 0, highest, "(]") for side in pair) and pair[0] <= pair[1]
+            if not fits:
+                refuse(
+                    option,
+                    pair,
+                    f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}",
+                    f"--{option} {example}",
+                )
         if not 0 <= self.rank < self.world_size:
-            _bad("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
+            refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
         if self.auto_augment and self.auto_augment != "snn":
             _policy(self.auto_augment, 32, IMAGENET_DEFAULT_MEAN)  # said before the data is read or downloaded
 
 
 # --- data held in memory --------------------------------------------------------------------------------------
-
-
-def _data_root(data_dir: str | None) -> Path:
-    return Path(data_dir or os.environ.get("SPIKEZOO_DATA") or "./data").expanduser()
 
 
 def _load_digits(split: str) -> Batch:
@@ -584,7 +547,7 @@ def _policy(name: str, img_size: int, mean: Sequence[float]) -> Callable[[Image.
         policy = create_transform(img_size, is_training=True, auto_augment=name, **options)[1]
     except (AssertionError, ValueError, KeyError) as error:
         wanted = f"one of {', '.join(_POLICIES)}, trivial, or a configuration of timm's, which refuses it ({error})"
-        _bad("auto_augment", name, wanted, "--aa cifar10 or --aa rand-m9-mstd0.5-inc1")
+        refuse("auto_augment", name, wanted, "--aa cifar10 or --aa rand-m9-mstd0.5-inc1")
     for step in policy.transforms:
         for op in getattr(step, "ops", ()):
             if op.aug_fn is posterize:
@@ -617,7 +580,7 @@ def _statistic(option: str, given: Sequence[float] | None, own: Sequence[float],
     finite = all(map(math.isfinite, values))
     if len(values) not in (1, channels) or not finite or (option == "std" and min(values) <= 0):
         wanted = f"{channels} numbers or one{', above 0' if option == 'std' else ''}"
-        _bad(option, given, wanted, 0.5)
+        refuse(option, given, wanted, 0.5)
     return values if len(values) == channels else values * channels
 
 
@@ -647,7 +610,7 @@ class _BaseLoader:
         channels = options.in_chans or info.in_chans
         if channels != info.in_chans and {channels, info.in_chans} != {1, 3}:
             wanted = f"{info.in_chans} as in {info.name} (only 1 to 3 and 3 to 1 are converted)"
-            _bad("in_chans", channels, wanted, info.in_chans)
+            refuse("in_chans", channels, wanted, info.in_chans)
         size = options.img_size or info.img_size
         mean = _statistic("mean", options.mean, info.mean, channels)
         std = _statistic("std", options.std, info.std, channels)
@@ -655,7 +618,7 @@ class _BaseLoader:
         self._chosen = torch.arange(count)
         if options.subset is not None:
             if options.subset > count:
-                _bad("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
+                refuse("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
             self._chosen = _balanced(labels(), options.subset, options.seed)
         self.num_samples = len(self._chosen)
         self._epoch = 0
@@ -665,13 +628,13 @@ class _BaseLoader:
             self.drop_last = options.train and self._share >= options.batch_size
         if options.train and not len(self):
             wanted = f"small enough for the {self._share} samples of a rank, as no batch is left"
-            _bad("batch_size", options.batch_size, wanted, max(1, self._share))
+            refuse("batch_size", options.batch_size, wanted, max(1, self._share))
         self._mixup = _make_mixup(info, options)
 
     def set_epoch(self, epoch: int) -> None:
         """See ``Loader``."""
         if epoch < 0:
-            _bad("epoch", epoch, "at least 0", "set_epoch(0)")
+            refuse("epoch", epoch, "at least 0", "set_epoch(0)")
         self._epoch = int(epoch)
 
     def _shard(self, epoch: int) -> Tensor:
@@ -694,7 +657,7 @@ class _BaseLoader:
     def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
         """See ``Loader``."""
         if not 0 <= start_batch <= len(self):
-            _bad("start_batch", start_batch, f"from 0 to {len(self)}, the batches of an epoch", "iterate(0)")
+            refuse("start_batch", start_batch, f"from 0 to {len(self)}, the batches of an epoch", "iterate(0)")
         return self._batches(self._epoch, start_batch)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
@@ -745,7 +708,7 @@ class _BaseLoader:
 def _make_mixup(info: DatasetInfo, options: LoaderOptions) -> Mixup | None:
     classes = options.num_classes or info.num_classes
     if classes < info.num_classes:
-        _bad("num_classes", classes, f"at least the {info.num_classes} classes of {info.name}", info.num_classes)
+        refuse("num_classes", classes, f"at least the {info.num_classes} classes of {info.name}", info.num_classes)
     if not options.train or not (options.mixup or options.cutmix):
         return None
     if not classes:
@@ -778,9 +741,9 @@ class ArrayLoader(_BaseLoader):
         self._policy = self._erase = None
         if options.train and options.auto_augment:
             if channels not in (1, 3):
-                _bad("auto_augment", options.auto_augment, f"left out for {channels} channels", "auto_augment=None")
+                refuse("auto_augment", options.auto_augment, f"left out for {channels} channels", "auto_augment=None")
             if options.auto_augment == "snn":
-                _bad("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
+                refuse("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
             self._policy = _policy(options.auto_augment, size, self.info.mean)
         if options.train and options.reprob:
             # Its noise is drawn on the CPU for the reason that the module's first lines give.
@@ -833,9 +796,9 @@ class EventLoader(_BaseLoader):
 
     def __init__(self, frames: Any, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.auto_augment not in (None, "snn"):
-            _bad("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
+            refuse("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
         if options.train and options.reprob:
-            _bad("reprob", options.reprob, "left out for event frames (cutout makes empty holes)", 0)
+            refuse("reprob", options.reprob, "left out for event frames (cutout makes empty holes)", 0)
         super().__init__(len(frames), lambda: frames.labels, replace(info, split_note=frames.split), options)
         self.frames = frames
         self.facts = {"split_note": frames.split, "frames_by": options.frames_by or "number"}
@@ -871,89 +834,24 @@ class EventLoader(_BaseLoader):
 # --- timm's readers -------------------------------------------------------------------------------------------
 
 
-def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if folder.is_dir() else set()
-
-
-def _classes_of(dataset: Any) -> dict[str, int]:
-    """The classes that timm's reader (which names them in two ways) or torchvision found."""
-    reader = getattr(dataset, "reader", dataset)
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-
-
-def _image_place(name: str, parts: Sequence[str], data_dir: str | None) -> Path:
-    """Finds the folder with classes, or the tar file, that has the first possible of the names."""
-    root = _data_root(data_dir)
-    if root.suffix == ".tar" and root.is_file():
-        return root
-    for folder in (root, root / name):
-        for part in parts:
-            for place in (folder / part, folder / f"{part}.tar"):
-                if place.is_file() or _class_folders(place):
-                    return place
-    raise FileNotFoundError(
-        f"{name}: looked in {root} for a folder (with a folder for each class) or .tar file named {' or '.join(parts)} "
-        f"and found none; type --dataset {name} --data-dir FOLDER, where {_LAYOUT}"
-    )
-
-
-def _open_images(name: str, place: Path, classes: Any = "") -> Any:
-    """Opens one folder of images, or one tar file of them, with timm's reader."""
-    try:
-        return create_dataset("", root=str(place), search_split=False, class_map=classes)
-    except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"{name}: no images in {place} ({error}); type --data-dir FOLDER, where {_LAYOUT}") from error
-
-
-def _open_folder(name: str, split: str, data_dir: str | None) -> Any:
-    """Finds and opens the images of a split."""
-    if _check_split(split) == "train":
-        return _open_images(name, _image_place(name, ("train",), data_dir))
-    # Whoever types test wants test/, except where it is ImageNet's without labels.
-    parts = ("test", "val", "validation") if split == "test" else ("val", "validation", "test")
-    place = _image_place(name, parts, data_dir)
-    dataset = _open_images(name, place)
-    # timm numbers the classes it sees: a split that lacks one would shift all later labels.
-    classes = _class_folders(place.with_name("train"))
-    if set(_classes_of(dataset)) < classes:
-        numbers = {label: i for i, label in enumerate(sorted(classes, key=natural_key))}
-        dataset = _open_images(name, place, numbers)
-    return dataset
-
-
-def _open_timm(name: str, split: str, options: LoaderOptions) -> Any:
-    """Opens any dataset that timm reads by number."""
-    if not name.lower().startswith(_TIMM_PREFIXES):
-        return _open_folder(name, split, options.data_dir)
-    root: str | None = str(_data_root(options.data_dir))
-    if name.lower().startswith("torch/"):
-        split = "train" if _check_split(split) == "train" else "validation"  # torchvision's two
-    elif options.data_dir is None:
-        root = None  # Hugging Face's own cache.
-    try:
-        return create_dataset(name, root=root, split=split, download=options.download)
-    except (AssertionError, OSError, RuntimeError) as error:
-        # timm asserts that it knows the name; whatever else fails is the place or the network.
-        kind = ValueError if isinstance(error, AssertionError) else FileNotFoundError
-        raise kind(
-            f"timm cannot open the dataset {name!r} in {root} ({type(error).__name__}: {str(error).strip()}); name its "
-            f"place with --data-dir FOLDER, or type --dataset digits, which needs no download"
-        ) from error
-
-
 def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Image.Image], Any]:
     """Timm's transforms, with our policies and cutout between them; no colour jitter."""
     common: dict[str, Any] = {"input_size": (info.in_chans, info.img_size, info.img_size), "mean": info.mean}
     common |= {"std": info.std, "interpolation": options.interpolation}
-    # torchvision's datasets hand out what they store, and the policies need RGB; grey comes after them.
+    # The policies need RGB; grey comes after them.
     rgb = operator.methodcaller("convert", "RGB")
     mode = operator.methodcaller("convert", "L" if info.in_chans == 1 else "RGB")
     if not options.train:
-        return transforms.Compose([mode, create_transform(crop_pct=options.crop_pct, **common)])
-    common |= {"scale": options.scale, "hflip": 0.5 if options.hflip is None else options.hflip, "color_jitter": None}
+        return transforms.Compose([eight_bits, mode, create_transform(crop_pct=options.crop_pct, **common)])
+    common |= {
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": 0.5 if options.hflip is None else options.hflip,
+        "color_jitter": None,
+    }
     common |= {"re_prob": options.reprob, "re_mode": options.remode}
     primary, _, final = create_transform(is_training=True, separate=True, **common)
-    steps = [rgb if options.auto_augment else mode, primary]
+    steps = [eight_bits, rgb if options.auto_augment else mode, primary]
     if options.auto_augment:
         steps += [_policy(options.auto_augment, info.img_size, info.mean), mode]
     if options.cutout:
@@ -962,7 +860,7 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
 
 
 class _SeededItems(torch.utils.data.Dataset):
-    """Makes a sample a function of (seed, epoch, index), whichever worker loads it."""
+    """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
@@ -970,17 +868,16 @@ class _SeededItems(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with _seeded("item", self.seed, *key):
-            return self.dataset[key[1]]
+            try:
+                return self.dataset[key[1]]
+            except ValueError as error:
+                return error
 
 
-def _labels_of(dataset: Any) -> Tensor:
-    """All labels, without reading an image."""
-    reader = getattr(dataset, "reader", dataset)
-    if hasattr(reader, "iter_targets"):
-        return torch.tensor(list(reader.iter_targets()))
-    if hasattr(reader, "targets"):
-        return torch.as_tensor(reader.targets)
-    return torch.tensor([sample[1] for sample in reader.samples])
+def _collated(items: list[Any]) -> tuple[Any, list[ValueError]]:
+    """A batch of those samples that could be read, and the errors of the others."""
+    good = [item for item in items if not isinstance(item, ValueError)]
+    return torch.utils.data.default_collate(good) if good else None, [i for i in items if isinstance(i, ValueError)]
 
 
 class TimmLoader(_BaseLoader):
@@ -992,11 +889,14 @@ class TimmLoader(_BaseLoader):
 
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.roll:
-            _bad("roll", options.roll, "0 for datasets that timm reads", 0)
-        info = replace(info, num_classes=len(_classes_of(dataset)) or options.num_classes or 0)
-        super().__init__(len(dataset), lambda: _labels_of(dataset), info, options)
+            refuse("roll", options.roll, "0 for datasets that timm reads", 0)
+        names = names_of(dataset)
+        info = replace(info, num_classes=len(names) or options.num_classes or 0, label_names=names)
+        super().__init__(len(dataset), lambda: labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
+        dataset.replace_damaged = options.train
         self.dataset = dataset
+        self.facts = {"crop_pct": options.crop_pct or DEFAULT_CROP_PCT, "interpolation": options.interpolation}
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         options, count = self.options, self.options.batch_size
@@ -1006,13 +906,22 @@ class TimmLoader(_BaseLoader):
             batch_sampler=[keys[i * count : (i + 1) * count] for i in range(start_batch, len(self))],
             num_workers=options.num_workers,
             pin_memory=self.device.type == "cuda",
+            collate_fn=_collated,
             # Its own generator: torch would draw the workers' seed from the global one.
             generator=_generator("workers", options.seed, epoch, options.rank),
         )
-        for batch, (images, labels) in enumerate(loader, start_batch):
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            yield self._finish(images, labels, epoch, batch)
+        left_out = 0
+        for batch, (samples, faults) in enumerate(loader, start_batch):
+            if faults and not options.skip_damaged:
+                raise faults[0]
+            for fault in faults:
+                _logger.warning("%s; it is left out.", fault)
+            if faults:
+                left_out += len(faults)
+                self.facts["left_out"] = left_out
+            if samples is not None:
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in samples)
+                yield self._finish(images, labels, epoch, batch)
 
 
 def create_loader(name: str, split: str, **options: Any) -> Loader:
@@ -1031,8 +940,6 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         ValueError: An argument is not possible.
         FileNotFoundError: The data is not there.
     """
-    from spikezoo.data.events import is_event_dataset, open_events
-
     known = [field.name for field in fields(LoaderOptions)]
     for option in options:
         if option not in known:
@@ -1042,13 +949,21 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
     if is_event_dataset(name):
         how: dict[str, Any] = {"frames_by": chosen.frames_by or "number", "duration_us": chosen.duration_us}
         recordings = open_events(name, split, data_dir=chosen.data_dir, T=chosen.T, download=chosen.download, **how)
-        return EventLoader(recordings, dataset_info(name, chosen.data_dir), chosen)
+        info = dataset_info(name, chosen.data_dir)
+        if not chosen.train and (names := shared_names(recordings.classes, chosen.label_names, name)):
+            numbers = number_classes(recordings.classes, names, name, "the model")
+            labels = torch.tensor([numbers[recordings.classes[label]] for label in recordings.labels.tolist()])
+            recordings = replace(recordings, labels=labels, classes=list(names))
+            info = replace(info, num_classes=len(names), label_names=names)
+        return EventLoader(recordings, info, chosen)
     if chosen.frames_by or chosen.duration_us:
-        _bad("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
+        refuse("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
         info = dataset_info(name, chosen.data_dir)
-        return ArrayLoader(*load_arrays(name, split, chosen.data_dir, chosen.download), info, chosen)
+        images, labels = load_arrays(name, split, chosen.data_dir, chosen.download)
+        return ArrayLoader(images, labels, info, chosen)
     _check_timm_name(name)
     # The loader counts the classes of the dataset it has opened, so nothing is scanned twice here.
     info = replace(dataset_info("imagenet"), name=name)
-    return TimmLoader(_open_timm(name, split, chosen), info, chosen)
+    names = () if chosen.train else tuple(chosen.label_names)
+    return TimmLoader(open_images(name, split, chosen.data_dir, chosen.download, names), info, chosen)
