@@ -471,6 +471,8 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
     layers = [str(model.pretrained_cfg[places[key]]) for key in changed if trained.get(key, given[key]) != given[key]]
     if layers and any(name == "bake" for name, _ in source.config.recipe):
         model = cast(SpikingModel, apply(model, "release", layers=layers))
+        if isinstance(model.get_classifier(), nn.Linear) and model.pretrained_cfg["classifier"] in layers:
+            cast(nn.Linear, model.get_classifier()).reset_parameters()  # a ticket's two values are no start
     fresh = _fresh(model) if source.foreign else {}
     filter_fn = weights_filter(source.architecture)
     load_weights(model, path, source.ema, fresh=fresh, changed=changed, filter_fn=filter_fn)
