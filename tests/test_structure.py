@@ -20,6 +20,8 @@ ALLOWED = {
     "sparse.py": set(),
     "checkpoint.py": {"neurons", "sparse"},
     "data.py": {"events lazily"},
+    "precision.py": set(),
+    "train": {"checkpoint", "data", "neurons", "precision", "train", "transforms"},
     "events.py": {"data", "neurons"},
     "layers.py": {"neurons"},
     "registry.py": {"neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
