@@ -167,10 +167,8 @@ class Sizes(Arguments):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Store the pairs as a dict."""
         super().__call__(parser, namespace, [value.replace(":", "=") for value in values], option_string)
-        found = {
-            int(size) if size.isdecimal() else size: share for size, share in getattr(namespace, self.dest).items()
-        }
-        setattr(namespace, self.dest, found)
+        pairs = getattr(namespace, self.dest).items()
+        setattr(namespace, self.dest, {int(size) if size.isdecimal() else size: share for size, share in pairs})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -502,10 +500,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for low, names in (
         (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
         (0, "rate_penalty rate_target mixup cutmix clip_grad"),
-        (
-            1,
-            "epochs updates batch_size validation_batch_size grad_accum_steps log_interval checkpoint_hist val_interval",
-        ),
+        (1, "epochs updates batch_size validation_batch_size grad_accum_steps"),
+        (1, "log_interval val_interval checkpoint_hist"),
     ):
         for name in names.split():
             value = getattr(args, name)
@@ -792,7 +788,9 @@ def initial_model(name: str, path: str, arguments: Mapping[str, Any]) -> Any:
     config = read_config(path)
     stored = dict(config.get("model_args", {}))
     same = config.get("architecture", name) == name
-    if same and not (stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG):
+    other_neurons = stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG
+    other_norms = arguments.get("mpbn", stored.get("mpbn")) != stored.get("mpbn")
+    if same and not (other_neurons or other_norms):
         return spikezoo.create_model(name, checkpoint_path=path, **arguments)
     kept = {key: value for key, value in stored.items() if same and key not in ("neuron", "mpbn", "T", "encoding")}
     model = spikezoo.create_model(name, **{**kept, **{k: v for k, v in arguments.items() if k not in FLAGS}})
