@@ -78,10 +78,11 @@ from tqdm import tqdm
 
 import spikezoo
 from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, read_weights, save_state
+from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluation import environment, evaluate, input_options, write_rows
+from spikezoo.evaluate import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
-from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates, nearest
+from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates
 from spikezoo.precision import fast_bfloat16
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 from spikezoo.train.start import fresh_membrane_norms, preserve_function, warm_scores

@@ -4,10 +4,10 @@ from spikezoo import models as models
 from spikezoo import search as search
 from spikezoo._version import __version__ as __version__
 from spikezoo.checkpoint import load_sparse_file as load_sparse_file
-from spikezoo.conversion import convert as convert
-from spikezoo.counters import Count as Count
-from spikezoo.counters import count as count
-from spikezoo.counters import count_loader as count_loader
+from spikezoo.convert import convert as convert
+from spikezoo.counting import Count as Count
+from spikezoo.counting import count as count
+from spikezoo.counting import count_loader as count_loader
 from spikezoo.deploy import deploy as deploy
 from spikezoo.export import export as export
 from spikezoo.hub import HubError as HubError

@@ -25,7 +25,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from spikezoo import sparse
-from spikezoo.neurons import nearest
+from spikezoo.checks import nearest
 
 __all__ = [
     "CONFIG_NAME",

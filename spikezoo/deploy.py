@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
+from spikezoo.checks import choice
 from spikezoo.layers import (
     ConvNormNeuron,
     LinearNormNeuron,
@@ -40,7 +41,7 @@ from spikezoo.layers import (
     set_ternary,
     signs_and_gain,
 )
-from spikezoo.neurons import SpikingNeuron, nearest
+from spikezoo.neurons import SpikingNeuron
 from spikezoo.sparse import levels_of, round_to_levels
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
@@ -374,8 +375,7 @@ class Deployed(nn.Module):
 
 
 def _check(model: nn.Module, precision: str) -> None:
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} does not exist. {nearest(precision, PRECISIONS)}")
+    choice("precision", precision, PRECISIONS)
     if not hasattr(model, "forward_sequence"):
         raise ValueError(
             f"deploy takes a model of this library with its head, and got {type(model).__name__}: make one with "
@@ -539,7 +539,7 @@ def _to_int8(model: nn.Module, example: Tensor) -> str:
                     unread.append((parent, name, child))
                     if isinstance(layer, nn.Conv2d):
                         child.conv = _InRows(layer)
-            elif isinstance(child, Pool) and not isinstance(child.pool, nn.MaxPool2d):
+            elif isinstance(child, Pool):  # not even the largest of bytes, where torch takes maps of 255 places at most
                 unread.append((parent, name, child))
     blocks = [m for m in model.modules() if isinstance(m, ConvNormNeuron | LinearNormNeuron | ResidualBlock)]
     neurons = {m for m in model.modules() if isinstance(m, SpikingNeuron)}

@@ -8,15 +8,16 @@ local variable of ``forward``. One plain PyTorch loop over T serves eager mode, 
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spikezoo.checks import UnknownArgumentError, choice, nearest, number, switch
 
 __all__ = [
     "IF",
@@ -29,28 +30,10 @@ __all__ = [
     "ReLU",
     "Sign",
     "SpikingNeuron",
-    "UnknownArgumentError",
     "WithRates",
     "firing_rates",
-    "nearest",
     "spike",
 ]
-
-
-class UnknownArgumentError(TypeError, ValueError):
-    """An argument name that does not exist: a ValueError for users, the TypeError that Python and timm expect."""
-
-
-def nearest(name: object, names: Iterable[str]) -> str:
-    """Return the sentence that names the closest valid names to a mistyped one.
-
-    Args:
-        name: What was given.
-        names: What would have been valid.
-    """
-    valid = sorted(names)
-    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Valid: {', '.join(valid)}."
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -188,40 +171,28 @@ class NeuronConfig:
     detach_reset: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "kind": (*SPIKING, *ANALOG),
-            "reset": ("hard", "soft"),
-            "firing": (">=", ">"),
-            "surrogate": tuple(SURROGATES),
-        }
-        for name, valid in choices.items():
-            value = getattr(self, name)
-            if value not in valid:
-                shown = "neuron" if name == "kind" else name
-                raise ValueError(f"{shown}={value!r} does not exist. {nearest(value, valid)}")
+        choice("neuron", self.kind, (*SPIKING, *ANALOG))
+        choice("reset", self.reset, ("hard", "soft"))
+        choice("firing", self.firing, (">=", ">"))
+        choice("surrogate", self.surrogate, SURROGATES)
         for name in ("decay", "tau", "threshold", "v_reset", "v_init", "surrogate_alpha"):
-            value = getattr(self, name)
-            optional = name in ("tau", "surrogate_alpha") and value is None
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not optional and not (number and math.isfinite(value)):
-                raise ValueError(f"{name}={value!r}: expected a finite number.")
-        if not isinstance(self.detach_reset, bool):  # the text "false" counts as true
-            raise ValueError(f"detach_reset={self.detach_reset!r}: expected True or False.")
+            if (value := getattr(self, name)) is not None or name not in ("tau", "surrogate_alpha"):
+                number(name, value)
+        switch("detach_reset", self.detach_reset)
         if self.reset == "soft" and self.v_reset != 0:
             raise ValueError(
                 f"v_reset={self.v_reset} with reset='soft': a soft reset subtracts the threshold and has no "
                 "potential to reset to. Leave v_reset out, or use reset='hard'."
             )
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay={self.decay}: expected a number in [0, 1]; 1 keeps the whole membrane potential.")
+        wanted = "a number in [0, 1]; 1 keeps the whole membrane potential"
+        number("decay", self.decay, 0, 1, "[]", expected=wanted)
         if self.tau is not None and self.tau < 1:
             raise ValueError(f"tau={self.tau}: expected a time constant >= 1 (tau=2 halves the potential each step).")
         if self.kind == "plif" and self.tau is not None and self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a learned time constant starts above 1, for instance tau=2.0.")
-        if self.threshold <= 0:
-            raise ValueError(f"threshold={self.threshold}: expected a positive number.")
-        if self.surrogate_alpha is not None and self.surrogate_alpha <= 0:
-            raise ValueError(f"surrogate_alpha={self.surrogate_alpha}: expected a positive number.")
+        number("threshold", self.threshold, 0, bounds="()")
+        if self.surrogate_alpha is not None:
+            number("surrogate_alpha", self.surrogate_alpha, 0, bounds="()")
 
     @classmethod
     def resolve(cls, defaults: dict[str, Any], kind: str | None, given: dict[str, Any]) -> NeuronConfig:
@@ -591,8 +562,8 @@ class NeuronFactory:
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if mpbn not in (None, "channel", "element"):
-            raise ValueError(f"mpbn={mpbn!r} does not exist. {nearest(mpbn, ('none', 'channel', 'element'))}")
+        if mpbn is not None:
+            choice("mpbn", mpbn, ("none", "channel", "element"))
         if mpbn and not config.spiking:
             raise ValueError(
                 f"mpbn={mpbn!r} normalises a membrane potential and neuron={config.kind!r} has none: "

@@ -15,7 +15,8 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from spikezoo.neurons import ANALOG, NeuronConfig, UnknownArgumentError, nearest
+from spikezoo.checks import UnknownArgumentError, nearest
+from spikezoo.neurons import ANALOG, NeuronConfig
 
 __all__ = [
     "FACTORY_ARGUMENTS",

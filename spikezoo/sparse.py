@@ -39,6 +39,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spikezoo.checks import is_whole
+
 __all__ = ["METADATA_KEY", "VERSION", "decode", "encode", "levels_of", "round_to_levels", "seeded_signs"]
 
 METADATA_KEY = "spikezoo.sparse"
@@ -80,7 +82,7 @@ def seeded_signs(seed: int, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: Another seed.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed, 0, 2**63 - 1):
         raise ValueError(f"Seed {seed!r} of signs: expected an integer from 0 to 2**63 - 1.")
     count = math.prod(shape)
     words = np.random.Philox(key=seed).random_raw(-(-count // 64)).astype("<u8")

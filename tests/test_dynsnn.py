@@ -17,12 +17,11 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import spikezoo
-from spikezoo.__main__ import main
 from spikezoo.checkpoint import load_state
+from spikezoo.cli import main
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
 from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
-    _Reach,
     dynsnn_report,
     fade,
     find_threshold,
@@ -35,6 +34,8 @@ from spikezoo.transforms.dynsnn import (
     threshold_for,
     without,
 )
+from spikezoo.transforms.reach import Reach
+from tools import dynsnn_table
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -218,7 +219,7 @@ def test_what_matters_by_hand():
     alive[names[0]][[0, 2]] = False
     alive[names[3]][[1]] = False
     alive[names[4]][3:9] = False
-    reach = _Reach(model, alive)
+    reach = Reach(model, alive)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert layers == list(reach.layers) and len(layers) == 6
     rows, columns = zip(*[reach.matters(name) for name in layers], strict=True)
@@ -242,7 +243,7 @@ def dead_parts(name, removed):
     alive = {neuron: torch.ones_like(mask) for neuron, mask in masks_of(model).items()}
     for neuron, channels in removed.items():
         alive[neuron][channels] = False
-    reach = _Reach(model, alive)
+    reach = Reach(model, alive)
     parts = {layer: [(~flags).nonzero().flatten().tolist() for flags in reach.matters(layer)] for layer in reach.layers}
     return {layer: tuple(part) for layer, part in parts.items() if part != [[], []]}
 
@@ -268,7 +269,7 @@ def test_a_stream_keeps_what_one_of_its_joins_adds():
     model = settled("test_spikformer")
     names = list(masks_of(model))
     first, encoding = names[3:5]  # of the fourth convolution, and of the one that is added to it
-    readers = {name for name in _Reach(model, {}).layers if name.startswith("stages.0.0.attn.") and name[16] in "qkv"}
+    readers = {name for name in Reach(model, {}).layers if name.startswith("stages.0.0.attn.") and name[16] in "qkv"}
     assert len(readers) == 3
     assert not readers & dead_parts("test_spikformer", {first: [2]}).keys()
     found = dead_parts("test_spikformer", {first: [2], encoding: [2]})
@@ -772,20 +773,21 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         (["--compression", "0.99"], "would remove all"),
         (["--tolerance", "-1"], "tolerance=-1"),
         (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
-        (["--table", str(tmp_path)], "train.py --plan"),
     ):
         assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_table(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"train\.py --plan"):
+        dynsnn_table.main([str(tmp_path)])
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
     rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
     rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
     with open(tmp_path / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
-    assert main(["dynsnn", "--table", str(tmp_path)]) == 0
+    assert dynsnn_table.main([str(tmp_path)]) == 0
     first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
     # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
     assert first.split() == [

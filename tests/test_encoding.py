@@ -10,7 +10,7 @@ from test_models import fill
 
 import spikezoo
 from spikezoo.encoding import direct, poisson, ttfs
-from spikezoo.evaluation import input_options
+from spikezoo.evaluate import input_options
 
 CODES = ("poisson", "ttfs")
 

@@ -1,10 +1,14 @@
-"""Tests of spikezoo.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
+"""Tests of spikezoo.data.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
 
+import base64
 import dataclasses
 import hashlib
+import os
 import shutil
 import struct
+import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from spikezoo import data, events
-from spikezoo.events import event_info, open_events, read_events, write_split
+from spikezoo import data
+from spikezoo.data.events import event_info, framing, official, open_events, read_events, recordings, write_split
+from spikezoo.data.events.readers import native_sensor
 
 KEYS = ("t", "x", "y", "p")
 
@@ -62,7 +67,43 @@ def write_aedat3(path, recording, packet=25):
     path.write_bytes(out)
 
 
-WRITERS = {"npz": write_npz, "bin": write_bin, "aedat2": write_aedat2, "aedat3": write_aedat3}
+def write_davis(path, recording, chip=b"eu.seebetter.ini.chips.davis.Davis346blue", size=(260, 346)):
+    """jAER's and v2e's 64 bits of a DAVIS: counted from the lower right corner."""
+    height, width = size
+    rows = (
+        struct.pack(">II", (height - 1 - y) << 22 | (width - 1 - x) << 12 | p << 11, t)
+        for t, x, y, p in zip(*(recording[key].tolist() for key in KEYS), strict=True)
+    )
+    path.write_bytes(b"#!AER-DAT2.0\r\n" + (b"# AEChip: " + chip + b"\r\n" if chip else b"") + b"".join(rows))
+
+
+def write_dat(
+    path, recording, header=b"% Data file containing CD events\n% Version 2\n% Width 34\n% Height 34\n\x0c\x08"
+):
+    """Prophesee's 64 bits: the time, and 14 bits of x, 14 of y and 4 of polarity."""
+    rows = (
+        struct.pack("<II", t, p << 28 | y << 14 | x)
+        for t, x, y, p in zip(*(recording[key].tolist() for key in KEYS), strict=True)
+    )
+    path.write_bytes(header + b"".join(rows))
+
+
+def write_npy(path, recording):
+    """Tonic's structured array."""
+    array = np.zeros(len(recording["t"]), [("x", "i2"), ("y", "i2"), ("t", "i8"), ("p", "?")])
+    for key in KEYS:
+        array[key] = recording[key]
+    np.save(path, array)
+
+
+WRITERS = {
+    "npz": write_npz,
+    "npy": write_npy,
+    "bin": write_bin,
+    "dat": write_dat,
+    "aedat2": write_aedat2,
+    "aedat3": write_aedat3,
+}
 
 
 def suffix(kind):
@@ -87,13 +128,13 @@ def fill(place, kind="bin", classes=("2", "10"), train=3, test=2, **options):
 def counting(monkeypatch):
     """The files that are integrated."""
     done = []
-    integrate = events._Framing.integrate
+    integrate = framing.Framing.integrate
 
     def count(self, path):
         done.append(Path(path).name)
         return integrate(self, path)
 
-    monkeypatch.setattr(events._Framing, "integrate", count)
+    monkeypatch.setattr(framing.Framing, "integrate", count)
     return done
 
 
@@ -115,7 +156,8 @@ def test_truncated_recording(tmp_path, kind, cut):
     file = tmp_path / f"cut{suffix(kind)}"
     WRITERS[kind](file, make())
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=rf"cut{suffix(kind)}: it is truncated"):
+    said = "it is truncated" if kind != "npy" else "Failed to read all data|cannot reshape"  # numpy's words
+    with pytest.raises(ValueError, match=rf"cut{suffix(kind)}: .*({said})"):
         read_events(file, (128, 128))
 
 
@@ -158,13 +200,153 @@ def test_bad_recording_is_named(tmp_path, what):
 def test_other_formats_are_refused(tmp_path):
     for name, content, message in (
         ("a.npz", b"no archive", r"a.npz: it is truncated, or no .npz file"),
-        ("a.aedat", b"#!AER-DAT4.0\r\n", r"a.aedat: its first line is b'#!AER-DAT4.0'; read are #!AER-DAT2.0"),
+        ("a.aedat", b"#!AER-DAT1.0\r\n", r"a.aedat: its first line is b'#!AER-DAT1.0'; read are #!AER-DAT2.0"),
+        (
+            "b.aedat",
+            b"#!AER-DAT2.0\r\n# AEChip: a.b.Cochlea64\r\n",
+            r"recorded with the camera 'a.b.Cochlea64'; read are",
+        ),
+        (
+            "c.aedat",
+            b"#!AER-DAT2.0\r\n" + struct.pack(">II", 9 << 22, 0),
+            r"addresses have more bits than those of DVS1",
+        ),
+        ("d.aedat", b"#!AER-DAT3.1\r\n#Format: SerializedTS\r\n", r"its 'format: serializedts' is not read"),
+        ("a.dat", b"% Version 1\n\x0c\x08", r"a.dat: it is of version 1 of .dat; read is version 2"),
+        ("b.dat", b"% Version 2\n\x0e\x08", r"it holds words of the type and size \[14, 8\]"),
+        ("a.npy", b"no array", r"a.npy: "),
         ("a.bni", b"", r"a.bni: the format '.bni' is not read. Did you mean '.bin'"),
         ("a.bin", b"", r"a.bin: the recording is empty"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_events(tmp_path / name, (34, 34))
+
+
+def same(read, recording):
+    return all(np.array_equal(read[key], recording[key]) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("chip", "size"),
+    [
+        (b"eu.seebetter.ini.chips.davis.Davis346blue", (260, 346)),
+        (b"DAVIS240C", (180, 240)),
+        (b"eu.seebetter.ini.chips.sbret10.SBret10", (180, 240)),
+        (b"", (260, 346)),  # as older v2e: the folder says the size
+    ],
+)
+def test_davis_recordings(tmp_path, chip, size):
+    recording = make(200, size)
+    write_davis(tmp_path / "a.aedat2", recording, chip, size)
+    assert same(read_events(tmp_path / "a.aedat2", size), recording)
+    assert native_sensor(tmp_path / "a.aedat2") == (size if chip else (128, 128))
+    corner = {"t": np.array([5]), "x": np.array([0]), "y": np.array([0]), "p": np.array([1])}
+    write_davis(tmp_path / "b.aedat", corner, chip, size)
+    wanted = (size[0] - 1) << 22 | (size[1] - 1) << 12 | 1 << 11
+    assert struct.unpack(">II", (tmp_path / "b.aedat").read_bytes()[-8:]) == (wanted, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("dvs128", [struct.pack(">II", flag | 0x1234, 0) for flag in (1 << 15, 1 << 31)]),  # external inputs
+        ("davis", [struct.pack(">II", flag | 0x123000, 0) for flag in (1 << 31, 1 << 31 | 3 << 10, 1 << 10)]),
+        ("aedat3", [struct.pack("<II", 3 << 17 | 4 << 2, 0)]),  # marked as invalid
+    ],
+)
+def test_words_that_are_no_events(tmp_path, kind, words):
+    recording, words = make(40, (30, 30), last=4000), b"".join(words)
+    file = tmp_path / "a.aedat"
+    {"dvs128": write_aedat2, "davis": write_davis, "aedat3": write_aedat3}[kind](file, recording)
+    content = file.read_bytes()
+    start = len(content) - 40 * 8
+    if kind == "aedat3":
+        write_aedat3(file, recording, packet=40)
+        content = file.read_bytes()
+        fake = struct.pack("<HHIIIIII", 2, 0, 8, 4, 0, 1, 1, 1) + bytes(8)  # a packet of another type
+        head = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, 41, 41, 40)
+        start = len(content) - 40 * 8
+        file.write_bytes(content[: start - 28] + fake + head + words + content[start:])
+    else:
+        file.write_bytes(content[:start] + words + content[start:] + words)
+    assert same(read_events(file, (260, 346)), recording)
+
+
+@pytest.mark.parametrize("blank", [b"\r\n", b"\n", b"#\r\n"])
+@pytest.mark.parametrize("place", ["middle", "end"])
+@pytest.mark.parametrize("kind", ["aedat2", "aedat3"])
+def test_blank_lines_of_a_header(tmp_path, kind, blank, place):
+    recording = make(sensor=(128, 128))
+    WRITERS[kind](tmp_path / "a.aedat", recording)
+    content = (tmp_path / "a.aedat").read_bytes()
+    cut = (
+        content.index(b"\n") + 1
+        if place == "middle"
+        else content.rindex(b"# a comment" if kind == "aedat2" else b"#!E")
+    )
+    cut = content.index(b"\n", cut) + 1 if (kind, place) == ("aedat2", "end") else cut
+    (tmp_path / "a.aedat").write_bytes(content[:cut] + blank + content[cut:])
+    assert same(read_events(tmp_path / "a.aedat", (128, 128)), recording)
+
+
+def test_events_that_begin_like_a_comment(tmp_path):
+    recording = make(5, (260, 346)) | {"y": np.full(5, 259 - (0x23 << 1)), "t": np.array([10, 11, 12, 13, 2570])}
+    write_davis(tmp_path / "a.aedat", recording)
+    assert same(read_events(tmp_path / "a.aedat", (260, 346)), recording)
+
+
+def test_overflow_marks_of_ncaltech101(tmp_path):
+    # The clock has 13 bits there, and each mark (y=240) stands for 8192 us.
+    def word(x, y, p, t):
+        return bytes([x, y]) + (p << 23 | t).to_bytes(3, "big")
+
+    words = [word(1, 2, 1, 8000), word(0, 240, 0, 0), word(239, 179, 0, 5), word(0, 240, 0, 0), word(0, 240, 1, 9)]
+    (tmp_path / "a.bin").write_bytes(b"".join([*words, word(3, 4, 1, 7)]))
+    read = read_events(tmp_path / "a.bin", (180, 240))
+    assert same(read, {"t": [8000, 8197, 3 * 8192 + 7], "x": [1, 239, 3], "y": [2, 179, 4], "p": [1, 0, 1]})
+
+
+# Four events of a DAVIS346, written by dv-processing 2.0.4.
+AEDAT4 = (
+    "c-oCq%}VP)6h1Y<N>C}%g$uzr%3Wy_ywz12T5ZLGRk$tndhsqoGwPt736n{ouEf`H=acvdK89QM1w4tZ)Ecn^XE-PGo$t&1e5)&!+MkVTrBy80"
+    "bH<tmum}M4qx~8r!+<>KFbgx70c0>{G48bY)z>Ki$M2avDnllCiEI{Z;u<CnhYO#Y-0RX35s|9%GeOM2Qx_#-4Qguu9f#Xrfc7XffqP0x^OE*U"
+    "q$9e4q+zU2Ow|vNAXJj^bK)NSD>_z;{I*$0cFwqW)ewGkMGsMaoTDMQ*v0SCJC;mQIU(Uuq=HDL5z-#zD*S;aZmH6+BUzwQHntmuN_0)%Q(m%S"
+    "ibSq30c+hyd3MIA94D={Tg_C0k*i^8*JxX8>^4)hLv~I74kZ~^#Qj~|PLoUNJNeYNxouC<CnDMTa`@FsyWadp*s<b`jy%bcdYC(w-*b)R?f=Kn"
+    "Nn^2GemIP+V4UKd!-&rjU>Yr><BT93ww^TfPBXU8OAhW&GFqHMMqh^eEcl799<w>PS<g(ta16-Xm_Gj+lJB)DJD<o0uFNMb^RSNo)UjHEHJH!C"
+    "?fZYa+8iwCSy+W96nV^kXuunMQ28G"
+)
+
+
+def test_aedat4(tmp_path, monkeypatch):
+    pytest.importorskip("aedat")
+    content = zlib.decompress(base64.b85decode(AEDAT4))
+    wanted = {"t": [1000, 1010, 1025, 2000], "x": [0, 345, 7, 300], "y": [0, 259, 100, 2], "p": [1, 0, 1, 0]}
+    for name in ("a.aedat4", "a.aedat"):
+        (tmp_path / name).write_bytes(content)
+        assert native_sensor(tmp_path / name) == (260, 346)
+        assert same(read_events(tmp_path / name, (260, 346)), wanted)
+    (tmp_path / "a.aedat4").write_bytes(content[:-300])
+    with pytest.raises(ValueError, match=r"a.aedat4: it is truncated or damaged"):
+        read_events(tmp_path / "a.aedat4", (260, 346))
+    monkeypatch.setitem(sys.modules, "aedat", None)
+    with pytest.raises(ValueError, match=r"pip install 'spikezoo-snn\[events\]'"):
+        read_events(tmp_path / "a.aedat", (260, 346))
+
+
+def test_names_of_fields(tmp_path):
+    recording = make()
+    array = np.zeros(60, [("timestamp", "i8"), ("x", "u2"), ("y", "u2"), ("polarity", "u1")])
+    for key, name in zip(KEYS, array.dtype.names, strict=True):
+        array[name] = recording[key]
+    np.save(tmp_path / "a.npy", array)
+    assert same(read_events(tmp_path / "a.npy", (34, 34)), recording)
+    np.save(tmp_path / "a.npy", array[["x", "y"]])
+    with pytest.raises(ValueError, match=r"a.npy: it lacks the field t, p; it has the fields x, y"):
+        read_events(tmp_path / "a.npy", (34, 34))
+    np.save(tmp_path / "a.npy", np.zeros((60, 4)))
+    with pytest.raises(ValueError, match=r"it has plain numbers of shape \[60, 4\]"):
+        read_events(tmp_path / "a.npy", (34, 34))
 
 
 # --- frames ------------------------------------------------------------------------------------------------------
@@ -174,8 +356,8 @@ def integrate(recording, T, frames_by, duration_us=0, sensor=(34, 34)):
     """Frames without a file."""
     file = Path(f"{id(recording)}.npz")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "read_events", lambda path, sensor: recording)
-        return events._Framing(T, frames_by, duration_us, sensor).integrate(file)
+        patch.setattr(framing, "read_events", lambda path, sensor: recording)
+        return framing.Framing(T, frames_by, duration_us, sensor).integrate(file)
 
 
 @pytest.mark.parametrize("frames_by", ["number", "time", "duration"])
@@ -239,7 +421,7 @@ def test_counts_beyond_a_byte():
 @pytest.mark.parametrize("kind", WRITERS)
 def test_open_a_folder(tmp_path, kind):
     made = fill(tmp_path, kind)
-    size = (34, 34) if kind == "npz" else None
+    size = (34, 34) if kind in ("npz", "npy") else None
     sensor = (128, 128) if kind.startswith("aedat") else (34, 34)
     train = open_events(f"events:{tmp_path}", "train", T=4, size=size)
     test = open_events(f"events:{tmp_path.name}", "val", data_dir=str(tmp_path.parent), T=4, size=size)
@@ -306,7 +488,7 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
     name = f"events:{tmp_path}"
     wanted = np.array(open_events(name, "train", T=4, cache=False).frames)
     counting.clear()
-    whole = events._Framing.integrate
+    whole = framing.Framing.integrate
 
     def killed(self, path):
         if len(counting) == 4:
@@ -314,7 +496,7 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
         return whole(self, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(events._Framing, "integrate", killed)
+        patch.setattr(framing.Framing, "integrate", killed)
         open_events(name, "train", T=4)
     (journal,) = tmp_path.rglob("*.part.txt")
     body = journal.with_suffix("")
@@ -331,6 +513,83 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
     assert np.array_equal(open_events(name, "train", T=4).frames, wanted)
     assert sorted(counting) == ["1.bin", "1.bin", "2.bin"]  # the second of "2", the second and third of "10"
     assert sorted(path.suffix for path in body.parent.iterdir()) == [".npy", ".txt"]
+
+
+def flips(file, count, seed=0):
+    """The file with one bit flipped, again and again; its size and time stay."""
+    content, stat = file.read_bytes(), file.stat()
+    for place in np.random.default_rng(seed).integers(0, 8 * len(content), count).tolist():
+        body = bytearray(content)
+        body[place // 8] ^= 1 << place % 8
+        file.write_bytes(bytes(body))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        yield place
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_flipped_bit_of_the_cache_is_taken(tmp_path, monkeypatch):
+    fill(tmp_path, train=2, test=1)
+    name = f"events:{tmp_path}"
+    first = open_events(name, "train", T=2)
+    wanted, note = np.array(first.frames), first.split
+    del first
+    (frames,), (names,) = tmp_path.rglob("events-train-*.npy"), tmp_path.rglob("events-train-*.txt")
+    for file in (frames, names, tmp_path / ".spikezoo" / "hashes.json"):
+        for _ in flips(file, 12):
+            opened = open_events(name, "train", T=2)
+            assert np.array_equal(opened.frames, wanted) and opened.split == note
+    # Frames of another recording under the names of the wanted ones, complete and well-formed.
+    open_events(name, "test", T=2)
+    (other,) = tmp_path.rglob("events-test-*.npy")
+    shutil.copy(other, frames)
+    assert np.array_equal(open_events(name, "train", T=2).frames, wanted)
+    # Rows of an interrupted build.
+    whole = framing.Framing.integrate
+    file = tmp_path / "train" / "10" / "1.bin"
+    shutil.rmtree(tmp_path / ".spikezoo")
+
+    def killed(self, path):
+        if path == file:
+            raise KeyboardInterrupt
+        return whole(self, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(framing.Framing, "integrate", killed)
+        open_events(name, "train", T=2)
+    body, journal = (next(tmp_path.rglob(f"events-train{suffix}")) for suffix in (".part", ".part.txt"))
+    kept = {path: path.read_bytes() for path in (body, journal)}
+    for part in (body, journal):
+        for _ in flips(part, 8):
+            assert np.array_equal(open_events(name, "train", T=2).frames, wanted)
+            for path in body.parent.glob("events-train-*"):
+                path.unlink()
+            for path, content in kept.items():
+                path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"7",
+        b'"x"',
+        b"[[[]]]",
+        b'{"a": 5}',
+        b'{"sha256": [], "files": 3}',
+        b"[" * 3000,
+    ],
+)
+def test_any_junk_for_the_list_of_hashes(tmp_path, junk):
+    fill(tmp_path, train=1, test=1)
+    wanted = open_events(f"events:{tmp_path}", "train", T=2).split
+    store = tmp_path / ".spikezoo" / "hashes.json"
+    good = store.read_bytes()
+    store.write_bytes(junk)
+    assert open_events(f"events:{tmp_path}", "train", T=2).split == wanted
+    assert store.read_bytes() == good
 
 
 def test_file_cut_short_is_made_anew(tmp_path):
@@ -426,8 +685,8 @@ def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     refused(r"has the folder train without its counterpart")
     (tmp_path / "test").mkdir()
-    (tmp_path / "train" / "a" / "x.aedat4").touch()
-    refused(r"a is a class without a recording \(.npz, .bin, .aedat\); it has .aedat4")
+    (tmp_path / "train" / "a" / "x.raw").touch()
+    refused(r"a is a class without a recording \(.npz, .npy, .bin, .dat, .aedat, .aedat2, .aedat4\); it has .raw")
     write_npz(tmp_path / "train" / "a" / "1.npz", make())
     refused(r"test has no class")
     (tmp_path / "test" / "aa").mkdir()
@@ -448,6 +707,31 @@ def test_folders_that_do_not_fit(tmp_path):
         open_events("events:nowhere", "train", T=2)
     with pytest.raises(FileNotFoundError, match="events:: there is no folder"):
         open_events("events:", "train", T=2)
+
+
+def test_what_is_left_out_is_named(tmp_path, caplog):
+    fill(tmp_path, train=2, test=1)
+    for name in ("3.raw", "4.raw", "5.h5", ".hidden.bin", "._0.bin", "README"):
+        (tmp_path / "train" / "2" / name).write_bytes(b"x")
+    (tmp_path / "train" / "10" / "subject1").mkdir()
+    with caplog.at_level("WARNING", "spikezoo"):
+        opened = open_events(f"events:{tmp_path}", "train", T=2)
+    assert len(opened) == 4
+    (record,) = caplog.records
+    assert "left out are 1 .h5, 2 .raw, 1 README, 1 folder, which" in record.getMessage()
+
+
+def test_litter_and_links_are_no_classes(tmp_path):
+    fill(tmp_path, train=2, test=1)
+    for part in ("train", "test"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (tmp_path / part / name).mkdir()
+            write_bin(tmp_path / part / name / "0.bin", make(seed=99))
+    (tmp_path / "train" / "0back").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "train" / "1twin").symlink_to(tmp_path / "train" / "2", target_is_directory=True)
+    opened = open_events(f"events:{tmp_path}", "train", T=2)
+    assert opened.classes == ["2", "10"] and opened.labels.tolist() == [0, 0, 1, 1]
+    assert data.dataset_info(f"events:{tmp_path}").label_names == ("2", "10")
 
 
 def test_suffixes_in_capitals(tmp_path):
@@ -498,8 +782,8 @@ def test_place_of_the_cache(tmp_path, monkeypatch):
 
 
 def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
-    random, tebn = (events._named_test(events._NAMED[name]) for name in ("cifar10dvs", "cifar10dvs_tebn"))
-    for label in events._CIFAR10:
+    random, tebn = (recordings.named_test(official.NAMED[name]) for name in ("cifar10dvs", "cifar10dvs_tebn"))
+    for label in official.CIFAR10:
         numbers = [{int(stem.rpartition("_")[2]) for stem in test if f"_{label}_" in stem} for test in (random, tebn)]
         assert len(numbers[0]) == 100 and max(numbers[0]) < 1000 and numbers[1] == set(range(100))
     assert len(random) == len(tebn) == 1000
@@ -507,16 +791,16 @@ def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
     for folder, name in (("cat", "a.aedat"), ("download", "cat.zip")):  # whatever else lies there is no class
         (tmp_path / "some" / folder).mkdir(parents=True)
         (tmp_path / "some" / folder / name).touch()
-    assert list(events._by_class(tmp_path / "some", events._CIFAR10)) == ["cat"]
+    assert list(recordings.by_class(tmp_path / "some", official.CIFAR10)) == ["cat"]
     # 10,000 files would take longer than all other tests.
     there = {
-        label: [Path(label, f"cifar10_{label}_{number}.npz") for number in range(1000)] for label in events._CIFAR10
+        label: [Path(label, f"cifar10_{label}_{number}.npz") for number in range(1000)] for label in official.CIFAR10
     }
-    monkeypatch.setattr(events, "_by_class", lambda place, only: there)
-    for label in events._CIFAR10:
+    monkeypatch.setattr(recordings, "by_class", lambda place, only: there)
+    for label in official.CIFAR10:
         (tmp_path / "cifar10dvs" / "events_np" / label).mkdir(parents=True)
     for name, test in (("cifar10dvs", random), ("cifar10dvs_tebn", tebn)):
-        found = events._recordings(name, str(tmp_path), None, False)
+        found = recordings.find_recordings(name, str(tmp_path), None, False)
         assert {path.stem for path, _ in found.items["test"]} == test
         assert len(found.items["train"]) == 9000 and not {path.stem for path, _ in found.items["train"]} & test
         assert all(found.classes[label] == path.parent.name for path, label in found.items["train"])
@@ -525,13 +809,13 @@ def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
 
     there["cat"][12] = Path("cat", "mine.npz")
     with pytest.raises(ValueError, match=r"of them 1 are not in .* \(the first is cifar10_cat_12\), and 1 files"):
-        events._recordings("cifar10dvs", str(tmp_path), None, False)
-    other = dataclasses.replace(events._NAMED["cifar10dvs"], split_sha256="0" * 64)
+        recordings.find_recordings("cifar10dvs", str(tmp_path), None, False)
+    other = dataclasses.replace(official.NAMED["cifar10dvs"], split_sha256="0" * 64)
     with pytest.raises(ValueError, match=r"cifar10dvs.txt of this installation was changed"):
-        events._named_test(other)
+        recordings.named_test(other)
 
 
-def official(monkeypatch, loader, *files):
+def make_official(monkeypatch, loader, *files):
     """Makes files the official ones of a dataset of SpikingJelly."""
     from spikingjelly import datasets
 
@@ -551,7 +835,7 @@ def test_official_archives_of_nmnist(tmp_path, monkeypatch):
                 path = Path(file).relative_to(tmp_path / "raw")
                 if path.parts[0] == part.lower():
                     archive.write(file, Path(part, *path.parts[1:]))
-    official(monkeypatch, "NMNIST", download / "Train.zip", download / "Test.zip")
+    make_official(monkeypatch, "NMNIST", download / "Train.zip", download / "Test.zip")
     good = (download / "Test.zip").read_bytes()
     (download / "Test.zip").write_bytes(good[:-9])
     with pytest.raises(FileNotFoundError, match=r"Test.zip is not there or has not the MD5 sum"):
@@ -609,7 +893,7 @@ def test_download_of_cifar10dvs(tmp_path, monkeypatch):
         asked.append((url, filename, md5))
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(events, "download_url", refuse)
+    monkeypatch.setattr(official, "download_url", refuse)
     with pytest.raises(FileNotFoundError, match=r"airplane.zip \(MD5 0afd5c4bf9ae06af762a77b180354fdd\)"):
         open_events("cifar10dvs", "train", data_dir=str(tmp_path), T=2, download=False)
     with pytest.raises(FileNotFoundError, match=r"cannot be had or unpacked \(OSError: no network in tests\)"):
@@ -632,7 +916,7 @@ def test_data_that_is_not_there(tmp_path):
 
 def test_names_known_to_data():
     names = data.list_datasets()
-    assert [name for name in names if events.is_event_dataset(name)] == [
+    assert [name for name in names if data.is_event_dataset(name)] == [
         "nmnist", "cifar10dvs", "cifar10dvs_tebn", "dvs128gesture", "events:PATH"
     ]  # fmt: skip
     info = data.dataset_info("dvs128gesture")

@@ -17,7 +17,8 @@ from timm.models import group_parameters
 from torch import nn
 
 import spikezoo
-from spikezoo.neurons import SpikingNeuron, UnknownArgumentError, firing_rates
+from spikezoo.checks import UnknownArgumentError
+from spikezoo.neurons import SpikingNeuron, firing_rates
 from spikezoo.registry import _rows
 
 RECORD = Path(__file__).parent / "recorded_outputs.json"

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.data import create_loader
-from spikezoo.evaluation import input_options, open_model
+from spikezoo.evaluate import input_options, open_model
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 
 ROOT = Path(__file__).parents[1]

@@ -23,17 +23,12 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from spikezoo.checks import choice, number, whole
 from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory, nearest
+from spikezoo.neurons import NeuronConfig, NeuronFactory
 
 __all__ = ["SpikingModel", "init_without_norms"]
-
-
-def _positive_int(name: str, value: Any, minimum: int = 1, hint: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}={value!r}: expected an integer >= {minimum}.{hint}")
-    return value
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:
@@ -99,23 +94,22 @@ class SpikingModel(nn.Module):
         **neuron_arguments: Any,
     ) -> None:
         super().__init__()
-        self.num_classes = _positive_int("num_classes", num_classes, 0)
-        self.in_chans = _positive_int("in_chans", in_chans)
+        self.num_classes = whole("num_classes", num_classes, 0)
+        self.in_chans = whole("in_chans", in_chans)
         sizes = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
         if isinstance(img_size, str) or len(sizes) != 2:
             raise ValueError(f"img_size={img_size!r}: expected one number or (height, width), for instance 32.")
-        self.img_size = tuple(_positive_int("img_size", size) for size in sizes)
+        self.img_size = tuple(whole("img_size", size) for size in sizes)
         self.neuron_config = NeuronConfig.resolve(neuron_defaults or {}, neuron, neuron_arguments)
         if T is not None:
-            _positive_int("T", T, hint=" T is the number of time steps; T=4 is common, T=1 the fastest.")
+            whole("T", T, hint=" T is the number of time steps; T=4 is common, T=1 the fastest.")
             if T > 1 and not self.neuron_config.spiking:
                 raise ValueError(
                     f"T={T} with neuron={self.neuron_config.kind!r}: a neuron without membrane potential gives the "
                     "same answer at every step. Use T=1, or neuron='lif'."
                 )
         self.T = T if T is not None else (4 if self.neuron_config.spiking else 1)
-        if encoding not in ENCODINGS:
-            raise ValueError(f"encoding={encoding!r} does not exist. {nearest(encoding, ENCODINGS)}")
+        choice("encoding", encoding, ENCODINGS)
         if encoding != "direct" and not self.neuron_config.spiking:
             raise ValueError(
                 f"encoding={encoding!r} with neuron={self.neuron_config.kind!r}: a neuron without membrane potential "
@@ -125,11 +119,10 @@ class SpikingModel(nn.Module):
             raise ValueError(
                 f"encoding={encoding!r} with in_chans=2: event frames are their own encoding. Use encoding='direct'."
             )
-        self.encoding, self.encoding_seed = encoding, _positive_int("encoding_seed", encoding_seed, 0)
+        self.encoding, self.encoding_seed = encoding, whole("encoding_seed", encoding_seed, 0)
         self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
-        for name, rate in (("drop_rate", drop_rate), ("neuron_drop", neuron_drop)):
-            if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
-                raise ValueError(f"{name}={rate!r}: expected a number in [0, 1).")
+        number("drop_rate", drop_rate, 0, 1)
+        number("neuron_drop", neuron_drop, 0, 1)
         _check_pool(global_pool, num_classes)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
@@ -378,7 +371,7 @@ class SpikingModel(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
-        _positive_int("num_classes", num_classes, 0)
+        whole("num_classes", num_classes, 0)
         _check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         like = next(self.parameters())  # a headless net has no layer that timm could copy these from

@@ -3,8 +3,10 @@
 Paper: "AutoST: Training-free Neural Architecture Search for Spiking Transformers" (arXiv:2307.00293). It prints
 parameter counts and never the nets that were found, and its code holds no result either. The nets below are the wide
 and shallow ones of the paper's search spaces whose counts are nearest to the printed ones; that the search prefers wide
-and shallow nets is what the paper says of it. Heads have 64 channels. No parameter depends on them, and MACs do only
-where a head has fewer channels than there are tokens, since the attention product then takes its other order.
+and shallow nets is what the paper says of it. They have 8 heads: the spaces offer 4 and 8 for every layer, and both
+divide every dimension. No parameter depends on heads, and MACs do only where a head has fewer channels than there are
+tokens, since the attention product then takes its other order; of the two, 8 costs less and keeps a head's width (40 to
+96 channels) nearer to the 64 that the scale of the product, 1/8, is made for.
 
 The neuron is LIF and the residual stream holds spikes, after the paper's text. The authors' code differs: it takes
 ``neuron='plif', residual='membrane'``.
@@ -38,7 +40,7 @@ def _row(dim: int, mlp_ratios: Sequence[float], parameters: int, printed: str, *
     layout = {
         "dim": dim,
         "depth": len(mlp_ratios),
-        "heads": dim // 64,
+        "heads": 8,
         "mlp_ratios": tuple(mlp_ratios),
         "neuron_defaults": SPIKFORMER_NEURON,
     }

@@ -15,9 +15,10 @@ import torch
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
+from spikezoo.checks import choice, number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
-from spikezoo.models._base import SpikingModel, _positive_int
-from spikezoo.neurons import NeuronFactory, nearest
+from spikezoo.models._base import SpikingModel
+from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
 
 __all__ = ["Spikformer", "attend", "checkpoint_filter_fn"]
@@ -182,12 +183,6 @@ def _per_layer(name: str, value: Any, depth: int) -> list[Any]:
     return list(value)
 
 
-def _positive(name: str, value: Any, hint: str = "") -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: expected a positive number{hint}.")
-    return value
-
-
 class Spikformer(SpikingModel):
     """Spiking patch splitting (four convolutions), position encoding, transformer blocks and the classifier.
 
@@ -230,8 +225,8 @@ class Spikformer(SpikingModel):
     ) -> None:
         super().__init__(**kwargs)
         dd, neurons = self._dd, self._neuron
-        _positive_int("dim", dim)
-        _positive_int("depth", depth)
+        whole("dim", dim)
+        whole("depth", depth)
         if dim % 8:
             near = " or ".join(str(8 * eighth) for eighth in (dim // 8, dim // 8 + 1) if eighth)
             raise ValueError(
@@ -239,29 +234,23 @@ class Spikformer(SpikingModel):
                 f"{near}."
             )
         all_heads, ratios = _per_layer("heads", heads, depth), _per_layer("mlp_ratios", mlp_ratios, depth)
-        for number in all_heads:
-            if dim % _positive_int("heads", number):
+        for count in all_heads:
+            if dim % whole("heads", count):
                 divisors = [h for h in range(1, dim + 1) if dim % h == 0]
-                close = sorted(sorted(divisors, key=lambda h: abs(h - number))[:3])
-                step = math.lcm(8, number)
+                close = sorted(sorted(divisors, key=lambda h: abs(h - count))[:3])
+                step = math.lcm(8, count)
                 raise ValueError(
-                    f"dim={dim} is not divisible by heads={number}: take heads={' or '.join(map(str, close))}, or "
+                    f"dim={dim} is not divisible by heads={count}: take heads={' or '.join(map(str, close))}, or "
                     f"dim={-(-dim // step) * step}."
                 )
         if not isinstance(pools, list | tuple) or len(pools) != 4 or {*map(type, pools)} - {bool}:
             raise ValueError(f"pools={pools!r}: expected four of True or False, one for each convolution of the stem.")
         if scale != "head_dim":
-            _positive("scale", scale, ", or 'head_dim' for one over the root of a head's channels")
-        if not isinstance(qkv_bias, bool):  # the text "false" counts as true
-            raise ValueError(f"qkv_bias={qkv_bias!r}: expected True or False.")
-        if residual not in ("spike", "membrane"):
-            raise ValueError(f"residual={residual!r} does not exist. {nearest(residual, ('spike', 'membrane'))}")
-        if (
-            isinstance(drop_path_rate, bool)
-            or not isinstance(drop_path_rate, int | float)
-            or not 0 <= drop_path_rate < 1
-        ):
-            raise ValueError(f"drop_path_rate={drop_path_rate!r}: expected a number in [0, 1).")
+            wanted = "a positive number, or 'head_dim' for one over the root of a head's channels"
+            number("scale", scale, 0, bounds="()", expected=wanted)
+        switch("qkv_bias", qkv_bias)
+        choice("residual", residual, ("spike", "membrane"))
+        number("drop_path_rate", drop_path_rate, 0, 1)
         membrane = residual == "membrane"
         self.min_img_size = 2 ** sum(pools)
         self._check_size(self.img_size)
@@ -279,24 +268,24 @@ class Spikformer(SpikingModel):
         encoding = ConvNormNeuron(dim, dim, size, neuron=None if membrane else neurons, dd=dd)
         self._add_stem(Stem(*layers, PositionEncoding(encoding)), dim, self.min_img_size)
 
-        threshold = _positive("attention_threshold", attention_threshold)
+        threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         behind_product = NeuronFactory(
             dataclasses.replace(self.neuron_config, threshold=threshold), neurons.mpbn, neurons.drop, **dd
         )
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        for number, ratio, rate in zip(all_heads, ratios, rates, strict=True):
+        for count, ratio, rate in zip(all_heads, ratios, rates, strict=True):
             attn = SpikingSelfAttention(
                 dim,
-                number,
+                count,
                 size,
                 qkv_bias=qkv_bias,
-                scale=(dim // number) ** -0.5 if scale == "head_dim" else float(scale),
+                scale=(dim // count) ** -0.5 if scale == "head_dim" else float(scale),
                 membrane=membrane,
                 neuron=neurons,
                 attention_neuron=behind_product,
                 dd=dd,
             )
-            hidden = int(dim * _positive("mlp_ratios", ratio))
+            hidden = int(dim * number("mlp_ratios", ratio, 0, bounds="()"))
             if hidden == 0:
                 raise ValueError(f"mlp_ratios={ratio!r}: dim={dim} times that is no hidden channel; 4 is common.")
             mlp = SpikingMLP(dim, hidden, size, membrane=membrane, neuron=neurons, dd=dd)

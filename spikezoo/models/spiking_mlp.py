@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from spikezoo.checks import whole
 from spikezoo.layers import LinearNormNeuron, Stem
-from spikezoo.models._base import SpikingModel, _positive_int, init_without_norms
+from spikezoo.models._base import SpikingModel, init_without_norms
 from spikezoo.models.spiking_vgg import DYNSNN
 from spikezoo.registry import ModelRow, register_rows
 
@@ -35,7 +36,7 @@ class SpikingMLP(SpikingModel):
         for index, size in enumerate(hidden):
             layer = LinearNormNeuron(
                 features,
-                _positive_int("hidden", size),
+                whole("hidden", size),
                 pool=False,
                 norm=False,
                 bias=False,

@@ -91,6 +91,7 @@ def warm_scores(model: nn.Module, checkpoint: str) -> int:
         raise ValueError("--ticket-init: the model has no ticket. Add --ticket kind=mpslt sparsity=0.4.")
     weights = read_weights(checkpoint)
     layer: Any
+    part: Any
     for name, (layer, part) in found.items():
         weight, scores = weights.get(f"{name}.weight"), layer.parametrizations.weight.original
         if weight is None or weight.shape != scores.shape:

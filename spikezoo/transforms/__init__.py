@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import nn
 
-from spikezoo.neurons import UnknownArgumentError, nearest
+from spikezoo.checks import UnknownArgumentError, nearest
 from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn

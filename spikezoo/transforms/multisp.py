@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikezoo.checks import number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Stem, set_ternary
 from spikezoo.neurons import NeuronConfig, NeuronFactory, ReLU
 from spikezoo.transforms.fold import _record
-from spikezoo.transforms.tickets import check_number, check_seed, parametrise
+from spikezoo.transforms.tickets import parametrise
 
 __all__ = ["PatchSelection", "kept_patches", "multisp"]
 
@@ -132,12 +133,11 @@ def multisp(
     Example:
         >>> model = spikezoo.create_model('spikformer_tiny', multisp=dict(pep_sparsity=0.4, patch_ratio=0.3))
     """
-    check_number("pep_sparsity", pep_sparsity, 0, 1)
-    check_number("patch_ratio", patch_ratio, 0, 1)
+    number("pep_sparsity", pep_sparsity, 0, 1)
+    number("patch_ratio", patch_ratio, 0, 1)
     for name, value in (("binary_pep", binary_pep), ("fixed", fixed)):
-        if not isinstance(value, bool):  # the text "false" counts as true
-            raise ValueError(f"{name}={value!r}: expected True or False.")
-    check_seed(seed)
+        switch(name, value)
+    whole("seed", seed, 0, 2**31 - 1)
     if fixed and (pep_sparsity, binary_pep, seed) != (0.4, True, 0):
         raise ValueError("fixed=True takes the embedding as it is: leave pep_sparsity, binary_pep and seed out.")
     prunes = not fixed and (pep_sparsity > 0 or binary_pep)

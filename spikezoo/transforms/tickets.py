@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikezoo.checks import choice, nearest, number, switch, whole
 from spikezoo.layers import set_ternary
-from spikezoo.neurons import nearest
 from spikezoo.sparse import seeded_signs
 from spikezoo.transforms.fold import _record
 
@@ -199,19 +199,6 @@ def _frozen(weight: Tensor, init: str, seed: int, kept: float) -> Tensor:
     return torch.where(signs, -magnitude, magnitude).to(weight)
 
 
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """A number in [low, high), or an error that says so."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
-        raise ValueError(f"{name}={value!r}: expected a number in [{low:g}, {high:g}).")
-    return float(value)
-
-
-def check_seed(seed: Any) -> None:
-    """Raise where a seed is no seed."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise ValueError(f"seed={seed!r}: expected an integer from 0 to 2**31 - 1.")
-
-
 def parametrise(
     layers: Mapping[str, nn.Conv2d | nn.Linear],
     binary: bool,
@@ -299,14 +286,12 @@ def ticket(
     name = ALIASES.get(str(kind), str(kind))
     if name not in KINDS:
         raise ValueError(f"kind={kind!r} does not exist. {nearest(kind, (*KINDS, *ALIASES))}")
-    check_number("sparsity", sparsity, 0, 1)
+    number("sparsity", sparsity, 0, 1)
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
-        if value not in valid:
-            raise ValueError(f"{argument}={value!r} does not exist. {nearest(value, valid)}")
+        choice(argument, value, valid)
     for argument, flag in (("scale_fan", scale_fan), ("anneal", anneal)):
-        if not isinstance(flag, bool):  # the text "false" counts as true
-            raise ValueError(f"{argument}={flag!r}: expected True or False.")
-    check_seed(seed)
+        switch(argument, flag)
+    whole("seed", seed, 0, 2**31 - 1)
     if anneal and scope != "global":
         raise ValueError(f"anneal=True with scope={scope!r}: the schedule is that of the global threshold.")
     exempt = [exempt] if isinstance(exempt, str) else exempt
@@ -421,8 +406,7 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
     Raises:
         ValueError: A model that is not baked.
     """
-    if not isinstance(binary, bool):
-        raise ValueError(f"binary={binary!r}: expected True or False.")
+    switch("binary", binary)
     copied = copy.deepcopy(model)
     baked = [module for module in copied.modules() if getattr(module, "baked", False)]
     if tickets(model) or not baked:

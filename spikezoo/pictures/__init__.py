@@ -1,0 +1,28 @@
+"""Pictures of what a model sees, does and costs."""
+
+from __future__ import annotations
+
+from spikezoo.pictures.costs import draw_operations, draw_zoo, place_labels
+from spikezoo.pictures.curves import draw_accuracy, draw_rates, draw_thresholds
+from spikezoo.pictures.figure import check_picture, event_pixels, to_pixels
+from spikezoo.pictures.maps import activation_maps, caption, draw_activations, draw_events, draw_patches
+from spikezoo.pictures.spikes import draw_raster, spikes_over_time
+
+__all__ = [
+    "activation_maps",
+    "caption",
+    "check_picture",
+    "draw_accuracy",
+    "draw_activations",
+    "draw_events",
+    "draw_operations",
+    "draw_patches",
+    "draw_raster",
+    "draw_rates",
+    "draw_thresholds",
+    "draw_zoo",
+    "event_pixels",
+    "place_labels",
+    "spikes_over_time",
+    "to_pixels",
+]
