@@ -974,7 +974,7 @@ class TimmLoader(_BaseLoader):
                 refuse(name, getattr(options, name), "0 for datasets that timm reads", 0)
         if options.train and (options.views or options.alternating_flip):
             raise ValueError("views and alternating_flip are for data held in memory: leave them out for timm's.")
-        if options.train and options.roll:
+        names = names_of(dataset)
         info = replace(info, num_classes=len(names) or options.num_classes or 0, label_names=names)
         super().__init__(len(dataset), lambda: labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
