@@ -507,6 +507,52 @@ def test_neurons_of_spikingjelly():
     functional.reset_net(net)
     assert c.by_module["2"].input == "spikes" and c.by_module["2"].sops_exact > 0
     assert len(c.firing_rates["1"].rates) == 3
+    with pytest.raises(ValueError, match="time first"):  # a loader's batches are cut along the batch
+        count_loader(net, [torch.randn(3, 2, 3, 8, 8)], piece=3)
+
+
+def jelly(mode, order, once):
+    """Conv, norm, LIF, conv with SpikingJelly: time ahead of the batch or behind it, or made of an image, in a loop or not.
+
+    ``once``: the first convolution sees an image once.
+    """
+    from spikingjelly.activation_based import layer, neuron
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = layer.Conv2d(3, 8, 3, padding=1, bias=False, step_mode="s" if once else mode)
+            self.norm = layer.BatchNorm2d(8, step_mode=mode)
+            self.neuron = neuron.LIFNode(step_mode=mode)
+            self.conv = layer.Conv2d(8, 4, 3, padding=1, bias=False, step_mode=mode)
+
+        def forward(self, x):
+            if order == "BT":
+                x = x.transpose(0, 1)
+            if order == "image":
+                x = (self.stem(x) if once else x)[None].repeat(4, 1, 1, 1, 1)
+
+            def layers(x):
+                return self.conv(self.neuron(self.norm(x if once else self.stem(x))))
+
+            return (torch.stack([layers(step) for step in x]) if mode == "s" else layers(x)).mean(0)
+
+    return Net()
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("order", ["TB", "BT", "image", "image once"])
+@pytest.mark.parametrize("B", [2, 3, 4])
+def test_time_of_spikingjelly_is_not_the_batch(mode, order, B):
+    order, _, once = order.partition(" ")
+    shape = {"TB": (4, B, 3, 8, 8), "BT": (B, 4, 3, 8, 8), "image": (B, 3, 8, 8)}[order]
+    c = count(jelly(mode, order, once), torch.randn(shape), norm_ops=1)
+    stem, conv = 3 * 8 * 9 * 64, 8 * 4 * 9 * 64
+    assert (c.images, c.T, c.macs_step) == (B, 4, stem + conv)
+    assert c.macs == stem * (1 if once else 4) + conv * 4
+    assert c.norm_ops == 4 * 8 * 64 and c.energy_ann_mj == pytest.approx(4.6e-9 * (stem + conv + 8 * 64))
+    assert len(c.firing_rates["neuron"].rates) == 4 and c.firing_rates["neuron"].neurons == 8 * 64
+    assert c.memory_bytes == 4 * (8 * 27 * (1 if once else 4) + 4 * 72 * 4) + 4 * 2 * 4 * 8 * 64
 
 
 # ------------------------------------------------------------------------------------ what must not change counts

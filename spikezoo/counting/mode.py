@@ -94,8 +94,7 @@ class CountingMode(TorchDispatchMode):
                 assert plan.rule is not None
                 signal = plan.rule(observer, func, args, kwargs, out)
                 if any(norm in func._schema.name for norm in NORMS):
-                    observer.tally.norm_elements += out[0].numel()
-                    observer.tally.norm_step += out[0].numel() / observer.steps(out[0].shape[0])
+                    observer.dense(0, out[0].shape[0], norm_elements=out[0].numel())
         elif plan.kind == "torch":
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
             observer.analog(func, None, flops // 2, 0, args[0].shape[0] if args[0].dim() else 1)
@@ -190,4 +189,4 @@ def observe(model: nn.Module, batch: Tensor, inputs: str, observer: Observer) ->
             f"{type(model).__name__}.forward returned None, so what it computed may not be what it is for: let it "
             "return its output."
         )
-    return observer.tally
+    return observer.end()
