@@ -57,6 +57,7 @@ from spikezoo.checkpoint import read_config
 from spikezoo.conversion import convert
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader, dataset_info
+from spikezoo.data.events import open_events
 from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import (
     accuracy_over_time,
@@ -67,7 +68,6 @@ from spikezoo.evaluate import (
     open_model,
     write_rows,
 )
-from spikezoo.events import open_events
 from spikezoo.export import check_suffix, export
 from spikezoo.hub import push_all, push_folder, save_checkpoint, training_facts
 from spikezoo.transforms import apply

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, find_weights, read_config
 from spikezoo.data import dataset_info, natural_dataset
-from spikezoo.events import is_event_dataset
+from spikezoo.data.events import is_event_dataset
 from spikezoo.neurons import WithRates
 from spikezoo.registry import create_model, is_reference, locate, model_info
 

@@ -1,10 +1,13 @@
-"""Tests of spikezoo.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
+"""Tests of spikezoo.data.events: tiny recordings in every format, SpikingJelly as the oracle, no network."""
 
+import base64
 import dataclasses
 import hashlib
 import shutil
 import struct
+import sys
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from spikezoo import data, events
-from spikezoo.events import event_info, open_events, read_events, write_split
+from spikezoo import data
+from spikezoo.data import events
+from spikezoo.data.events import event_info, open_events, read_events, write_split
+from spikezoo.data.events.readers import native_sensor
 
 KEYS = ("t", "x", "y", "p")
 
@@ -62,7 +67,43 @@ def write_aedat3(path, recording, packet=25):
     path.write_bytes(out)
 
 
-WRITERS = {"npz": write_npz, "bin": write_bin, "aedat2": write_aedat2, "aedat3": write_aedat3}
+def write_davis(path, recording, chip=b"eu.seebetter.ini.chips.davis.Davis346blue", size=(260, 346)):
+    """jAER's and v2e's 64 bits of a DAVIS: counted from the lower right corner."""
+    height, width = size
+    rows = (
+        struct.pack(">II", (height - 1 - y) << 22 | (width - 1 - x) << 12 | p << 11, t)
+        for t, x, y, p in zip(*(recording[key].tolist() for key in KEYS), strict=True)
+    )
+    path.write_bytes(b"#!AER-DAT2.0\r\n" + (b"# AEChip: " + chip + b"\r\n" if chip else b"") + b"".join(rows))
+
+
+def write_dat(
+    path, recording, header=b"% Data file containing CD events\n% Version 2\n% Width 34\n% Height 34\n\x0c\x08"
+):
+    """Prophesee's 64 bits: the time, and 14 bits of x, 14 of y and 4 of polarity."""
+    rows = (
+        struct.pack("<II", t, p << 28 | y << 14 | x)
+        for t, x, y, p in zip(*(recording[key].tolist() for key in KEYS), strict=True)
+    )
+    path.write_bytes(header + b"".join(rows))
+
+
+def write_npy(path, recording):
+    """Tonic's structured array."""
+    array = np.zeros(len(recording["t"]), [("x", "i2"), ("y", "i2"), ("t", "i8"), ("p", "?")])
+    for key in KEYS:
+        array[key] = recording[key]
+    np.save(path, array)
+
+
+WRITERS = {
+    "npz": write_npz,
+    "npy": write_npy,
+    "bin": write_bin,
+    "dat": write_dat,
+    "aedat2": write_aedat2,
+    "aedat3": write_aedat3,
+}
 
 
 def suffix(kind):
@@ -115,7 +156,8 @@ def test_truncated_recording(tmp_path, kind, cut):
     file = tmp_path / f"cut{suffix(kind)}"
     WRITERS[kind](file, make())
     file.write_bytes(file.read_bytes()[:-cut])
-    with pytest.raises(ValueError, match=rf"cut{suffix(kind)}: it is truncated"):
+    said = "it is truncated" if kind != "npy" else "Failed to read all data|cannot reshape"  # numpy's words
+    with pytest.raises(ValueError, match=rf"cut{suffix(kind)}: .*({said})"):
         read_events(file, (128, 128))
 
 
@@ -158,13 +200,153 @@ def test_bad_recording_is_named(tmp_path, what):
 def test_other_formats_are_refused(tmp_path):
     for name, content, message in (
         ("a.npz", b"no archive", r"a.npz: it is truncated, or no .npz file"),
-        ("a.aedat", b"#!AER-DAT4.0\r\n", r"a.aedat: its first line is b'#!AER-DAT4.0'; read are #!AER-DAT2.0"),
+        ("a.aedat", b"#!AER-DAT1.0\r\n", r"a.aedat: its first line is b'#!AER-DAT1.0'; read are #!AER-DAT2.0"),
+        (
+            "b.aedat",
+            b"#!AER-DAT2.0\r\n# AEChip: a.b.Cochlea64\r\n",
+            r"recorded with the camera 'a.b.Cochlea64'; read are",
+        ),
+        (
+            "c.aedat",
+            b"#!AER-DAT2.0\r\n" + struct.pack(">II", 9 << 22, 0),
+            r"addresses have more bits than those of DVS1",
+        ),
+        ("d.aedat", b"#!AER-DAT3.1\r\n#Format: SerializedTS\r\n", r"its 'format: serializedts' is not read"),
+        ("a.dat", b"% Version 1\n\x0c\x08", r"a.dat: it is of version 1 of .dat; read is version 2"),
+        ("b.dat", b"% Version 2\n\x0e\x08", r"it holds words of the type and size \[14, 8\]"),
+        ("a.npy", b"no array", r"a.npy: "),
         ("a.bni", b"", r"a.bni: the format '.bni' is not read. Did you mean '.bin'"),
         ("a.bin", b"", r"a.bin: the recording is empty"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_events(tmp_path / name, (34, 34))
+
+
+def same(read, recording):
+    return all(np.array_equal(read[key], recording[key]) for key in KEYS)
+
+
+@pytest.mark.parametrize(
+    ("chip", "size"),
+    [
+        (b"eu.seebetter.ini.chips.davis.Davis346blue", (260, 346)),
+        (b"DAVIS240C", (180, 240)),
+        (b"eu.seebetter.ini.chips.sbret10.SBret10", (180, 240)),
+        (b"", (260, 346)),  # as older v2e: the folder says the size
+    ],
+)
+def test_davis_recordings(tmp_path, chip, size):
+    recording = make(200, size)
+    write_davis(tmp_path / "a.aedat2", recording, chip, size)
+    assert same(read_events(tmp_path / "a.aedat2", size), recording)
+    assert native_sensor(tmp_path / "a.aedat2") == (size if chip else (128, 128))
+    corner = {"t": np.array([5]), "x": np.array([0]), "y": np.array([0]), "p": np.array([1])}
+    write_davis(tmp_path / "b.aedat", corner, chip, size)
+    wanted = (size[0] - 1) << 22 | (size[1] - 1) << 12 | 1 << 11
+    assert struct.unpack(">II", (tmp_path / "b.aedat").read_bytes()[-8:]) == (wanted, 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("dvs128", [struct.pack(">II", flag | 0x1234, 0) for flag in (1 << 15, 1 << 31)]),  # external inputs
+        ("davis", [struct.pack(">II", flag | 0x123000, 0) for flag in (1 << 31, 1 << 31 | 3 << 10, 1 << 10)]),
+        ("aedat3", [struct.pack("<II", 3 << 17 | 4 << 2, 0)]),  # marked as invalid
+    ],
+)
+def test_words_that_are_no_events(tmp_path, kind, words):
+    recording, words = make(40, (30, 30), last=4000), b"".join(words)
+    file = tmp_path / "a.aedat"
+    {"dvs128": write_aedat2, "davis": write_davis, "aedat3": write_aedat3}[kind](file, recording)
+    content = file.read_bytes()
+    start = len(content) - 40 * 8
+    if kind == "aedat3":
+        write_aedat3(file, recording, packet=40)
+        content = file.read_bytes()
+        fake = struct.pack("<HHIIIIII", 2, 0, 8, 4, 0, 1, 1, 1) + bytes(8)  # a packet of another type
+        head = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, 41, 41, 40)
+        start = len(content) - 40 * 8
+        file.write_bytes(content[: start - 28] + fake + head + words + content[start:])
+    else:
+        file.write_bytes(content[:start] + words + content[start:] + words)
+    assert same(read_events(file, (260, 346)), recording)
+
+
+@pytest.mark.parametrize("blank", [b"\r\n", b"\n", b"#\r\n"])
+@pytest.mark.parametrize("place", ["middle", "end"])
+@pytest.mark.parametrize("kind", ["aedat2", "aedat3"])
+def test_blank_lines_of_a_header(tmp_path, kind, blank, place):
+    recording = make(sensor=(128, 128))
+    WRITERS[kind](tmp_path / "a.aedat", recording)
+    content = (tmp_path / "a.aedat").read_bytes()
+    cut = (
+        content.index(b"\n") + 1
+        if place == "middle"
+        else content.rindex(b"# a comment" if kind == "aedat2" else b"#!E")
+    )
+    cut = content.index(b"\n", cut) + 1 if (kind, place) == ("aedat2", "end") else cut
+    (tmp_path / "a.aedat").write_bytes(content[:cut] + blank + content[cut:])
+    assert same(read_events(tmp_path / "a.aedat", (128, 128)), recording)
+
+
+def test_events_that_begin_like_a_comment(tmp_path):
+    recording = make(5, (260, 346)) | {"y": np.full(5, 259 - (0x23 << 1)), "t": np.array([10, 11, 12, 13, 2570])}
+    write_davis(tmp_path / "a.aedat", recording)
+    assert same(read_events(tmp_path / "a.aedat", (260, 346)), recording)
+
+
+def test_overflow_marks_of_ncaltech101(tmp_path):
+    # The clock has 13 bits there, and each mark (y=240) stands for 8192 us.
+    def word(x, y, p, t):
+        return bytes([x, y]) + (p << 23 | t).to_bytes(3, "big")
+
+    words = [word(1, 2, 1, 8000), word(0, 240, 0, 0), word(239, 179, 0, 5), word(0, 240, 0, 0), word(0, 240, 1, 9)]
+    (tmp_path / "a.bin").write_bytes(b"".join([*words, word(3, 4, 1, 7)]))
+    read = read_events(tmp_path / "a.bin", (180, 240))
+    assert same(read, {"t": [8000, 8197, 3 * 8192 + 7], "x": [1, 239, 3], "y": [2, 179, 4], "p": [1, 0, 1]})
+
+
+# Four events of a DAVIS346, written by dv-processing 2.0.4.
+AEDAT4 = (
+    "c-oCq%}VP)6h1Y<N>C}%g$uzr%3Wy_ywz12T5ZLGRk$tndhsqoGwPt736n{ouEf`H=acvdK89QM1w4tZ)Ecn^XE-PGo$t&1e5)&!+MkVTrBy80"
+    "bH<tmum}M4qx~8r!+<>KFbgx70c0>{G48bY)z>Ki$M2avDnllCiEI{Z;u<CnhYO#Y-0RX35s|9%GeOM2Qx_#-4Qguu9f#Xrfc7XffqP0x^OE*U"
+    "q$9e4q+zU2Ow|vNAXJj^bK)NSD>_z;{I*$0cFwqW)ewGkMGsMaoTDMQ*v0SCJC;mQIU(Uuq=HDL5z-#zD*S;aZmH6+BUzwQHntmuN_0)%Q(m%S"
+    "ibSq30c+hyd3MIA94D={Tg_C0k*i^8*JxX8>^4)hLv~I74kZ~^#Qj~|PLoUNJNeYNxouC<CnDMTa`@FsyWadp*s<b`jy%bcdYC(w-*b)R?f=Kn"
+    "Nn^2GemIP+V4UKd!-&rjU>Yr><BT93ww^TfPBXU8OAhW&GFqHMMqh^eEcl799<w>PS<g(ta16-Xm_Gj+lJB)DJD<o0uFNMb^RSNo)UjHEHJH!C"
+    "?fZYa+8iwCSy+W96nV^kXuunMQ28G"
+)
+
+
+def test_aedat4(tmp_path, monkeypatch):
+    pytest.importorskip("aedat")
+    content = zlib.decompress(base64.b85decode(AEDAT4))
+    wanted = {"t": [1000, 1010, 1025, 2000], "x": [0, 345, 7, 300], "y": [0, 259, 100, 2], "p": [1, 0, 1, 0]}
+    for name in ("a.aedat4", "a.aedat"):
+        (tmp_path / name).write_bytes(content)
+        assert native_sensor(tmp_path / name) == (260, 346)
+        assert same(read_events(tmp_path / name, (260, 346)), wanted)
+    (tmp_path / "a.aedat4").write_bytes(content[:-300])
+    with pytest.raises(ValueError, match=r"a.aedat4: it is truncated or damaged"):
+        read_events(tmp_path / "a.aedat4", (260, 346))
+    monkeypatch.setitem(sys.modules, "aedat", None)
+    with pytest.raises(ValueError, match=r"pip install 'spikezoo-snn\[events\]'"):
+        read_events(tmp_path / "a.aedat", (260, 346))
+
+
+def test_names_of_fields(tmp_path):
+    recording = make()
+    array = np.zeros(60, [("timestamp", "i8"), ("x", "u2"), ("y", "u2"), ("polarity", "u1")])
+    for key, name in zip(KEYS, array.dtype.names, strict=True):
+        array[name] = recording[key]
+    np.save(tmp_path / "a.npy", array)
+    assert same(read_events(tmp_path / "a.npy", (34, 34)), recording)
+    np.save(tmp_path / "a.npy", array[["x", "y"]])
+    with pytest.raises(ValueError, match=r"a.npy: it lacks the field t, p; it has the fields x, y"):
+        read_events(tmp_path / "a.npy", (34, 34))
+    np.save(tmp_path / "a.npy", np.zeros((60, 4)))
+    with pytest.raises(ValueError, match=r"it has plain numbers of shape \[60, 4\]"):
+        read_events(tmp_path / "a.npy", (34, 34))
 
 
 # --- frames ------------------------------------------------------------------------------------------------------
@@ -239,7 +421,7 @@ def test_counts_beyond_a_byte():
 @pytest.mark.parametrize("kind", WRITERS)
 def test_open_a_folder(tmp_path, kind):
     made = fill(tmp_path, kind)
-    size = (34, 34) if kind == "npz" else None
+    size = (34, 34) if kind in ("npz", "npy") else None
     sensor = (128, 128) if kind.startswith("aedat") else (34, 34)
     train = open_events(f"events:{tmp_path}", "train", T=4, size=size)
     test = open_events(f"events:{tmp_path.name}", "val", data_dir=str(tmp_path.parent), T=4, size=size)
@@ -426,8 +608,8 @@ def test_folders_that_do_not_fit(tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     refused(r"has the folder train without its counterpart")
     (tmp_path / "test").mkdir()
-    (tmp_path / "train" / "a" / "x.aedat4").touch()
-    refused(r"a is a class without a recording \(.npz, .bin, .aedat\); it has .aedat4")
+    (tmp_path / "train" / "a" / "x.raw").touch()
+    refused(r"a is a class without a recording \(.npz, .npy, .bin, .dat, .aedat, .aedat2, .aedat4\); it has .raw")
     write_npz(tmp_path / "train" / "a" / "1.npz", make())
     refused(r"test has no class")
     (tmp_path / "test" / "aa").mkdir()

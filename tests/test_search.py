@@ -19,7 +19,17 @@ import spikezoo
 from spikezoo import search
 from spikezoo.__main__ import main
 from spikezoo.neurons import IF, NeuronConfig
-from spikezoo.search import SPACES, Constraints, CorrelationConfig, Evolution, Net, Setting, Space
+from spikezoo.search import (
+    SPACES,
+    Constraints,
+    CorrelationConfig,
+    Evolution,
+    Net,
+    Setting,
+    Space,
+    correlation,
+    evolution,
+)
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = {"tiny": (4e6, 5e6), "small": (11e6, 15e6), "base": (25e6, 35e6)}  # the paper's
@@ -104,7 +114,7 @@ def test_trained_nets_keep_the_heads_that_they_were_trained_with(tag):
 
 def test_speed_of_scoring():
     rng = random.Random(0)
-    nets = [search._random_net(SPACES["base"], rng) for _ in range(2000)]
+    nets = [evolution.random_net(SPACES["base"], rng) for _ in range(2000)]
     started = time.process_time()  # other processes do not count
     for net in nets:
         search.score(net, "flops", Setting())
@@ -232,7 +242,7 @@ def test_evolution_with_the_published_settings_comes_close(name):
 def test_mutation_and_crossover_as_published():
     rng, settings, space = random.Random(1), Evolution(), SPACES["base"]
     parent = Net(576, (3,) * 10, (4,) * 10)
-    children = [search._mutated(parent, space, settings, rng) for _ in range(4000)]
+    children = [evolution.mutated(parent, space, settings, rng) for _ in range(4000)]
     assert all(child.depth in space.depths and len(child.heads) == child.depth for child in children)
     # A new depth with probability 0.4 and one of twelve is the old one; likewise of seven dimensions.
     assert sum(child.depth != 10 for child in children) / 4000 == pytest.approx(0.4 * 11 / 12, abs=0.03)
@@ -244,7 +254,7 @@ def test_mutation_and_crossover_as_published():
     assert sum(changed) / len(changed) == pytest.approx(0.2 / 2, abs=0.02)
     one, other = Net(384, (3, 3, 3, 3), (4, 4, 4, 4)), Net(768, (6, 6, 6, 6), (8, 8, 8, 8))
     longer = Net(512, (4,) * 6, (4,) * 6)
-    crossed = [search._crossed([one, other, longer], rng) for _ in range(600)]
+    crossed = [evolution.crossed([one, other, longer], rng) for _ in range(600)]
     assert {net.depth for net in crossed} == {4, 6} and {net.dim for net in crossed} == {384, 512, 768}
     assert all(net == longer for net in crossed if net.depth == 6)
     mixed = {net.mlp_ratios for net in crossed if net.depth == 4}
@@ -254,7 +264,7 @@ def test_mutation_and_crossover_as_published():
 def test_no_net_is_scored_twice_and_a_small_space_ends(monkeypatch):
     scored = []
     plain = search.score
-    monkeypatch.setattr(search, "score", lambda net, *args, **kw: scored.append(net) or plain(net, *args, **kw))
+    monkeypatch.setattr(evolution, "score", lambda net, *args, **kw: scored.append(net) or plain(net, *args, **kw))
     space = Space("few", (32, 64), (1, 2), (1, 2, 3), (1, 2))
     result = search.evolve(space, top=100)
     assert len(scored) == len(set(scored)) == space.size == result.looked_at
@@ -277,13 +287,13 @@ def test_an_interrupted_evolution_ends_as_if_it_had_not_been(tmp_path, monkeypat
         scored.append(net)
         return plain(net, *args, **kwargs)
 
-    monkeypatch.setattr(search, "score", failing)
+    monkeypatch.setattr(evolution, "score", failing)
     with pytest.raises(KeyboardInterrupt):
         run(log)
     with open(log, "a") as file:
         file.write('{"dim": 384, "mlp_ra')  # the process died while it wrote
     later = []
-    monkeypatch.setattr(search, "score", lambda net, *args, **kw: later.append(net) or plain(net, *args, **kw))
+    monkeypatch.setattr(evolution, "score", lambda net, *args, **kw: later.append(net) or plain(net, *args, **kw))
     resumed = run(log)
     assert resumed.found == whole.found and resumed.others == whole.others and resumed.looked_at == whole.looked_at
     assert len(later) == whole.looked_at - 333 and not set(later) & set(scored)
@@ -657,7 +667,7 @@ def test_correlation_experiment_resumes_and_is_shared_out(tmp_path, monkeypatch)
     for name in ("nets.csv", "correlation.csv", "correlation.png"):
         assert (tmp_path / "whole" / name).is_file()
     # Two processes that know nothing of each other, the first killed after one net.
-    shared, train = tmp_path / "shared", search._train
+    shared, train = tmp_path / "shared", correlation._train
     trained = []
 
     def failing(config, setting, net, *rest):
@@ -666,11 +676,11 @@ def test_correlation_experiment_resumes_and_is_shared_out(tmp_path, monkeypatch)
         trained.append(net)
         return train(config, setting, net, *rest)
 
-    monkeypatch.setattr(search, "_train", failing)
+    monkeypatch.setattr(correlation, "_train", failing)
     with pytest.raises(KeyboardInterrupt):
         search.correlate(experiment(), shared, rank=0, world_size=2)
     trained.clear()
-    monkeypatch.setattr(search, "_train", lambda c, s, net, *rest: trained.append(net) or train(c, s, net, *rest))
+    monkeypatch.setattr(correlation, "_train", lambda c, s, net, *rest: trained.append(net) or train(c, s, net, *rest))
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert search.correlate(experiment(), shared) is None and len(trained) == 2
@@ -684,7 +694,7 @@ def test_correlation_experiment_resumes_and_is_shared_out(tmp_path, monkeypatch)
 def test_training_of_the_experiment_learns(tmp_path):
     config = experiment(nets=3, subset=600, epochs=9, test_subset=None, metrics=["flops"])
     setting = Setting(1, 10, 8, 1)
-    found = search._train(config, setting, Net(32, (2,), (2,)), torch.device("cpu"), None, False)
+    found = correlation._train(config, setting, Net(32, (2,), (2,)), torch.device("cpu"), None, False)
     assert found["train_losses"][-1] < 0.8 * found["train_losses"][0] and found["top1"] > 40
 
 
@@ -717,7 +727,7 @@ def test_sample_is_seeded_and_keeps_the_window(monkeypatch):
     with pytest.raises(ValueError, match="has 2 nets inside the window, and 3 are asked for"):
         search.sample(few, 3, Setting(), Constraints(), 0)
     # A window of 2^15 nets, the largest, that one random net in 10^11 hits: said, not waited for.
-    monkeypatch.setattr(search, "_RANDOM_DRAWS", 100)
+    monkeypatch.setattr(correlation, "RANDOM_DRAWS", 100)
     most = search.exact(SPACES["base"], "parameters", top=1).found[0]
     assert most.nets == 2**15
     with pytest.raises(ValueError, match="hardly hit the window: 0 of the 3 that are asked for were found, of 32,768"):

@@ -1,4 +1,4 @@
-"""Event recordings by name: readers, fixed splits, frames by number, time or duration, and the cache of the frames.
+"""Event recordings by name: fixed splits, frames by number, time or duration, and the cache of the frames.
 
 A recording is a list of events (t in microseconds, x, y, polarity p). It becomes T frames of event counts
 [T, 2, H, W], channel 0 off (p = 0) and channel 1 on (p = 1), as SpikingJelly integrates them. The frames of a split
@@ -19,9 +19,8 @@ import os
 import shutil
 import struct
 import tempfile
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -37,6 +36,7 @@ from tqdm import tqdm
 
 from spikezoo.checks import nearest
 from spikezoo.data import DatasetInfo, _bad, _check_split, _data_root
+from spikezoo.data.events.readers import READERS, check_packets, native_sensor, read_events
 
 __all__ = [
     "EventFrames",
@@ -47,8 +47,6 @@ __all__ = [
     "read_events",
     "write_split",
 ]
-
-Events = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,6 @@ _NAMED = {
     ),
 }  # fmt: skip
 _PREFIX = "events:"
-_OWN_SENSOR = {".bin": (34, 34), ".aedat": (128, 128)}  # what a format is recorded with where nothing else is said
 _FRAMES_BY = ("number", "time", "duration")
 _SPLITS = ("train", "test")
 _CACHE = ".spikezoo"
@@ -90,7 +87,7 @@ _CACHE_VARIABLE = "SPIKEZOO_CACHE"
 _SCRATCH = ".spikezoo-unpack-"
 _TEST_FILE = "test.txt"
 _SENSOR_FILE = "sensor.txt"
-_LAYOUT = "PATH contains train/CLASS/RECORDING and test/CLASS/RECORDING (.npz, .bin or .aedat)"
+_LAYOUT = "PATH contains train/CLASS/RECORDING and test/CLASS/RECORDING (.npz, .npy, .bin, .dat or .aedat)"
 
 
 def list_event_datasets() -> list[str]:
@@ -101,122 +98,6 @@ def list_event_datasets() -> list[str]:
 def is_event_dataset(name: str) -> bool:
     """Whether ``open_events`` understands the name."""
     return name in _NAMED or name.startswith(_PREFIX)
-
-
-# --- readers --------------------------------------------------------------------------------------------------
-
-
-def _read_npz(path: Path) -> Events:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is truncated, or no .npz file")
-    with np.load(path, allow_pickle=False) as archive:
-        if absent := [key for key in "txyp" if key not in archive.files]:
-            raise ValueError(f"it lacks the array {', '.join(absent)}; it has {', '.join(archive.files)}")
-        return {key: archive[key] for key in "txyp"}
-
-
-def _read_bin(path: Path) -> Events:
-    from spikingjelly.datasets.utils import load_ATIS_bin
-
-    if rest := path.stat().st_size % 5:
-        raise ValueError(f"it is truncated: an event has 5 bytes, and {rest} are left after the last")
-    return load_ATIS_bin(path)
-
-
-def _check_packets(path: Path) -> None:
-    """Raises ValueError if the last packet of an AEDAT 3 file is cut off, which its reader would not tell."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        line = file.readline()
-        while line.startswith(b"#") and line != b"#!END-HEADER\r\n":
-            line = file.readline()
-        while (start := file.tell()) < size:
-            header = file.read(28)
-            if len(header) == 28:
-                file.seek(struct.unpack_from("<I", header, 4)[0] * struct.unpack_from("<I", header, 16)[0], 1)
-            if len(header) < 28 or file.tell() > size:
-                raise ValueError(f"it is truncated: the packet that begins at byte {start} is cut off")
-
-
-def _read_aedat(path: Path) -> Events:
-    with path.open("rb") as file:
-        version = file.readline().strip()
-    if version == b"#!AER-DAT2.0":
-        from spikingjelly.datasets.cifar10_dvs import _load_origin_data
-
-        try:
-            return _load_origin_data(path)
-        except ValueError as error:
-            raise ValueError(f"it is truncated: an event has 8 bytes ({error})") from error
-    if version.startswith(b"#!AER-DAT3"):
-        from spikingjelly.datasets.utils import load_aedat_v3
-
-        _check_packets(path)
-        return load_aedat_v3(path)
-    raise ValueError(f"its first line is {version[:20]!r}; read are #!AER-DAT2.0 (as CIFAR10-DVS) and #!AER-DAT3.1")
-
-
-_READERS: dict[str, Callable[[Path], Events]] = {".npz": _read_npz, ".bin": _read_bin, ".aedat": _read_aedat}
-
-
-def _checked(events: Events, sensor: tuple[int, int]) -> Events:
-    """Brings events to int64 and raises ValueError for what no sensor records."""
-    lengths = {key: array.shape for key, array in events.items()}
-    if len(set(lengths.values())) > 1 or len(lengths["t"]) != 1:
-        raise ValueError(f"t, x, y and p must be of one length, but have the shapes {lengths}")
-    if kinds := {key: str(array.dtype) for key, array in events.items() if array.dtype.kind not in "biu"}:
-        raise ValueError(f"t (microseconds), x, y and p must be whole numbers, but some are {kinds}")
-    if not len(events["t"]):
-        raise ValueError("the recording is empty: it has no event")
-    events = {key: array.astype(np.int64) for key, array in events.items()}
-    height, width = sensor
-    for key, side in (("x", width), ("y", height)):
-        outside = (events[key] < 0) | (events[key] >= side)
-        if outside.any():
-            first = int(outside.argmax())
-            raise ValueError(
-                f"{int(outside.sum())} events are outside the sensor of {height} x {width}, the first is event "
-                f"{first} with {key}={events[key][first]}"
-            )
-    if (unknown := (events["p"] < 0) | (events["p"] > 1)).any():
-        raise ValueError(
-            f"the polarity of event {int(unknown.argmax())} is {events['p'][unknown.argmax()]}; known are 0 (off) and "
-            f"1 (on), so store p > 0 instead"
-        )
-    if (back := events["t"][1:] < events["t"][:-1]).any():
-        first = int(back.argmax())
-        raise ValueError(
-            f"time runs backwards {int(back.sum())} times, first from {events['t'][first]} to "
-            f"{events['t'][first + 1]} us at event {first + 1}; if the order alone is wrong, sort the events by t"
-        )
-    return events
-
-
-def read_events(path: str | Path, sensor: tuple[int, int]) -> Events:
-    """Reads one recording and checks every event of it.
-
-    Args:
-        path: A file .npz (arrays t, x, y, p, as SpikingJelly's ``events_np``), .bin (N-MNIST's ATIS format) or .aedat
-            (AEDAT 2.0 as in CIFAR10-DVS, 3.1 as in DVS128 Gesture).
-        sensor: Height and width of the sensor in pixels.
-
-    Returns:
-        int64 arrays [events]: ``t`` in microseconds and never falling, ``x``, ``y``, and ``p`` (0 off, 1 on).
-
-    Raises:
-        ValueError: The recording is truncated, empty, of another format, has events outside the sensor, a time that
-            runs backwards or an unknown polarity; the message names the file.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in _READERS:
-        raise ValueError(f"{path}: the format {path.suffix!r} is not read. {nearest(suffix, _READERS)}")
-    try:
-        return _checked(_READERS[suffix](path), sensor)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: it is truncated or damaged ({error})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 # --- frames ---------------------------------------------------------------------------------------------------
@@ -305,13 +186,13 @@ def _by_class(folder: Path, only: Sequence[str] | None = None) -> dict[str, list
     for name in sorted(classes, key=natural_key):
         there = list(classes[name].iterdir())
         found[name] = sorted(
-            (path for path in there if path.suffix.lower() in _READERS and path.is_file()),
+            (path for path in there if path.suffix.lower() in READERS and path.is_file()),
             key=lambda path: natural_key(path.name),
         )
         if not found[name]:
             others = ", ".join(sorted({path.suffix or path.name for path in there})) or "nothing"
             raise ValueError(
-                f"{classes[name]} is a class without a recording ({', '.join(_READERS)}); it has {others}. Put its "
+                f"{classes[name]} is a class without a recording ({', '.join(READERS)}); it has {others}. Put its "
                 f"recordings there or remove the folder"
             )
     return found
@@ -399,7 +280,7 @@ def _listed(file: Path, known: dict[str, Path]) -> dict[Path, str]:
         raise ValueError(
             f"{file.parent} has classes but no split: there are neither the folders train and test nor a file "
             f"{_TEST_FILE} that lists the test recordings. To write one (a tenth of each class, drawn by a seed) type "
-            f'python -c "from spikezoo.events import write_split; write_split({str(file.parent)!r})"'
+            f'python -c "from spikezoo.data.events import write_split; write_split({str(file.parent)!r})"'
         )
     listed = {}
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
@@ -459,7 +340,8 @@ def _sensor(recordings: _Recordings, size: int | Sequence[int] | None) -> tuple[
             _bad(option, size, "the height and width of the sensor in pixels", "size=(128, 128)")
         return sides
     suffixes = {path.suffix.lower() for path in recordings}
-    own = {_OWN_SENSOR.get(suffix) for suffix in suffixes}
+    # Of each folder and format one file; what does not fit into the sensor is refused when it is read.
+    own = {native_sensor(path) for path in {(path.parent, path.suffix): path for path in recordings}.values()}
     sensor = own.pop()
     if own or sensor is None:
         raise ValueError(
@@ -563,7 +445,7 @@ def _unpack(base: Path, loader: Any, official: list[tuple[str, str, str]], downl
         if trials := _trials(base):
             for path in sorted((trials / "DvsGesture").glob("*.aedat")):
                 try:
-                    _check_packets(path)
+                    check_packets(path)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
             raw.mkdir()

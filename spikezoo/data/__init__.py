@@ -108,7 +108,7 @@ _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image fo
 
 def list_datasets() -> list[str]:
     """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
-    from spikezoo.events import list_event_datasets  # which builds on this file
+    from spikezoo.data.events import list_event_datasets  # which builds on this file
 
     images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
     return images + list_event_datasets()
@@ -125,7 +125,7 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
         ValueError: The name is unknown or the file is not usable.
         FileNotFoundError: The file or folder is not there.
     """
-    from spikezoo.events import event_info, is_event_dataset
+    from spikezoo.data.events import event_info, is_event_dataset
 
     if name in _INFOS:
         return _INFOS[name]
@@ -186,7 +186,7 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
         return _load_torchvision(name, split, _data_root(data_dir), download)
     if name.startswith("npz:"):
         return _load_npz(_npz_path(name, data_dir), split)
-    from spikezoo.events import is_event_dataset
+    from spikezoo.data.events import is_event_dataset
 
     if not is_event_dataset(name):
         _check_timm_name(name)
@@ -1031,7 +1031,7 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         ValueError: An argument is not possible.
         FileNotFoundError: The data is not there.
     """
-    from spikezoo.events import is_event_dataset, open_events
+    from spikezoo.data.events import is_event_dataset, open_events
 
     known = [field.name for field in fields(LoaderOptions)]
     for option in options:
