@@ -81,7 +81,8 @@ from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
-from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates
+from spikezoo.neurons import ANALOG, SpikingNeuron
+from spikezoo.observe import WithRates
 from spikezoo.transforms import FLAGS, replay
 from spikezoo.transforms.dynsnn import (
     check_reactivation,

@@ -39,7 +39,7 @@ from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.hub import check_repo_id, check_shipping, describe, portable_command, ship, training_facts
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates
 from spikezoo.registry import is_reference, locate
 from spikezoo.transforms.tickets import tickets
 

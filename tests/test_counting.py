@@ -53,6 +53,19 @@ def test_one_spike_in_the_corner_the_edge_and_the_middle():
         assert not c.uncounted
 
 
+def test_analog_input_is_dense_up_to_its_border_and_spikes_are_not():
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    x = torch.randn(1, 1, 4, 4)
+    x[0, 0, 1] = 0  # black pixels are multiplied as others are
+    c = count(conv, x)
+    assert (c.macs, c.macs_exact, c.sops_exact) == (9 * 16, 9 * 16, 0)
+    with torch.no_grad():
+        conv.weight[0, 0, 0, 0] = 0
+    assert count(conv, x).macs_exact == 8 * 16
+    # Along an axis of 4 positions a kernel of 3 meets 3 * 4 - 2 of them; the zero weight meets 3 * 3 positions.
+    assert count(conv, torch.ones(1, 1, 4, 4)).sops_exact == 10 * 10 - 3 * 3
+
+
 def test_two_by_two_maps_where_the_folk_formula_is_off():
     c = count(nn.Conv2d(8, 8, 3, padding=1), torch.ones(2, 8, 2, 2))
     assert c.sops_exact == 8 * 8 * 4 * 4  # each of 4 positions meets 2x2 of the kernel
@@ -512,7 +525,7 @@ def test_neurons_of_spikingjelly():
 
 
 def jelly(mode, order, once):
-    """Conv, norm, LIF, conv with SpikingJelly: time ahead of the batch or behind it, or made of an image, in a loop or not.
+    """Conv, norm, LIF, conv of SpikingJelly: time ahead of the batch, behind it, or made of an image; in a loop or not.
 
     ``once``: the first convolution sees an image once.
     """

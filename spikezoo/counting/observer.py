@@ -22,7 +22,7 @@ __all__ = ["Fired", "Observer", "Row", "Tally", "tensors"]
 
 @dataclass
 class Frames:
-    """Sums of the operations of one pass that saw one number of frames; how many time steps that is shows at its end."""
+    """Sums of the operations of one pass that saw one number of frames, which shows how many time steps at its end."""
 
     calls: int = 0
     macs: int = 0
@@ -300,7 +300,7 @@ class Observer:
         return row
 
     def _set_clock(self, out: Tensor, single_step: bool) -> None:
-        """Read from the first neurons which axis is time: models take ``[B, C, ...]``, ``[B, T, ...]``, ``[T, B, ...]``.
+        """See from the first neurons where time is: models take ``[B, C, ...]``, ``[B, T, ...]`` or ``[T, B, ...]``.
 
         What neurons put out is ``[T, B, ...]``, and ``[B, ...]`` at each of the calls of a single step.
         """

@@ -111,12 +111,13 @@ def count(
     it was before. Weights, buffers of norms, training flags and hooks stay as they are; neurons that keep their
     membrane potential from call to call, as SpikingJelly's do, are to be reset before and after.
 
-    Which axis is time shows where the first neurons fire: ``[T, B, ...]`` in SpikingJelly's multi-step mode too, and the
-    number of their calls in its single-step mode, if the model's ``forward`` holds the loop.
+    Where time is shows where the first neurons fire: ``[T, B, ...]`` in SpikingJelly's multi-step mode, too; in its
+    single-step mode T is the number of their calls, if the model's ``forward`` holds the loop.
 
     Args:
         model: Any module that takes one batch.
-        batch: Images ``[B, C, H, W]``, event frames ``[B, T, C, H, W]`` or ``[T, B, C, H, W]``, or what the module takes.
+        batch: Images ``[B, C, H, W]``, event frames ``[B, T, C, H, W]`` or ``[T, B, C, H, W]``, or what else the module
+            takes.
         mac_pj: Energy of a MAC in picojoule.
         sop_pj: Energy of a synaptic operation in picojoule.
         pj_per_byte: Energy of moving a byte in picojoule, for the column of memory traffic.

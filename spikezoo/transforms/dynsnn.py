@@ -27,6 +27,7 @@ from spikezoo.checks import choice, number, whole
 from spikezoo.counting import count
 from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import Maskable, SpikingNeuron
+from spikezoo.observe import observing_copy
 from spikezoo.transforms.fold import _record
 from spikezoo.transforms.multisp import PatchSelection
 
@@ -214,6 +215,7 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
     """
     if per is not None:
         choice("per", per, PER)
+    model = observing_copy(model)  # which leaves no trace, and threads may do at once
     neurons = _hidden(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: dict[str, Tensor] = {}
