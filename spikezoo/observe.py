@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,16 +22,20 @@ def is_neuron(module: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for the length of a block; each module gets its own mode back.
+def evaluating(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]] = ()) -> Iterator[None]:
+    """Put a model in evaluation mode, with forward hooks, for the length of a block; nothing of them survives it.
 
-    ``model.train(training)`` would not do: parts that were frozen in evaluation mode would train from then on.
+    Each module gets its own mode back: after ``model.train(training)`` parts that were frozen in evaluation mode would
+    train.
     """
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
+        model.eval()
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module in training:
             module.training = True
 

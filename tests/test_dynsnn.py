@@ -22,7 +22,6 @@ from spikezoo.checkpoint import load_state
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
 from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
-    _Reach,
     dynsnn_report,
     fade,
     find_threshold,
@@ -35,6 +34,7 @@ from spikezoo.transforms.dynsnn import (
     threshold_for,
     without,
 )
+from spikezoo.transforms.reach import Reach
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -218,7 +218,7 @@ def test_what_matters_by_hand():
     alive[names[0]][[0, 2]] = False
     alive[names[3]][[1]] = False
     alive[names[4]][3:9] = False
-    reach = _Reach(model, alive)
+    reach = Reach(model, alive)
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert layers == list(reach.layers) and len(layers) == 6
     rows, columns = zip(*[reach.matters(name) for name in layers], strict=True)
@@ -242,7 +242,7 @@ def dead_parts(name, removed):
     alive = {neuron: torch.ones_like(mask) for neuron, mask in masks_of(model).items()}
     for neuron, channels in removed.items():
         alive[neuron][channels] = False
-    reach = _Reach(model, alive)
+    reach = Reach(model, alive)
     parts = {layer: [(~flags).nonzero().flatten().tolist() for flags in reach.matters(layer)] for layer in reach.layers}
     return {layer: tuple(part) for layer, part in parts.items() if part != [[], []]}
 
@@ -268,7 +268,7 @@ def test_a_stream_keeps_what_one_of_its_joins_adds():
     model = settled("test_spikformer")
     names = list(masks_of(model))
     first, encoding = names[3:5]  # of the fourth convolution, and of the one that is added to it
-    readers = {name for name in _Reach(model, {}).layers if name.startswith("stages.0.0.attn.") and name[16] in "qkv"}
+    readers = {name for name in Reach(model, {}).layers if name.startswith("stages.0.0.attn.") and name[16] in "qkv"}
     assert len(readers) == 3
     assert not readers & dead_parts("test_spikformer", {first: [2]}).keys()
     found = dead_parts("test_spikformer", {first: [2], encoding: [2]})

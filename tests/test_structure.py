@@ -23,9 +23,10 @@ ALLOWED = {
     "checkpoint.py": {"checks", "sparse"},
     "data": {"checks", "data"},
     "layers.py": {"neurons"},
+    "graph.py": {"layers", "neurons"},
     "registry.py": {"checks", "neurons", "checkpoint lazily", "transforms lazily", "hub lazily"},
     "models": {"checks", "layers", "registry", "encoding", "neurons", "models"},
-    "transforms": {"checks", "neurons", "observe", "layers", "counting", "sparse", "transforms"},
+    "transforms": {"checks", "neurons", "observe", "layers", "graph", "counting", "sparse", "transforms"},
     "evaluate.py": {"observe", "checkpoint", "counting", "data", "registry"},
     "pictures": {"checks", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
     "__main__.py": {

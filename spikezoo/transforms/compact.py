@@ -9,7 +9,9 @@ and masks. Nothing has to be folded into what stays, whatever biases the channel
     residual stream       a channel goes where it is masked at every neuron that writes to the stream: at each join
                           and, up to the last shortcut with a convolution, in the layer that the stream comes from;
                           the first convolution of a block has channels of its own
-    Spikformer, AutoST    the convolutions of the stem but the last, and the hidden channels of the MLPs
+    sums of spikes        (Spikformer, AutoST, SEW) what is added without a neuron behind it keeps its channels, and so
+                          do attention heads and all that :mod:`spikezoo.graph` calls another operation: the layers
+                          within a branch lose theirs, such as the hidden channels of the MLPs
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, nearest, whole
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, ResidualBlock
+from spikezoo.graph import Node, trace
 from spikezoo.neurons import Maskable
 from spikezoo.transforms.fold import _record, _refuse_tickets, _refuse_where
 
@@ -53,6 +55,9 @@ class _Channels:
         """Join the channels that are added to these."""
         self.neurons |= other.neurons
         self.writers += other.writers
+        self.readers += other.readers
+        self.levels += other.levels
+        self.fixed |= other.fixed
 
     def dead(self) -> Tensor:
         """Which channels cannot fire, ``[width]``."""
@@ -72,7 +77,7 @@ class _Channels:
         for neuron in self.neurons.values():
             neuron.shape = (len(index), *neuron.shape[1:])
         for reader in self.readers:
-            if isinstance(reader, nn.Conv2d | nn.Linear):
+            if isinstance(reader, nn.modules.conv._ConvNd | nn.Linear):
                 columns = reader.weight.shape[1] // self.width
                 wide = (index.unsqueeze(1) * columns + torch.arange(columns, device=index.device)).flatten()
                 _select(reader, "weight", reader.weight, 1, wide)
@@ -103,62 +108,75 @@ def _scale(module: Any, attributes: Sequence[str], old: int, new: int) -> None:
 
 
 class _Walk:
-    """Follows the channels through a model, in the order of the data flow.
+    """Follows the channels through a model's graph.
 
     Args:
         model: A model of spikezoo, whose modules are referred to, not copied.
     """
 
     def __init__(self, model: Any) -> None:
-        self.names = {module: name for name, module in model.named_modules()}
         self.found: list[_Channels] = []
-        x = _Channels(model.in_chans, fixed=True)
-        for level, stage in zip(model.feature_info, (model.stem, *model.stages), strict=True):
-            x = self.follow(stage, x)
-            x.levels.append(level)
-        for module in model.neck:
-            x = self.follow(module, x)
-        x.readers += [model.head.fc, model.head]
-        self.features = x
+        self.of: dict[Node, _Channels] = {}  # whose channels a node puts out
+        # Nodes whose output is zero wherever a neuron of their channels is masked. A sum is not: what it adds may be.
+        self.silenced: set[Node] = set()
+        graph = trace(model)
+        graph.check_called_once("compact")
+        for node in graph.nodes:
+            self.follow(node)
+        self.features = self.of[graph.features]
+        level = self.of[graph.input]
+        for info in model.feature_info:
+            inside = [node for node in graph.nodes if node.owner.startswith(info["module"] + ".")]
+            level = self.of[inside[-1]] if inside else level
+            level.levels.append(info)
 
-    def follow(self, module: nn.Module, x: _Channels) -> _Channels:
-        """The channels that a module puts out when it is given ``x``."""
-        if isinstance(module, ConvNormNeuron | LinearNormNeuron):
-            return self.layer(module, x)
-        if isinstance(module, ResidualBlock):
-            branch = self.layer(module.conv2, self.layer(module.conv1, x))
-            joined = x if module.shortcut is None else self.follow(module.shortcut, x)
-            joined.absorb(branch)
-            self.found.remove(branch)
-            self.fire(module.neuron, joined)
-            return joined
-        if isinstance(module, nn.Sequential):
-            for child in module:
-                x = self.follow(child, x)
-        elif next(module.parameters(), None) is not None:  # pooling, flattening, ... keep the channels' order
-            # A block of another kind adds to its input or splits it into heads: only its MLP has channels of its own.
-            x.fixed = True
-            for mlp in module.modules():
-                if hasattr(mlp, "fc1") and hasattr(mlp, "fc2"):
-                    self.layer(mlp.fc2, self.layer(mlp.fc1, x)).fixed = True
-        return x
+    def follow(self, node: Node) -> None:
+        """Note whose channels a node puts out."""
+        sources = list(dict.fromkeys(self.of[source] for source in node.inputs))
+        if node.kind == "layer" and getattr(node.module, "groups", 1) == 1:
+            self.read(node, node.module)
+            out = self.new(node)
+            out.writers.append(node.module)
+            return
+        if node.kind == "head":
+            self.read(node, node.module)
+        joins = node.kind == "join" and len({source.width for source in sources}) == 1
+        if not (joins or node.kind in ("norm", "pool", "neuron", "flatten", "average", "head")):
+            for source in sources:  # who knows what it does to its channels
+                source.fixed = True
+            self.new(node).fixed = True
+            return
+        channels, *others = sources
+        for other in others:
+            channels = self.join(channels, other)
+        self.of[node] = channels
+        if node.kind in ("norm", "neuron"):
+            channels.writers.append(node.module)
+        if isinstance(node.module, Maskable):
+            channels.neurons[node.name] = node.module
+            self.silenced.add(node)
+        elif node.kind not in ("norm", "neuron", "join") and node.inputs[0] in self.silenced:
+            self.silenced.add(node)
 
-    def layer(self, layer: Any, x: _Channels) -> _Channels:
-        """Channels of a layer's own, made of ``x``."""
-        weights = layer.conv if isinstance(layer, ConvNormNeuron) else layer.linear
-        x.readers.append(weights)
-        x.fixed |= not x.neurons  # what is read before it has passed a neuron can be other than zero
-        out = _Channels(weights.weight.shape[0])
-        out.writers += [module for module in (weights, layer.norm) if module is not None]
-        self.fire(layer.neuron, out)
-        self.found.append(out)
-        return out
+    def new(self, node: Node) -> _Channels:
+        """Channels of a node's own."""
+        self.of[node] = _Channels(len(node.module.weight) if node.kind == "layer" else node.shape[0])
+        self.found.append(self.of[node])
+        return self.of[node]
 
-    def fire(self, neuron: nn.Module | None, x: _Channels) -> None:
-        """Let channels pass a neuron."""
-        if isinstance(neuron, Maskable):
-            x.neurons[self.names[neuron]] = neuron
-            x.writers.append(neuron)
+    def read(self, node: Node, reader: nn.Module) -> None:
+        """Let a module read the channels that a node takes."""
+        channels = self.of[node.inputs[0]]
+        channels.readers.append(reader)
+        channels.fixed |= node.inputs[0] not in self.silenced
+
+    def join(self, one: _Channels, other: _Channels) -> _Channels:
+        """Make one of two groups of channels that are added."""
+        first, second = sorted((one, other), key=self.found.index)
+        first.absorb(second)
+        self.found.remove(second)
+        self.of = {node: first if channels is second else channels for node, channels in self.of.items()}
+        return first
 
     def groups(self) -> dict[str, _Channels]:
         """Channels that may go, by the name of their first neuron."""
