@@ -4,7 +4,7 @@ from spikezoo import models as models
 from spikezoo import search as search
 from spikezoo._version import __version__ as __version__
 from spikezoo.checkpoint import load_sparse_file as load_sparse_file
-from spikezoo.conversion import convert as convert
+from spikezoo.convert import convert as convert
 from spikezoo.counting import Count as Count
 from spikezoo.counting import count as count
 from spikezoo.counting import count_loader as count_loader

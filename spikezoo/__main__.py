@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from spikezoo import pictures, results, search
 from spikezoo.checkpoint import read_config
-from spikezoo.conversion import convert
+from spikezoo.convert import convert
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.data.events import open_events

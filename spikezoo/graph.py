@@ -120,6 +120,11 @@ class Graph:
         """Nodes of some kinds."""
         return [node for node in self.nodes if node.kind in kinds]
 
+    def obstacle(self, node: Node) -> Node:
+        """Of the operations in one module the one to name where none is allowed: a product before what leads to it."""
+        near = [other for other in self.of("other") if other.owner == node.owner]
+        return next((other for other in near if len(other.inputs) > 1), node)
+
     def check_called_once(self, who: str) -> None:
         """Raise where a part runs twice, whose weights cannot be changed for one place alone."""
         seen: set[str] = set()

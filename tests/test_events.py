@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import os
 import shutil
 import struct
 import sys
@@ -16,8 +17,7 @@ import pytest
 import torch
 
 from spikezoo import data
-from spikezoo.data import events
-from spikezoo.data.events import event_info, open_events, read_events, write_split
+from spikezoo.data.events import event_info, framing, official, open_events, read_events, recordings, write_split
 from spikezoo.data.events.readers import native_sensor
 
 KEYS = ("t", "x", "y", "p")
@@ -128,13 +128,13 @@ def fill(place, kind="bin", classes=("2", "10"), train=3, test=2, **options):
 def counting(monkeypatch):
     """The files that are integrated."""
     done = []
-    integrate = events._Framing.integrate
+    integrate = framing.Framing.integrate
 
     def count(self, path):
         done.append(Path(path).name)
         return integrate(self, path)
 
-    monkeypatch.setattr(events._Framing, "integrate", count)
+    monkeypatch.setattr(framing.Framing, "integrate", count)
     return done
 
 
@@ -356,8 +356,8 @@ def integrate(recording, T, frames_by, duration_us=0, sensor=(34, 34)):
     """Frames without a file."""
     file = Path(f"{id(recording)}.npz")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "read_events", lambda path, sensor: recording)
-        return events._Framing(T, frames_by, duration_us, sensor).integrate(file)
+        patch.setattr(framing, "read_events", lambda path, sensor: recording)
+        return framing.Framing(T, frames_by, duration_us, sensor).integrate(file)
 
 
 @pytest.mark.parametrize("frames_by", ["number", "time", "duration"])
@@ -488,7 +488,7 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
     name = f"events:{tmp_path}"
     wanted = np.array(open_events(name, "train", T=4, cache=False).frames)
     counting.clear()
-    whole = events._Framing.integrate
+    whole = framing.Framing.integrate
 
     def killed(self, path):
         if len(counting) == 4:
@@ -496,7 +496,7 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
         return whole(self, path)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(events._Framing, "integrate", killed)
+        patch.setattr(framing.Framing, "integrate", killed)
         open_events(name, "train", T=4)
     (journal,) = tmp_path.rglob("*.part.txt")
     body = journal.with_suffix("")
@@ -513,6 +513,83 @@ def test_interrupted_build_goes_on(tmp_path, counting, monkeypatch):
     assert np.array_equal(open_events(name, "train", T=4).frames, wanted)
     assert sorted(counting) == ["1.bin", "1.bin", "2.bin"]  # the second of "2", the second and third of "10"
     assert sorted(path.suffix for path in body.parent.iterdir()) == [".npy", ".txt"]
+
+
+def flips(file, count, seed=0):
+    """The file with one bit flipped, again and again; its size and time stay."""
+    content, stat = file.read_bytes(), file.stat()
+    for place in np.random.default_rng(seed).integers(0, 8 * len(content), count).tolist():
+        body = bytearray(content)
+        body[place // 8] ^= 1 << place % 8
+        file.write_bytes(bytes(body))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        yield place
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_flipped_bit_of_the_cache_is_taken(tmp_path, monkeypatch):
+    fill(tmp_path, train=2, test=1)
+    name = f"events:{tmp_path}"
+    first = open_events(name, "train", T=2)
+    wanted, note = np.array(first.frames), first.split
+    del first
+    (frames,), (names,) = tmp_path.rglob("events-train-*.npy"), tmp_path.rglob("events-train-*.txt")
+    for file in (frames, names, tmp_path / ".spikezoo" / "hashes.json"):
+        for _ in flips(file, 12):
+            opened = open_events(name, "train", T=2)
+            assert np.array_equal(opened.frames, wanted) and opened.split == note
+    # Frames of another recording under the names of the wanted ones, complete and well-formed.
+    open_events(name, "test", T=2)
+    (other,) = tmp_path.rglob("events-test-*.npy")
+    shutil.copy(other, frames)
+    assert np.array_equal(open_events(name, "train", T=2).frames, wanted)
+    # Rows of an interrupted build.
+    whole = framing.Framing.integrate
+    file = tmp_path / "train" / "10" / "1.bin"
+    shutil.rmtree(tmp_path / ".spikezoo")
+
+    def killed(self, path):
+        if path == file:
+            raise KeyboardInterrupt
+        return whole(self, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(framing.Framing, "integrate", killed)
+        open_events(name, "train", T=2)
+    body, journal = (next(tmp_path.rglob(f"events-train{suffix}")) for suffix in (".part", ".part.txt"))
+    kept = {path: path.read_bytes() for path in (body, journal)}
+    for part in (body, journal):
+        for _ in flips(part, 8):
+            assert np.array_equal(open_events(name, "train", T=2).frames, wanted)
+            for path in body.parent.glob("events-train-*"):
+                path.unlink()
+            for path, content in kept.items():
+                path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"",
+        b"\xff\xfe",
+        b"null",
+        b"[]",
+        b"7",
+        b'"x"',
+        b"[[[]]]",
+        b'{"a": 5}',
+        b'{"sha256": [], "files": 3}',
+        b"[" * 3000,
+    ],
+)
+def test_any_junk_for_the_list_of_hashes(tmp_path, junk):
+    fill(tmp_path, train=1, test=1)
+    wanted = open_events(f"events:{tmp_path}", "train", T=2).split
+    store = tmp_path / ".spikezoo" / "hashes.json"
+    good = store.read_bytes()
+    store.write_bytes(junk)
+    assert open_events(f"events:{tmp_path}", "train", T=2).split == wanted
+    assert store.read_bytes() == good
 
 
 def test_file_cut_short_is_made_anew(tmp_path):
@@ -632,6 +709,31 @@ def test_folders_that_do_not_fit(tmp_path):
         open_events("events:", "train", T=2)
 
 
+def test_what_is_left_out_is_named(tmp_path, caplog):
+    fill(tmp_path, train=2, test=1)
+    for name in ("3.raw", "4.raw", "5.h5", ".hidden.bin", "._0.bin", "README"):
+        (tmp_path / "train" / "2" / name).write_bytes(b"x")
+    (tmp_path / "train" / "10" / "subject1").mkdir()
+    with caplog.at_level("WARNING", "spikezoo"):
+        opened = open_events(f"events:{tmp_path}", "train", T=2)
+    assert len(opened) == 4
+    (record,) = caplog.records
+    assert "left out are 1 .h5, 2 .raw, 1 README, 1 folder, which" in record.getMessage()
+
+
+def test_litter_and_links_are_no_classes(tmp_path):
+    fill(tmp_path, train=2, test=1)
+    for part in ("train", "test"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (tmp_path / part / name).mkdir()
+            write_bin(tmp_path / part / name / "0.bin", make(seed=99))
+    (tmp_path / "train" / "0back").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "train" / "1twin").symlink_to(tmp_path / "train" / "2", target_is_directory=True)
+    opened = open_events(f"events:{tmp_path}", "train", T=2)
+    assert opened.classes == ["2", "10"] and opened.labels.tolist() == [0, 0, 1, 1]
+    assert data.dataset_info(f"events:{tmp_path}").label_names == ("2", "10")
+
+
 def test_suffixes_in_capitals(tmp_path):
     for number, split in enumerate(("train", "test")):
         folder = tmp_path / split / "a"
@@ -680,8 +782,8 @@ def test_place_of_the_cache(tmp_path, monkeypatch):
 
 
 def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
-    random, tebn = (events._named_test(events._NAMED[name]) for name in ("cifar10dvs", "cifar10dvs_tebn"))
-    for label in events._CIFAR10:
+    random, tebn = (recordings.named_test(official.NAMED[name]) for name in ("cifar10dvs", "cifar10dvs_tebn"))
+    for label in official.CIFAR10:
         numbers = [{int(stem.rpartition("_")[2]) for stem in test if f"_{label}_" in stem} for test in (random, tebn)]
         assert len(numbers[0]) == 100 and max(numbers[0]) < 1000 and numbers[1] == set(range(100))
     assert len(random) == len(tebn) == 1000
@@ -689,16 +791,16 @@ def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
     for folder, name in (("cat", "a.aedat"), ("download", "cat.zip")):  # whatever else lies there is no class
         (tmp_path / "some" / folder).mkdir(parents=True)
         (tmp_path / "some" / folder / name).touch()
-    assert list(events._by_class(tmp_path / "some", events._CIFAR10)) == ["cat"]
+    assert list(recordings.by_class(tmp_path / "some", official.CIFAR10)) == ["cat"]
     # 10,000 files would take longer than all other tests.
     there = {
-        label: [Path(label, f"cifar10_{label}_{number}.npz") for number in range(1000)] for label in events._CIFAR10
+        label: [Path(label, f"cifar10_{label}_{number}.npz") for number in range(1000)] for label in official.CIFAR10
     }
-    monkeypatch.setattr(events, "_by_class", lambda place, only: there)
-    for label in events._CIFAR10:
+    monkeypatch.setattr(recordings, "by_class", lambda place, only: there)
+    for label in official.CIFAR10:
         (tmp_path / "cifar10dvs" / "events_np" / label).mkdir(parents=True)
     for name, test in (("cifar10dvs", random), ("cifar10dvs_tebn", tebn)):
-        found = events._recordings(name, str(tmp_path), None, False)
+        found = recordings.find_recordings(name, str(tmp_path), None, False)
         assert {path.stem for path, _ in found.items["test"]} == test
         assert len(found.items["train"]) == 9000 and not {path.stem for path, _ in found.items["train"]} & test
         assert all(found.classes[label] == path.parent.name for path, label in found.items["train"])
@@ -707,13 +809,13 @@ def test_fixed_splits_of_cifar10dvs(tmp_path, monkeypatch):
 
     there["cat"][12] = Path("cat", "mine.npz")
     with pytest.raises(ValueError, match=r"of them 1 are not in .* \(the first is cifar10_cat_12\), and 1 files"):
-        events._recordings("cifar10dvs", str(tmp_path), None, False)
-    other = dataclasses.replace(events._NAMED["cifar10dvs"], split_sha256="0" * 64)
+        recordings.find_recordings("cifar10dvs", str(tmp_path), None, False)
+    other = dataclasses.replace(official.NAMED["cifar10dvs"], split_sha256="0" * 64)
     with pytest.raises(ValueError, match=r"cifar10dvs.txt of this installation was changed"):
-        events._named_test(other)
+        recordings.named_test(other)
 
 
-def official(monkeypatch, loader, *files):
+def make_official(monkeypatch, loader, *files):
     """Makes files the official ones of a dataset of SpikingJelly."""
     from spikingjelly import datasets
 
@@ -733,7 +835,7 @@ def test_official_archives_of_nmnist(tmp_path, monkeypatch):
                 path = Path(file).relative_to(tmp_path / "raw")
                 if path.parts[0] == part.lower():
                     archive.write(file, Path(part, *path.parts[1:]))
-    official(monkeypatch, "NMNIST", download / "Train.zip", download / "Test.zip")
+    make_official(monkeypatch, "NMNIST", download / "Train.zip", download / "Test.zip")
     good = (download / "Test.zip").read_bytes()
     (download / "Test.zip").write_bytes(good[:-9])
     with pytest.raises(FileNotFoundError, match=r"Test.zip is not there or has not the MD5 sum"):
@@ -791,7 +893,7 @@ def test_download_of_cifar10dvs(tmp_path, monkeypatch):
         asked.append((url, filename, md5))
         raise OSError("no network in tests")
 
-    monkeypatch.setattr(events, "download_url", refuse)
+    monkeypatch.setattr(official, "download_url", refuse)
     with pytest.raises(FileNotFoundError, match=r"airplane.zip \(MD5 0afd5c4bf9ae06af762a77b180354fdd\)"):
         open_events("cifar10dvs", "train", data_dir=str(tmp_path), T=2, download=False)
     with pytest.raises(FileNotFoundError, match=r"cannot be had or unpacked \(OSError: no network in tests\)"):
@@ -814,7 +916,7 @@ def test_data_that_is_not_there(tmp_path):
 
 def test_names_known_to_data():
     names = data.list_datasets()
-    assert [name for name in names if events.is_event_dataset(name)] == [
+    assert [name for name in names if data.is_event_dataset(name)] == [
         "nmnist", "cifar10dvs", "cifar10dvs_tebn", "dvs128gesture", "events:PATH"
     ]  # fmt: skip
     info = data.dataset_info("dvs128gesture")

@@ -31,7 +31,7 @@ ALLOWED = {
     "pictures": {"checks", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
     "__main__.py": {
         "checkpoint",
-        "conversion",
+        "convert",
         "counting",
         "data",
         "deploy",
@@ -46,7 +46,7 @@ ALLOWED = {
     "search": {"checks", "registry", "neurons", "checkpoint", "data", "evaluate", "search"},
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "results.py": {"checks", "checkpoint", "evaluate", "hub"},
-    "conversion.py": {"checks", "neurons", "layers", "encoding", "registry", "transforms", "hub"},
+    "convert.py": {"checks", "neurons", "graph", "encoding", "registry", "transforms", "hub"},
     "export.py": {"neurons", "layers", "models", "transforms", "checkpoint", "hub", "_version"},
     "deploy.py": {"checks", "neurons", "layers", "transforms", "counting", "checkpoint", "sparse"},
     "__init__.py": {"*"},

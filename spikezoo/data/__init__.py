@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,45 +38,8 @@ from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 
-Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What a model has to know of a dataset."""
-
-    name: str  # the name it is asked for by
-    num_classes: int  # 0 where the data has to be opened to know it (torch/, hfds/)
-    in_chans: int
-    img_size: int  # side length of an image
-    mean: tuple[float, ...]  # of each channel, of values in 0..1
-    std: tuple[float, ...]
-    split_note: str  # how train and test are told apart
-
-
-@runtime_checkable
-class Loader(Protocol):
-    """What ``create_loader`` returns.
-
-    ``len(loader)`` is the number of batches per epoch on this rank, ``num_samples`` the number of samples of the whole
-    split over all ranks (of the subset where one was asked for), and ``info`` describes the images as delivered (size,
-    channels, mean and std after every conversion).
-    """
-
-    info: DatasetInfo
-    num_samples: int
-    facts: dict[str, Any]  # what a result has to say of the data besides its name
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, and with it the order and the augmentations, of later iterations."""
-
-    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
-        """Yields what a full iteration yields from batch ``start_batch`` on."""
-
+from spikezoo.data.events import event_info, is_event_dataset, list_event_datasets, open_events
+from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, refuse
 
 _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
@@ -99,7 +62,6 @@ _NO_FLIP = frozenset({"digits", "mnist"})
 
 _FOLDER_NAMES = ("imagenet", "folder")
 _TIMM_PREFIXES = ("torch/", "hfds/")
-_SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test", "eval": "test"}
 _NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _POLICIES = [policy.value for policy in transforms.AutoAugmentPolicy]  # torchvision's: imagenet, cifar10, svhn
 _EVERY_PART = ("train", "val", "validation", "test")
@@ -108,8 +70,6 @@ _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image fo
 
 def list_datasets() -> list[str]:
     """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
-    from spikezoo.data.events import list_event_datasets  # which builds on this file
-
     images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
     return images + list_event_datasets()
 
@@ -125,8 +85,6 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
         ValueError: The name is unknown or the file is not usable.
         FileNotFoundError: The file or folder is not there.
     """
-    from spikezoo.data.events import event_info, is_event_dataset
-
     if name in _INFOS:
         return _INFOS[name]
     if is_event_dataset(name):
@@ -179,35 +137,19 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
         ValueError: Name, split or file is not usable.
         FileNotFoundError: The data is not there and could not be downloaded.
     """
-    split = _check_split(split)
+    split = check_split(split)
     if name == "digits":
         return _load_digits(split)
     if name in _TORCHVISION:
-        return _load_torchvision(name, split, _data_root(data_dir), download)
+        return _load_torchvision(name, split, data_root(data_dir), download)
     if name.startswith("npz:"):
         return _load_npz(_npz_path(name, data_dir), split)
-    from spikezoo.data.events import is_event_dataset
-
     if not is_event_dataset(name):
         _check_timm_name(name)
     raise ValueError(f"dataset {name!r} is not held in memory; use create_loader({name!r}, ...) instead")
 
 
 # --- what is asked for ----------------------------------------------------------------------------------------
-
-
-def _bad(option: str, value: object, wanted: str, example: object) -> NoReturn:
-    """Raises ValueError; an example that is no text is shown as the scripts' option."""
-    if not isinstance(example, str):
-        flag = {"num_workers": "workers", "auto_augment": "aa"}.get(option, option).replace("_", "-")
-        example = f"--{flag} {example}"
-    raise ValueError(f"{option}={value!r} is not possible: it must be {wanted}, e.g. {example}")
-
-
-def _check_split(split: str) -> str:
-    if split not in _SPLITS:
-        _bad("split", split, "train or test (validation, val and eval mean test)", "split='train'")
-    return _SPLITS[split]
 
 
 def _check_timm_name(name: str) -> None:
@@ -298,24 +240,20 @@ class LoaderOptions:
             number = isinstance(value, int | float)
             least, whole = _WHOLE.get(option, (None, None))
             if least is not None and (type(value) is not int or value < least):
-                _bad(option, value, f"a whole number of at least {least}", whole)
+                refuse(option, value, f"a whole number of at least {least}", whole)
             if option in _FRACTIONS and not (number and 0 <= value <= 1):
-                _bad(option, value, "a probability from 0 to 1", _FRACTIONS[option])
+                refuse(option, value, "a probability from 0 to 1", _FRACTIONS[option])
             if option in ("mixup", "cutmix") and not (number and 0 <= value < math.inf):
-                _bad(option, value, "the alpha of a Beta distribution, 0 for off", 1)
+                refuse(option, value, "the alpha of a Beta distribution, 0 for off", 1)
             if option in _CHOICES and value not in _CHOICES[option]:
-                _bad(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
+                refuse(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
         if not 0 <= self.rank < self.world_size:
-            _bad("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
+            refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
         if self.auto_augment and self.auto_augment != "snn":
             _policy(self.auto_augment, 32, IMAGENET_DEFAULT_MEAN)  # said before the data is read or downloaded
 
 
 # --- data held in memory --------------------------------------------------------------------------------------
-
-
-def _data_root(data_dir: str | None) -> Path:
-    return Path(data_dir or os.environ.get("SPIKEZOO_DATA") or "./data").expanduser()
 
 
 def _load_digits(split: str) -> Batch:
@@ -584,7 +522,7 @@ def _policy(name: str, img_size: int, mean: Sequence[float]) -> Callable[[Image.
         policy = create_transform(img_size, is_training=True, auto_augment=name, **options)[1]
     except (AssertionError, ValueError, KeyError) as error:
         wanted = f"one of {', '.join(_POLICIES)}, trivial, or a configuration of timm's, which refuses it ({error})"
-        _bad("auto_augment", name, wanted, "--aa cifar10 or --aa rand-m9-mstd0.5-inc1")
+        refuse("auto_augment", name, wanted, "--aa cifar10 or --aa rand-m9-mstd0.5-inc1")
     for step in policy.transforms:
         for op in getattr(step, "ops", ()):
             if op.aug_fn is posterize:
@@ -617,7 +555,7 @@ def _statistic(option: str, given: Sequence[float] | None, own: Sequence[float],
     finite = all(map(math.isfinite, values))
     if len(values) not in (1, channels) or not finite or (option == "std" and min(values) <= 0):
         wanted = f"{channels} numbers or one{', above 0' if option == 'std' else ''}"
-        _bad(option, given, wanted, 0.5)
+        refuse(option, given, wanted, 0.5)
     return values if len(values) == channels else values * channels
 
 
@@ -647,7 +585,7 @@ class _BaseLoader:
         channels = options.in_chans or info.in_chans
         if channels != info.in_chans and {channels, info.in_chans} != {1, 3}:
             wanted = f"{info.in_chans} as in {info.name} (only 1 to 3 and 3 to 1 are converted)"
-            _bad("in_chans", channels, wanted, info.in_chans)
+            refuse("in_chans", channels, wanted, info.in_chans)
         size = options.img_size or info.img_size
         mean = _statistic("mean", options.mean, info.mean, channels)
         std = _statistic("std", options.std, info.std, channels)
@@ -655,7 +593,7 @@ class _BaseLoader:
         self._chosen = torch.arange(count)
         if options.subset is not None:
             if options.subset > count:
-                _bad("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
+                refuse("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
             self._chosen = _balanced(labels(), options.subset, options.seed)
         self.num_samples = len(self._chosen)
         self._epoch = 0
@@ -665,13 +603,13 @@ class _BaseLoader:
             self.drop_last = options.train and self._share >= options.batch_size
         if options.train and not len(self):
             wanted = f"small enough for the {self._share} samples of a rank, as no batch is left"
-            _bad("batch_size", options.batch_size, wanted, max(1, self._share))
+            refuse("batch_size", options.batch_size, wanted, max(1, self._share))
         self._mixup = _make_mixup(info, options)
 
     def set_epoch(self, epoch: int) -> None:
         """See ``Loader``."""
         if epoch < 0:
-            _bad("epoch", epoch, "at least 0", "set_epoch(0)")
+            refuse("epoch", epoch, "at least 0", "set_epoch(0)")
         self._epoch = int(epoch)
 
     def _shard(self, epoch: int) -> Tensor:
@@ -694,7 +632,7 @@ class _BaseLoader:
     def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
         """See ``Loader``."""
         if not 0 <= start_batch <= len(self):
-            _bad("start_batch", start_batch, f"from 0 to {len(self)}, the batches of an epoch", "iterate(0)")
+            refuse("start_batch", start_batch, f"from 0 to {len(self)}, the batches of an epoch", "iterate(0)")
         return self._batches(self._epoch, start_batch)
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
@@ -745,7 +683,7 @@ class _BaseLoader:
 def _make_mixup(info: DatasetInfo, options: LoaderOptions) -> Mixup | None:
     classes = options.num_classes or info.num_classes
     if classes < info.num_classes:
-        _bad("num_classes", classes, f"at least the {info.num_classes} classes of {info.name}", info.num_classes)
+        refuse("num_classes", classes, f"at least the {info.num_classes} classes of {info.name}", info.num_classes)
     if not options.train or not (options.mixup or options.cutmix):
         return None
     if not classes:
@@ -778,9 +716,9 @@ class ArrayLoader(_BaseLoader):
         self._policy = self._erase = None
         if options.train and options.auto_augment:
             if channels not in (1, 3):
-                _bad("auto_augment", options.auto_augment, f"left out for {channels} channels", "auto_augment=None")
+                refuse("auto_augment", options.auto_augment, f"left out for {channels} channels", "auto_augment=None")
             if options.auto_augment == "snn":
-                _bad("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
+                refuse("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
             self._policy = _policy(options.auto_augment, size, self.info.mean)
         if options.train and options.reprob:
             # Its noise is drawn on the CPU for the reason that the module's first lines give.
@@ -833,9 +771,9 @@ class EventLoader(_BaseLoader):
 
     def __init__(self, frames: Any, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.auto_augment not in (None, "snn"):
-            _bad("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
+            refuse("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
         if options.train and options.reprob:
-            _bad("reprob", options.reprob, "left out for event frames (cutout makes empty holes)", 0)
+            refuse("reprob", options.reprob, "left out for event frames (cutout makes empty holes)", 0)
         super().__init__(len(frames), lambda: frames.labels, replace(info, split_note=frames.split), options)
         self.frames = frames
         self.facts = {"split_note": frames.split, "frames_by": options.frames_by or "number"}
@@ -883,7 +821,7 @@ def _classes_of(dataset: Any) -> dict[str, int]:
 
 def _image_place(name: str, parts: Sequence[str], data_dir: str | None) -> Path:
     """Finds the folder with classes, or the tar file, that has the first possible of the names."""
-    root = _data_root(data_dir)
+    root = data_root(data_dir)
     if root.suffix == ".tar" and root.is_file():
         return root
     for folder in (root, root / name):
@@ -907,7 +845,7 @@ def _open_images(name: str, place: Path, classes: Any = "") -> Any:
 
 def _open_folder(name: str, split: str, data_dir: str | None) -> Any:
     """Finds and opens the images of a split."""
-    if _check_split(split) == "train":
+    if check_split(split) == "train":
         return _open_images(name, _image_place(name, ("train",), data_dir))
     # Whoever types test wants test/, except where it is ImageNet's without labels.
     parts = ("test", "val", "validation") if split == "test" else ("val", "validation", "test")
@@ -925,9 +863,9 @@ def _open_timm(name: str, split: str, options: LoaderOptions) -> Any:
     """Opens any dataset that timm reads by number."""
     if not name.lower().startswith(_TIMM_PREFIXES):
         return _open_folder(name, split, options.data_dir)
-    root: str | None = str(_data_root(options.data_dir))
+    root: str | None = str(data_root(options.data_dir))
     if name.lower().startswith("torch/"):
-        split = "train" if _check_split(split) == "train" else "validation"  # torchvision's two
+        split = "train" if check_split(split) == "train" else "validation"  # torchvision's two
     elif options.data_dir is None:
         root = None  # Hugging Face's own cache.
     try:
@@ -992,7 +930,7 @@ class TimmLoader(_BaseLoader):
 
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.roll:
-            _bad("roll", options.roll, "0 for datasets that timm reads", 0)
+            refuse("roll", options.roll, "0 for datasets that timm reads", 0)
         info = replace(info, num_classes=len(_classes_of(dataset)) or options.num_classes or 0)
         super().__init__(len(dataset), lambda: _labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
@@ -1031,8 +969,6 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         ValueError: An argument is not possible.
         FileNotFoundError: The data is not there.
     """
-    from spikezoo.data.events import is_event_dataset, open_events
-
     known = [field.name for field in fields(LoaderOptions)]
     for option in options:
         if option not in known:
@@ -1044,7 +980,7 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         recordings = open_events(name, split, data_dir=chosen.data_dir, T=chosen.T, download=chosen.download, **how)
         return EventLoader(recordings, dataset_info(name, chosen.data_dir), chosen)
     if chosen.frames_by or chosen.duration_us:
-        _bad("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
+        refuse("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
         info = dataset_info(name, chosen.data_dir)
         return ArrayLoader(*load_arrays(name, split, chosen.data_dir, chosen.download), info, chosen)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from spikezoo.graph import trace
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, is_mean, set_ternary
 from spikezoo.neurons import FoldedThreshold, SpikingNeuron, spike
 
@@ -192,10 +193,28 @@ def _check_pool(name: str, pool: nn.Module | None, scale: Tensor) -> None:
         )
 
 
-def _fold_layer(name: str, module: ConvNormNeuron | LinearNormNeuron) -> None:
-    """Fuse a layer's norm into its convolution or linear layer, in place."""
-    norm = module.norm
-    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+def _normed(model: nn.Module) -> list[tuple[str, Any, nn.Module | None, str]]:
+    """Layers with a norm behind them: name for messages, layer, pooling between the two, dotted name of the norm."""
+    found: dict[str, tuple[str, Any, nn.Module | None, str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ConvNormNeuron | LinearNormNeuron) and not isinstance(module.norm, nn.Identity | None):
+            layer = module.conv if isinstance(module, ConvNormNeuron) else module.linear
+            norm = f"{name}.norm".lstrip(".")
+            found[norm] = (_dotted(name, module), layer, getattr(module, "pool", None), norm)
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    if norms - found.keys() and hasattr(model, "forward_frames"):
+        for node in trace(model).of("norm"):  # blocks of torch's own layers
+            before, pool = node.inputs[0], None
+            if before.kind == "pool" and before.readers == [node]:
+                before, pool = before.inputs[0], before.pooling
+            if node.name not in found and before.kind == "layer" and len(before.readers) == 1:
+                found[node.name] = (before.name, before.module, pool, node.name)
+    return list(found.values())
+
+
+def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None, norm: nn.Module) -> None:
+    """Fuse a norm into the convolution or linear layer before it, in place."""
+    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         raise ValueError(
@@ -205,15 +224,10 @@ def _fold_layer(name: str, module: ConvNormNeuron | LinearNormNeuron) -> None:
     # torch's linear fusion, unlike its convolutional one, does not take the None of a norm without parameters.
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
-    target: nn.Conv2d | nn.Linear
-    if isinstance(module, ConvNormNeuron):
-        _check_pool(name, module.pool, weight)
-        target = module.conv
-        fused = fuse_conv_bn_weights(target.weight, target.bias, mean, var, norm.eps, weight, bias)
-    else:
-        target = module.linear
-        fused = fuse_linear_bn_weights(target.weight, target.bias, mean, var, norm.eps, weight, bias)
-    fused_weight, fused_bias = fused
+    if pool is not None:
+        _check_pool(name, pool, weight)
+    fuse: Any = fuse_linear_bn_weights if isinstance(target, nn.Linear) else fuse_conv_bn_weights
+    fused_weight, fused_bias = fuse(target.weight, target.bias, mean, var, norm.eps, weight, bias)
     _refuse_where(
         ~(fused_weight.flatten(1).isfinite().all(1) & fused_bias.isfinite()),
         name,
@@ -221,7 +235,6 @@ def _fold_layer(name: str, module: ConvNormNeuron | LinearNormNeuron) -> None:
     )
     set_ternary(target, False)  # one magnitude a channel
     target.weight, target.bias = fused_weight, fused_bias.requires_grad_(fused_weight.requires_grad)
-    module.norm = nn.Identity()
 
 
 @torch.no_grad()
@@ -233,8 +246,8 @@ def fold_bn(model: nn.Module) -> nn.Module:
     the norm's scale is not negative.
 
     Args:
-        model: Any model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`. It
-            stays as it is.
+        model: Any model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`, or of
+            ``create_model`` with torch's layers in blocks of any kind. It stays as it is.
 
     Returns:
         A folded deep copy in evaluation mode (the running statistics are folded, whatever mode the model is in),
@@ -248,12 +261,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
         >>> folded = fold_bn(spikezoo.create_model('spiking_vgg9'))
     """
     folded = copy.deepcopy(model).eval()
-    layers = [
-        (_dotted(name, module), module)
-        for name, module in folded.named_modules()
-        if isinstance(module, ConvNormNeuron | LinearNormNeuron)
-    ]
-    layers = [(name, module) for name, module in layers if not isinstance(module.norm, nn.Identity | None)]
+    layers = _normed(folded)
     _refuse_tickets(model)
     if not layers:
         raise ValueError(
@@ -262,6 +270,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
             else f"Nothing to fold: {type(model).__name__} has no batch norm after a convolution or linear layer of "
             "spikezoo.layers; those of the multilayer perceptrons and the rmp_* models have none."
         )
-    for name, module in layers:
-        _fold_layer(name, module)
+    for name, layer, pool, norm in layers:
+        _fold_layer(name, layer, pool, folded.get_submodule(norm))
+        folded.set_submodule(norm, nn.Identity())
     return _record(folded, "fold_bn")

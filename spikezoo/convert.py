@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 
 from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
+from spikezoo.graph import Node, trace
 from spikezoo.hub import describe
-from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron
+from spikezoo.neurons import Maskable, ReLU, Sign, SpikingNeuron
 from spikezoo.registry import create_model
 from spikezoo.transforms import fold_bn, replay
 
@@ -35,73 +35,69 @@ RATE_CODES = ("direct", "poisson")
 BATCH = 64
 # Transforms that leave plain weights behind, and that a spiking network could not take in this form.
 _SPENT = ("ticket", "bake", "tune")
+# Nodes that are linear without a check, or pass a sum on.
+_LINEAR = ("input", "layer", "join", "flatten", "average", "head")
 _TWIN = "convert takes the ReLU twin, create_model(name, neuron='relu'), with its trained weights."
 
 
 class _Flow:
-    """What drives what in a model: its weight layers in the order of the data flow, and the neurons between them.
+    """Which signals have one unit, and the weight layers between them.
+
+    What is linear and has no weights passes a unit on, and so does a neuron: its input is counted in thresholds.
+    Signals that are added have one unit, along a line of identity shortcuts all of them.
 
     Attributes:
-        layers: Name of every convolution or linear layer, of the neuron whose output it takes (INPUT for the images),
-            and of the neuron that it drives (LOGITS for the classifier).
-        first: Of a neuron that an identity shortcut feeds, the first neuron on that line of shortcuts. They add up
-            their spikes, so they must have one unit.
+        layers: Name of every convolution or linear layer, and the groups of signals that it takes and puts out.
+        neurons: Name of every neuron, and its group.
     """
 
-    INPUT, LOGITS = "input", "logits"
+    INPUT = 0
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers: list[tuple[str, str, str]] = []
-        self.first: dict[str, str] = {}
-        source = self.INPUT
-        for name in ("stem", "stages", "neck"):
-            source = self._follow(name, model.get_submodule(name), source)
-        self.layers.append(("head.fc", source, self.LOGITS))
-
-    def _follow(self, name: str, module: nn.Module, source: str) -> str:
-        """Note a module's layers; the neuron whose output it passes on."""
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            for child, part in module.named_children():
-                source = self._follow(f"{name}.{child}", part, source)
-            return source
-        if isinstance(module, Flatten) or (isinstance(module, Pool) and isinstance(module.pool, nn.AvgPool2d)):
-            return source  # linear, and it keeps the unit
-        if isinstance(getattr(module, "pool", None), nn.MaxPool2d):
+    def __init__(self, ann: nn.Module) -> None:
+        self.layers: list[tuple[str, int, int]] = []
+        self.neurons: dict[str, int] = {}
+        self.graph = trace(ann)
+        self.graph.check_called_once("convert")
+        self._of: dict[Node, int] = {}
+        for node in self.graph.nodes:
+            self._check(node)
+            groups = [] if node.kind == "layer" else [self._of[source] for source in node.inputs]
+            self._of[node] = min(groups, default=len(self._of))
+            self._of = {other: self._of[node] if group in groups else group for other, group in self._of.items()}
+        for node in self.graph.of("layer"):
+            self.layers.append((node.name, self._of[node.inputs[0]], self._of[node]))
+        self.neurons = {node.name: self._of[node] for node in self.graph.of("neuron")}
+        if self.INPUT in self.neurons.values():
             raise ValueError(
-                f"Layer {name!r}: a max-pool takes the largest value of every step, whose mean over time is more than "
-                "the largest mean, and more time does not mend that. Train a network with average pooling, such as "
-                "spiking_vgg16."
+                "The image is added to the output of a neuron: pixels are no rates, whose unit could be chosen. "
+                "convert takes networks whose first layer stands before every sum."
             )
-        target = f"{name}.neuron"
-        if isinstance(module, ConvNormNeuron | LinearNormNeuron) and module.neuron is not None:
-            self._drive(name, module, source, target)
-        elif isinstance(module, ResidualBlock):
-            inner = self._follow(f"{name}.conv1", module.conv1, source)
-            self._drive(f"{name}.conv2", module.conv2, inner, target)
-            if not isinstance(module.neuron, ReLU):
-                raise ValueError(f"Layer {target!r}: a {type(module.neuron).__name__} has no spiking form. {_TWIN}")
-            if module.shortcut is None:
-                self.first[target] = self.first.get(source, source)
-            else:
-                self._drive(f"{name}.shortcut", module.shortcut, source, target)
-        else:
-            raise ValueError(
-                f"Layer {name!r}: a {type(module).__name__} has no spiking form that keeps its output as a rate. "
-                "convert takes networks of convolutions, linear layers, average pooling and residual blocks: the VGG "
-                "and ResNet families and the MLPs."
-            )
-        return target
 
-    def _drive(self, name: str, module: Any, source: str, target: str) -> None:
-        for part, kinds in (("norm", (nn.modules.batchnorm._BatchNorm, nn.Identity)), ("neuron", (ReLU,))):
-            found = getattr(module, part)
-            if found is not None and not isinstance(found, kinds):
+    def _check(self, node: Node) -> None:
+        """Raise where a part has no spiking form."""
+        name = node.name.removesuffix(".pool")
+        if isinstance(node.module, Maskable | nn.modules.batchnorm._BatchNorm) or node.kind in _LINEAR:
+            return
+        if node.kind == "pool":
+            if isinstance(node.pooling, nn.AvgPool2d | nn.AdaptiveAvgPool2d):
+                return  # linear, and it keeps the unit
+            if isinstance(node.pooling, nn.MaxPool2d | nn.AdaptiveMaxPool2d):
                 raise ValueError(
-                    f"Layer '{name}.{part}': a {type(found).__name__} has no spiking form. convert takes ReLUs and "
-                    "batch norms as create_model(name, neuron='relu') makes them."
+                    f"Layer {name!r}: a max-pool takes the largest value of every step, whose mean over time is more "
+                    "than the largest mean, and more time does not mend that. Train a network with average pooling, "
+                    "such as spiking_vgg16."
                 )
-        part = "linear" if isinstance(module, LinearNormNeuron) else "conv"
-        self.layers.append((f"{name}.{part}", source, target))
+        if node.module is not None and node.kind == "other":
+            raise ValueError(
+                f"Layer {name!r}: {node.what} has no spiking form. convert takes ReLUs and batch norms as "
+                "create_model(name, neuron='relu') makes them."
+            )
+        node = self.graph.obstacle(node)
+        raise ValueError(
+            f"Layer {node.owner!r}: {node.what} has no spiking form that keeps its output as a rate. convert takes "
+            "networks of convolutions, linear layers, average pooling and sums: the VGG and ResNet families and the "
+            "MLPs."
+        )
 
 
 def _check(ann: nn.Module, encoding: str) -> None:
@@ -225,21 +221,27 @@ def convert(
         raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
     plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"Layer {name!r}: a {type(module).__name__} that stands behind no layer of its own cannot be folded, "
+                "and has no spiking form. Put it behind the convolution or linear layer that it normalises."
+            )
     neuron = {"neuron": "if", "reset": "soft", "threshold": 1.0, "v_reset": 0.0, "firing": ">=", "mpbn": "none"}
     neuron |= {"v_init": 0.5 if half_threshold else 0.0, "encoding": encoding, "T": T}
     model: Any = create_model(facts["architecture"], **{**facts["model_args"], **neuron})
     model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])
     measured = _activations(plain, data, mode, encoding)
-    units = {flow.INPUT: 1.0, flow.LOGITS: 1.0, **measured}
-    for name, unit in measured.items():
-        first = flow.first.get(name, name)
-        units[first] = max(units[first], unit)
-    units |= {name: units[first] for name, first in flow.first.items()}
+    units: dict[int, float] = {}
+    for name, group in flow.neurons.items():
+        units[group] = max(units.get(group, 0.0), measured[name])
     for name, source, target in flow.layers:
         layer = plain.get_submodule(name)
-        layer.weight *= units[source] / units[target]
+        # The image, the logits and what no neuron counts keep their unit.
+        before, after = units.get(source, 1.0), units.get(target, 1.0)
+        layer.weight *= before / after
         if layer.bias is not None:
-            layer.bias /= units[target]
+            layer.bias /= after
     like = next(plain.parameters())
     model.to(like.device, like.dtype).load_state_dict(plain.state_dict())
     inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}

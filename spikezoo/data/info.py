@@ -1,0 +1,91 @@
+"""What a dataset is to a model and to the rest of the package: its description, its loader's protocol, its folder."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, runtime_checkable
+
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+
+_SPLITS = {"train": "train", "test": "test", "validation": "test", "val": "test", "eval": "test"}
+_LITTER = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a model has to know of a dataset."""
+
+    name: str  # the name it is asked for by
+    num_classes: int  # 0 where the data has to be opened to know it (torch/, hfds/)
+    in_chans: int
+    img_size: int  # side length of an image
+    mean: tuple[float, ...]  # of each channel, of values in 0..1
+    std: tuple[float, ...]
+    split_note: str  # how train and test are told apart
+    label_names: tuple[str, ...] = ()  # of the classes, in the order of their numbers; empty where they have none
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """What ``create_loader`` returns.
+
+    ``len(loader)`` is the number of batches per epoch on this rank, ``num_samples`` the number of samples of the whole
+    split over all ranks (of the subset where one was asked for), and ``info`` describes the images as delivered (size,
+    channels, mean and std after every conversion).
+    """
+
+    info: DatasetInfo
+    num_samples: int
+    facts: dict[str, Any]  # what a result has to say of the data besides its name
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the order and the augmentations, of later iterations."""
+
+    def iterate(self, start_batch: int = 0) -> Iterator[Batch]:
+        """Yield what a full iteration yields from batch ``start_batch`` on."""
+
+
+def refuse(option: str, value: object, wanted: str, example: object) -> NoReturn:
+    """Raise ValueError for an option; an example that is no text is shown as the scripts' flag."""
+    if not isinstance(example, str):
+        flag = {"num_workers": "workers", "auto_augment": "aa"}.get(option, option).replace("_", "-")
+        example = f"--{flag} {example}"
+    raise ValueError(f"{option}={value!r} is not possible: it must be {wanted}, e.g. {example}")
+
+
+def check_split(split: str) -> str:
+    """Return ``train`` or ``test`` for any name of a split; ValueError for another."""
+    if split not in _SPLITS:
+        refuse("split", split, "train or test (validation, val and eval mean test)", "split='train'")
+    return _SPLITS[split]
+
+
+def data_root(data_dir: str | None) -> Path:
+    """The folder of the data: as given, else the environment's SPIKEZOO_DATA, else ./data."""
+    return Path(data_dir or os.environ.get("SPIKEZOO_DATA") or "./data").expanduser()
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that systems and programs leave among data."""
+    return name.startswith(".") or name in _LITTER
+
+
+def subfolders(folder: Path) -> dict[str, Path]:
+    """The folders in a folder by name, without litter; each real one once, whatever links lead to it or back."""
+    if not folder.is_dir():
+        return {}
+    found = [path for path in folder.iterdir() if path.is_dir() and not is_litter(path.name)]
+    here, seen, kept = folder.resolve(), set(), {}
+    for path in sorted(found, key=lambda path: (path.is_symlink(), path.name)):  # a link never hides what it leads to
+        real = path.resolve()
+        if real not in seen and not here.is_relative_to(real):
+            kept[path.name] = path
+        seen.add(real)
+    return kept
