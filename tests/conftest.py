@@ -18,7 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def load(name):
-    """A script of the repository's root as a module: train, validate, ..."""
+    """A command as a module: train, a script of the repository's root, or validate."""
+    if name == "validate":
+        return importlib.import_module("spikezoo.cli.validate")
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -10,8 +10,8 @@ from spikingjelly.activation_based.ann2snn import Converter, RateCodingRecipe
 from torch import nn
 
 import spikezoo
-from spikezoo.__main__ import main
 from spikezoo.checkpoint import read_config
+from spikezoo.cli import main
 from spikezoo.data import create_loader
 from spikezoo.evaluate import accuracy_over_time, evaluate, input_options
 from spikezoo.layers import LinearNormNeuron

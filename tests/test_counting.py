@@ -637,6 +637,17 @@ def test_every_neuron_is_followed(name, neuron):
     assert c.by_module["stem.0.conv"].input == "analog"
     if neuron == "sign":
         assert all("signed" in kind for kind in kinds)
+        # No sign activation is ever silent: the papers charge a network of them as the ANN.
+        assert c.energy_paper_mj == pytest.approx(c.energy_ann_mj) and c.sops_paper == 0
+
+
+def test_binary_activations_cost_what_the_paper_prints():
+    # BinW-SLT, table 2: BNN-BinAct of VGG-11 at 0.966 mJ an image, which is 4.6 pJ times 209,979,904 MACs.
+    net = spikezoo.create_model("spiking_vgg11", neuron="sign", ticket={"kind": "mplt"})
+    assert count(net, torch.randn(1, 3, 32, 32)).energy_paper_mj == pytest.approx(4.6e-9 * 209_979_904)
+    # Ternary spikes, -1, 0 and 1, are not of them: what is silent costs nothing.
+    ternary = nn.Sequential(run(lambda x: x.sign() * (x.abs() > 1)), nn.Linear(8, 3))
+    assert 0 < count(ternary, torch.randn(64, 8)).sops_paper < 24
 
 
 @pytest.mark.parametrize("transform", [spikezoo.fold_bn, spikezoo.fold_mpbn])
@@ -884,7 +895,7 @@ def test_overhead():
 
 
 def test_command_line(tmp_path, capsys):
-    from spikezoo.__main__ import main
+    from spikezoo.cli import main
 
     assert main(["count", "test_spiking_vgg", "--dataset", "none", "--images", "2", "--T", "2"]) == 0
     text = capsys.readouterr().out
@@ -907,12 +918,12 @@ def test_command_line(tmp_path, capsys):
     [
         (["test_spiking_vgx"], "test_spiking_vgg"),
         (["test_spiking_vgg", "--dataset", "none", "--mac-pj", "-1"], "mac_pj"),
-        (["test_spiking_vgg", "--dataset", "none", "--images", "0"], "images=0"),
+        (["test_spiking_vgg", "--dataset", "none", "--images", "0"], "--images 0"),
         (["test_spiking_vgg", "--dataset", "none", "--device", "abacus"], "Use --device cpu"),
     ],
 )
 def test_command_line_errors(arguments, message, capsys):
-    from spikezoo.__main__ import main
+    from spikezoo.cli import main
 
     assert main(["count", *arguments]) == 2
     assert message in capsys.readouterr().err

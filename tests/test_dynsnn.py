@@ -17,8 +17,8 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import spikezoo
-from spikezoo.__main__ import main
 from spikezoo.checkpoint import load_state
+from spikezoo.cli import main
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
 from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
@@ -35,6 +35,7 @@ from spikezoo.transforms.dynsnn import (
     without,
 )
 from spikezoo.transforms.reach import Reach
+from tools import dynsnn_table
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -772,20 +773,21 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         (["--compression", "0.99"], "would remove all"),
         (["--tolerance", "-1"], "tolerance=-1"),
         (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
-        (["--table", str(tmp_path)], "train.py --plan"),
     ):
         assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
         assert words in capsys.readouterr().err
 
 
 def test_table(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"train\.py --plan"):
+        dynsnn_table.main([str(tmp_path)])
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
     rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
     rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
     with open(tmp_path / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
-    assert main(["dynsnn", "--table", str(tmp_path)]) == 0
+    assert dynsnn_table.main([str(tmp_path)]) == 0
     first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
     # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
     assert first.split() == [

@@ -15,8 +15,8 @@ from torchvision.transforms import functional as TF
 
 import spikezoo
 from spikezoo import data, pictures, search
-from spikezoo.__main__ import main
 from spikezoo.checkpoint import read_config
+from spikezoo.cli import main
 from spikezoo.data import create_loader, natural_dataset
 from spikezoo.hub import write_card
 

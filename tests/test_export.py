@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from test_models import fill, image_for, make, wave
 
 import spikezoo
-from spikezoo.__main__ import main
+from spikezoo.cli import main
 from spikezoo.export import DT, TOLERANCE, _differ, _judge, _margins, _NirGraph, export
 from spikezoo.neurons import IF, LIF, PLIF, MembraneNorm, NeuronConfig, Sign, SpikingNeuron
 from spikezoo.transforms import fold_bn, fold_mpbn
@@ -472,7 +472,7 @@ def test_command(tmp_path, capsys):
     spikezoo.save_checkpoint(make("test_spiking_vgg"), tmp_path / "checkpoint")
     for arguments, message in (
         ([*command, "--output", "net.txt"], "ends in .onnx or .nir"),
-        ([*command, "--output", str(path), "--images", "0"], "images=0"),
+        ([*command, "--output", str(path), "--images", "0"], "--images 0"),
         (["export", "--checkpoint", str(tmp_path / "checkpoint"), "--dataset", "none", "--output", str(path)], "max-p"),
     ):
         assert main(arguments) == 2

@@ -18,9 +18,8 @@ from conftest import load
 from huggingface_hub import ModelCard, constants
 
 import spikezoo
-from spikezoo import __main__ as cli
+from spikezoo import cli, registry
 from spikezoo import hub as spikezoo_hub
-from spikezoo import registry
 from spikezoo.checkpoint import file_hash, read_config
 from spikezoo.hub import HubError, describe, pull, write_card
 

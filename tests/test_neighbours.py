@@ -10,7 +10,7 @@ import torch
 from test_models import image_for, make, wave
 
 import spikezoo
-from spikezoo.neurons import firing_rates
+from spikezoo.observe import firing_rates
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates of its own

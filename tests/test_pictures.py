@@ -9,7 +9,7 @@ from test_spikformer import create
 
 import spikezoo
 from spikezoo import pictures
-from spikezoo.__main__ import main
+from spikezoo.cli import main
 
 pytest.importorskip("matplotlib")
 
@@ -125,7 +125,7 @@ def test_commands(tmp_path, capsys, drawn):
         (["patches", "--plot", "p.png"], "Which model"),
         (["patches", "test_spiking_vgg", "--dataset", "digits", "--plot", "p.png"], "spikformer_tiny"),
         (["patches", "test_spikformer", "--dataset", "digits", "--patch-ratio", "1", "--plot", "p.png"], "[0, 1)"),
-        (["patches", "test_spikformer", "--dataset", "digits", "--images", "0", "--plot", "p.png"], "images=0"),
+        (["patches", "test_spikformer", "--dataset", "digits", "--images", "0", "--plot", "p.png"], "--images 0"),
         (["activations", "--checkpoint", "nowhere", "--plot", "p.png"], "No checkpoint at nowhere"),
         (["activations", "--checkpoint", "nowhere", "--image", "-1", "--plot", "p.png"], "image=-1"),
     ],

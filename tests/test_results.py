@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spikezoo import __main__ as cli
-from spikezoo import pictures, results
-from spikezoo.results import add_runs, checkpoint_table, judge, read_claims, read_rows
+from spikezoo import pictures
+from tools import results
+from tools.results import add_runs, checkpoint_table, judge, read_claims, read_rows
 
 RUNS = """name,top1,seconds,seed,epochs,T,commit,date,machine,train_command,error
 a-seed1,80,60,1,8,2,c1,2026-01-01 10:00 UTC,m,python train.py --model a --data-dir DATA,
@@ -78,7 +78,7 @@ def test_what_was_not_run_is_said(docs):
     assert judge(claim(docs, "A > B", CLAIMS.replace("b-*", "d-*"))) == "not run"
     assert judge(claim(docs, "A > B", CLAIMS.replace("plan.csv, rows: b", "other.csv, rows: b"))) == "not run"
     assert judge(claim(docs, "A > B", CLAIMS.replace("b-*", "c-*"))) == "not run"  # it failed
-    assert cli.main(["results", "--docs", str(docs)]) == 0
+    assert results.main(["--docs", str(docs)]) == 0
     text = (docs / "results.md").read_text()
     assert "Not run yet: a-over-b." in text and "A beats B" not in text and "No checkpoint was validated" in text
 
@@ -120,7 +120,7 @@ def write(path, rows):
 def test_the_document(docs, capsys):
     claim(docs, "A > B")
     write(docs / "results.csv", [CHECKPOINT])
-    assert cli.main(["results", "--docs", str(docs), "--plot", str(docs / "zoo.svg")]) == 0
+    assert results.main(["--docs", str(docs), "--plot", str(docs / "zoo.svg")]) == 0
     out = capsys.readouterr()
     row = "| `net.tag` | digits | 2 | 90.28 | 91.5 | 1.50 | 0.0125 / 0.02 |"
     assert row in out.out and out.out.count("\n") == 3 and "a-over-b: holds, one seed" in out.err
@@ -214,4 +214,4 @@ def test_the_claims_of_the_repository(tmp_path):
     papers, claims = read_claims(docs / "claims.yaml")
     rows = read_rows(docs / "results.csv") if (docs / "results.csv").is_file() else []
     written = results.document(rows, papers, claims, tmp_path / "results.md").read_text()
-    assert written == (docs / "results.md").read_text(), "python -m spikezoo results writes it anew"
+    assert written == (docs / "results.md").read_text(), "python -m tools.results writes it anew"

@@ -1,5 +1,6 @@
 """The shelf: a trained net is shipped with one command, is loaded by name, reproduces its record, and is published."""
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -10,9 +11,8 @@ from conftest import load
 from safetensors.torch import load_file
 
 import spikezoo
-from spikezoo import __main__ as cli
+from spikezoo import cli, registry
 from spikezoo import hub as spikezoo_hub
-from spikezoo import registry
 from spikezoo.checkpoint import copy_checkpoint, file_hash, read_config
 from spikezoo.data import create_loader
 from spikezoo.hub import portable_command, training_facts
@@ -24,7 +24,7 @@ NAME = "test_spiking_vgg"
 
 @pytest.fixture(scope="module")
 def validate():
-    return load("validate")
+    return importlib.import_module("tools.ship")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_nothing_half_written_stays(validate, trained, shelf, monkeypatch):
     def breaks(*_, **__):
         raise KeyboardInterrupt
 
-    for target, name in ((validate, "evaluate"), (spikezoo_hub, "write_card")):
+    for target, name in ((load("validate"), "evaluate"), (spikezoo_hub, "write_card")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, breaks)
             for more in (["digits", "--overwrite"], ["other"]):
@@ -253,14 +253,14 @@ def test_how_far_apart_a_record_may_be(validate, run, limit):
     row = {"top1": 90.0, "precision": "float32", "deployed": None, "samples": 10_000, **run}
     for difference in (limit, limit + 0.01):
         for recorded in (90 - difference, 90 + difference):
-            found = validate.compare(row, {"top1": recorded, "samples": 10_000})
+            found = load("validate").compare(row, {"top1": recorded, "samples": 10_000})
             better = rounded and recorded < 90
             assert found == {"recorded_top1": recorded, "reproduced": better or difference == limit}
     # Of 360 images one, or two where rounding is meant to move the logits: rows have four decimals.
     row["samples"] = 360
     for images in (1, 2, 3):
         recorded = round(90 + 100 * images / 360, 4)
-        found = validate.compare(row, {"top1": recorded, "samples": 360})
+        found = load("validate").compare(row, {"top1": recorded, "samples": 360})
         assert found["reproduced"] == (images <= (2 if rounded else 1))
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import importlib.util
 import json
 import math
 import subprocess
@@ -13,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import load
 from safetensors.torch import save_file
 
 import spikezoo
 from spikezoo import data, evaluate, registry
 from spikezoo.checkpoint import save_state
 from spikezoo.evaluate import environment
+from spikezoo.flags import leave
 from spikezoo.observe import WithRates
 
 SCRIPT = Path(__file__).parents[1] / "validate.py"
@@ -29,10 +30,7 @@ CLASSES = 6
 
 @pytest.fixture(scope="module")
 def validate():
-    spec = importlib.util.spec_from_file_location("validate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("validate")
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +142,9 @@ def test_firing_rates(validate, tmp_path, folder, arrays, capsys):
 
 
 def test_a_twin_has_no_firing_rate(validate, npz, capsys):
-    validate.main(["--model", "test_spiking_vgg", "--neuron", "relu", "--dataset", "digits"])
-    out = capsys.readouterr().out
-    assert "no spikes" in out and '"firing_rate": null' in out
+    validate.main(["--model", "test_spiking_vgg", "--neuron", "relu", "--dataset", "digits", "--json"])
+    said = capsys.readouterr()
+    assert "no spikes" in said.err and json.loads(said.out)["firing_rate"] is None
 
 
 def test_amp_and_channels_last_stay_close(validate, tmp_path, folder):
@@ -213,24 +211,47 @@ def test_checkpoint_of_a_folder_a_file_and_a_state(validate, tmp_path, folder, a
 
 
 def test_another_T_is_said(validate, folder, arrays, capsys):
-    validate.main(["--checkpoint", str(folder), "--T", "3"])
-    out = capsys.readouterr().out
-    assert "the checkpoint was made with T=2 and is evaluated with T=3" in out and '"T": 3' in out
+    validate.main(["--checkpoint", str(folder), "--T", "3", "--json"])
+    said = capsys.readouterr()
+    row = json.loads(said.out)
+    assert "the checkpoint was made with T=2 and is evaluated with T=3" in said.err and row["T"] == 3
     model = make()
     model.T = 3
-    assert f'"loss": {by_hand(model, arrays)["loss"]:.4f}'[:-1] in out
+    assert f"{row['loss']:.3f}" == f"{by_hand(model, arrays)['loss']:.3f}"
     validate.main(["--checkpoint", str(folder), "--T", "2"])
     assert "was made with" not in capsys.readouterr().out
 
 
 def test_random_weights_are_said_and_fit_the_data(validate, npz, capsys):
-    validate.main(["--model", NAME, "--dataset", npz, "--seed", "3"])
-    first = capsys.readouterr().out
-    assert "its weights are random (seed 3)" in first and '"weights": "random"' in first
-    assert '"checkpoint_sha256": null' in first and f'"samples": {SAMPLES}' in first
-    validate.main(["--model", NAME, "--data", npz, "--seed", "3"])  # --data is the same flag
-    second = capsys.readouterr().out
-    assert next(x for x in first.splitlines() if '"loss"' in x) == next(x for x in second.splitlines() if '"loss"' in x)
+    validate.main(["--model", NAME, "--dataset", npz, "--seed", "3", "--json"])
+    said = capsys.readouterr()
+    first = json.loads(said.out)
+    assert "its weights are random (seed 3)" in said.err and first["weights"] == "random"
+    assert first["checkpoint_sha256"] is None and first["samples"] == SAMPLES
+    validate.main(["--model", NAME, "--data", npz, "--seed", "3", "--json"])  # --data is the same flag
+    assert json.loads(capsys.readouterr().out)["loss"] == first["loss"]
+
+
+def test_the_table_and_a_part_of_the_split(validate, folder, capsys):
+    assert validate.main(["--checkpoint", str(folder), "--val-subset", "6"]) == 0
+    head, row = capsys.readouterr().out.splitlines()[-2:]
+    assert head.split()[:5] == ["model", "data", "images", "T", "top-1"] and row.split()[0] == NAME
+    assert row.split()[2:4] == ["6", "2"]
+
+
+def test_advice_fits_the_net(validate, tmp_path):
+    # Its pretrained weights take CIFAR-10's images and no digits.
+    with pytest.raises(FileNotFoundError) as caught:
+        validate.main(["--model", "mpbn_resnet20", "--data-dir", str(tmp_path), "--no-dataset-download"])
+    assert "was trained on cifar10" in str(caught.value) and "--dataset digits" not in str(caught.value)
+
+
+def test_unknown_flags_name_the_nearest_in_one_line(validate, capsys):
+    with pytest.raises(SystemExit) as caught:
+        validate.main(["--modell", NAME])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("spikezoo validate: unknown flag --modell. Did you mean '--model'") and "--help" in line
 
 
 def test_a_name_alone_takes_the_natural_dataset(validate, monkeypatch, capsys):
@@ -303,9 +324,7 @@ def test_errors_of_one_model_do_not_stop_the_others(validate, tmp_path, npz, mon
 
 
 def test_the_process_ends_with_1_and_without_traceback_where_something_failed(tmp_path):
-    # The script's last lines, without the seconds of starting a process.
-    code = SCRIPT.read_text().split('if __name__ == "__main__":')[1]
-    for outcome, wanted in ((0, 0), (1, 1), (300, 1), (ValueError("what"), "ValueError: what")):
+    for outcome, wanted in ((0, 0), (1, 1), (300, 100), (ValueError("what"), "ValueError: what")):
 
         def main(outcome=outcome):
             if isinstance(outcome, Exception):
@@ -313,7 +332,7 @@ def test_the_process_ends_with_1_and_without_traceback_where_something_failed(tm
             return outcome
 
         with pytest.raises(SystemExit) as caught:
-            exec("if True:" + code, {"main": main, "sys": sys})
+            leave(main)
         assert caught.value.code == wanted
 
 
@@ -373,11 +392,11 @@ def test_foreign_checkpoint(validate, tmp_path, folder):
     ("flags", "words"),
     [
         ([], "give --model NAME"),
-        (["--model", NAME, "--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (["--model", NAME, "--batch-size", "0"], "--batch-size 0: expected an integer >= 1"),
         (["--model", NAME, "--results-file", "r.txt"], r"ends in \.csv or \.json"),
         (["--model", "test_*", "--checkpoint", "."], "fits one model"),
         (["--model", NAME, "--dataset", "digitz"], "digits"),
-        (["--model", NAME, "--dataset", "digits", "--count", "--count-images", "0"], "--count-images 0"),
+        (["--model", NAME, "--dataset", "digits", "--count", "--count-images", "0"], "--images 0"),
         (["--model", NAME, "--dataset", "digits", "--count", "--mac-pj", "-1"], "--mac-pj -1.0: expected an energy"),
         (["--model", NAME, "--dataset", "digits", "--T", "0"], "T=0"),
         (["--model", NAME, "--dataset", "digits", "--device", "cuda"], "no CUDA device"),

@@ -13,7 +13,8 @@ events to wait for. Counters of products that are not zero, such as NeuroBench's
 of 32x32 pixels that is 4 %.
 
 *paper*: firing rate of the layer's input x T x dense MACs, analog input (the stem) as MACs once, no credit for zero
-weights, pooling free. Of an attention product, the rate is that of the operand that is binary.
+weights, pooling free. Sign activations, of which none is ever silent, are MACs there, as the ticket papers charge them.
+Of an attention product, the rate is that of the operand that is binary.
 
 Whether a tensor holds spikes is followed from where they are made (a comparison, a sign), not guessed from values:
 averaging over n makes multiples of 1/n of them, so the classifier on the mean over T steps and h x w positions counts

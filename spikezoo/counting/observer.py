@@ -380,7 +380,10 @@ class Observer:
         self.dense(macs, frames, w)
         rate = self._rate(row, x, events, arrived)
         row.sops_exact += _integer(total)
-        row.sops_paper += rate * macs * events.signal.steps
+        if events.signal.signs and events.signed:
+            row.macs_paper += macs
+        else:
+            row.sops_paper += rate * macs * events.signal.steps
 
     def pooling(self, func: Any, x: Tensor, events: Events, total: Tensor) -> None:
         """Count a pooling of spikes."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spikezoo.counting.observer import Observer, tensors
-from spikezoo.counting.signals import ANALOG, SPIKES, UNKNOWN, Events, Signal, times
+from spikezoo.counting.signals import ANALOG, SIGNS, SPIKES, UNKNOWN, Events, Signal, times
 
 __all__ = ["NORMS", "TABLE", "Rule", "register"]
 
@@ -102,12 +102,17 @@ def _analog(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[
 
 @register(
     "free",
-    "gt ge lt le eq ne logical_and logical_or logical_not logical_xor isnan isinf isfinite sign sgn round floor ceil "
+    "gt ge lt le eq ne logical_and logical_or logical_not logical_xor isnan isinf isfinite round floor ceil "
     "trunc heaviside bernoulli bitwise_and bitwise_or bitwise_xor bitwise_not any all argmax argmin one_hot __and__ "
     "__or__ __xor__ spikezoo.top_mask spikezoo.poisson spikezoo.ttfs",
 )
 def _whole(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
     return SPIKES
+
+
+@register("free", "sign sgn")
+def _sign(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
+    return SIGNS if args[0].dtype.is_floating_point else SPIKES
 
 
 @register(
@@ -191,7 +196,7 @@ def _averaged(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mappin
         return signal
     # The mean of [T, B, ...] over its first axis is a mean over time.
     steps = x.shape[0] if dims == [0] and x.dim() > 1 and x.shape[1] == observer.batch else 1
-    return Signal(signal.unit / merged, signal.spike, signal.steps * steps)
+    return Signal(signal.unit / merged, signal.spike, signal.steps * steps, signs=signal.signs)
 
 
 @register("free", "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices")
@@ -230,7 +235,7 @@ def _avg_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mappin
             return ANALOG
         divisor = math.prod(lengths.pop() for lengths in windows)
     signal = events.signal
-    return Signal(signal.unit / divisor if signal.unit else signal.unit, signal.spike, signal.steps)
+    return Signal(signal.unit / divisor if signal.unit else signal.unit, signal.spike, signal.steps, signs=signal.signs)
 
 
 @register("free", "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d")
@@ -257,7 +262,7 @@ def _adaptive_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: M
         return ANALOG
     signal = events.signal
     divisor = math.prod(sizes.pop() for sizes in lengths)
-    return Signal(signal.unit / divisor if signal.unit else signal.unit, signal.spike, signal.steps)
+    return Signal(signal.unit / divisor if signal.unit else signal.unit, signal.spike, signal.steps, signs=signal.signs)
 
 
 def _dims(func: Any) -> int:

@@ -14,6 +14,7 @@ __all__ = [
     "ANALOG",
     "BLANK",
     "DECLARED",
+    "SIGNS",
     "SPIKES",
     "UNKNOWN",
     "Events",
@@ -31,16 +32,19 @@ class Signal:
 
     ``unit``: every value is a whole multiple of it; None is analog. ``spike``: the value that one spike has, so that
     mean / spike is a firing rate: averaging changes the unit and not the spike, scaling changes both. ``steps``: how
-    many time steps were averaged into one. ``judge``: nothing is known; look at the values.
+    many time steps were averaged into one. ``judge``: nothing is known; look at the values. ``signs``: comes from sign
+    activations, of which every one is -1 or 1, so that the papers charge MACs for them.
     """
 
     unit: Fraction | None
     spike: Fraction = Fraction(1)
     steps: int = 1
     judge: bool = False
+    signs: bool = False
 
 
 SPIKES = Signal(Fraction(1))
+SIGNS = Signal(Fraction(1), signs=True)
 ANALOG = Signal(None)
 UNKNOWN = Signal(None, judge=True)
 DECLARED = Signal(None, steps=0)  # analog by the user's word, whatever the values
@@ -116,6 +120,10 @@ def _weakest(signals: Sequence[Signal]) -> Signal:
     return UNKNOWN if all(s.judge for s in unsure) else ANALOG
 
 
+def _signs(signals: Sequence[Signal]) -> bool:
+    return all(s.signs for s in signals)  # masked signs are ternary spikes
+
+
 def common(signals: Sequence[Signal]) -> Signal:
     """The signal of a sum, a choice or a concatenation."""
     if any(s.unit is None for s in signals):
@@ -127,11 +135,11 @@ def common(signals: Sequence[Signal]) -> Signal:
     if any(other % unit for other in units):
         return ANALOG
     sizes = {s.spike for s in signals if s.unit}
-    return Signal(unit, sizes.pop() if len(sizes) == 1 else unit, max(s.steps for s in signals))
+    return Signal(unit, sizes.pop() if len(sizes) == 1 else unit, max(s.steps for s in signals), signs=_signs(signals))
 
 
 def times(a: Signal, b: Signal) -> Signal:
     """The signal of a product."""
     if a.unit is None or b.unit is None:
         return _weakest((a, b))
-    return Signal(a.unit * b.unit, a.spike * b.spike, max(a.steps, b.steps))
+    return Signal(a.unit * b.unit, a.spike * b.spike, max(a.steps, b.steps), signs=_signs((a, b)))

@@ -983,7 +983,8 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         refuse("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
         info = dataset_info(name, chosen.data_dir)
-        return ArrayLoader(*load_arrays(name, split, chosen.data_dir, chosen.download), info, chosen)
+        images, labels = load_arrays(name, split, chosen.data_dir, chosen.download)
+        return ArrayLoader(images, labels, info, chosen)
     _check_timm_name(name)
     # The loader counts the classes of the dataset it has opened, so nothing is scanned twice here.
     info = replace(dataset_info("imagenet"), name=name)

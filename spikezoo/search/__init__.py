@@ -1,4 +1,4 @@
-"""Search for AutoST architectures: spaces, training-free metrics, exact search, evolution, and what metrics predict.
+"""Search for AutoST architectures: spaces, training-free metrics, exact search, evolution.
 
 Paper: "AutoST: Training-free Neural Architecture Search for Spiking Transformers" (arXiv:2307.00293). A net is an
 embedding dimension and, for every layer, an MLP ratio and a number of heads; its depth is the number of layers. All
@@ -8,11 +8,8 @@ spaces share Spikformer's patch embedding and blocks.
       -> exact       analytic metrics only: the optimum of the whole space, proven, and the Pareto front
       -> evolve      any metric: the paper's evolution, seeded, resumable
       -> write       search.csv, best.yaml for train.py, search.png
-
-``correlate`` asks how well the metrics predict accuracy: it trains a sample of nets and ranks them (table 1).
 """
 
-from spikezoo.search.correlation import CorrelationConfig, correlate, correlation_table, correlations, sample
 from spikezoo.search.evolution import Evolution, evolve
 from spikezoo.search.exhaustive import Found, Result, exact, latency_ms
 from spikezoo.search.metrics import (
@@ -37,7 +34,6 @@ __all__ = [
     "RECIPE_IMAGENET",
     "SPACES",
     "Constraints",
-    "CorrelationConfig",
     "Cost",
     "Evolution",
     "Found",
@@ -46,9 +42,6 @@ __all__ = [
     "Result",
     "Setting",
     "Space",
-    "correlate",
-    "correlation_table",
-    "correlations",
     "cost",
     "evolve",
     "exact",
@@ -58,7 +51,6 @@ __all__ = [
     "noise",
     "ntk",
     "sahd",
-    "sample",
     "score",
     "synflow",
     "table",

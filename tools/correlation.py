@@ -1,4 +1,7 @@
-"""How well metrics predict accuracy (table 1 of the paper): a sample of nets, trained and ranked."""
+"""How well metrics predict accuracy (table 1 of the AutoST paper): a sample of nets, trained and ranked.
+
+python -m tools.correlation --config configs/autost/correlation_small.yaml --data-dir DATA --output ranks
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,7 @@ from spikezoo.checkpoint import atomic
 from spikezoo.checks import nearest, number, whole
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import environment, evaluate, write_rows
+from spikezoo.flags import Parser, add_flags, leave
 from spikezoo.search.evolution import RANDOM_DRAWS, random_net
 from spikezoo.search.exhaustive import cover, keeping
 from spikezoo.search.metrics import METRICS, find_metric, images_of, score
@@ -367,3 +371,27 @@ def correlation_table(rows: Sequence[Mapping[str, Any]]) -> str:
             line += [f"{row[name]:+.2f}", f"{row[f'{name}_low']:+.2f} to {row[f'{name}_high']:+.2f}"]
         lines.append([*line, str(row["nets"])])
     return aligned(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the experiment of a config, or its share of it."""
+    parser = Parser("python -m tools.correlation", __doc__)
+    parser.add_argument("--config", required=True, metavar="FILE", help="see configs/autost/correlation_small.yaml")
+    add_flags(parser, "data-dir", "dataset-download")
+    parser.add_argument("--output", required=True, metavar="DIR", help="one file a net; run again to go on")
+    add_flags(parser, "device")
+    args = parser.parse_args(argv)
+    rows = correlate(
+        CorrelationConfig.read(args.config),
+        args.output,
+        data_dir=args.data_dir,
+        download=args.dataset_download,
+        device=args.device,
+        progress=True,
+    )
+    print(correlation_table(rows) if rows else f"Other processes still train; see {args.output}.")
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main)

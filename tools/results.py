@@ -1,5 +1,8 @@
 """Results as a document: the shipped checkpoints beside the papers' numbers, and the papers' claims re-measured.
 
+    python -m tools.results --add output/conv4_cpu
+    python -m tools.results --plot docs/zoo.png
+
 Every number of ours is read from CSV files that programs wrote: ``docs/results.csv``, one row a checkpoint, from
 ``validate.py --model all --pretrained --count``, and ``docs/runs/*.csv``, one row a run, from ``train.py --plan``. Only
 the papers' numbers are typed by hand, in ``docs/claims.yaml``:
@@ -25,6 +28,7 @@ import json
 import math
 import re
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -33,12 +37,14 @@ from typing import Any
 
 import yaml
 
+from spikezoo import pictures
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
 from spikezoo.evaluate import write_rows
+from spikezoo.flags import Parser, add_flags, leave
 from spikezoo.hub import portable_command, portable_place
 
-__all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "read_claims", "read_rows"]
+__all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "main", "read_claims", "read_rows"]
 
 _CLAIM_KEYS = {"id", "sentence", "paper", "where", "sides", "measure", "expect"}
 _SIDE_KEYS = {"runs", "rows", "measure", "paper"}
@@ -406,7 +412,7 @@ def document(
     run = [claim for claim in claims if verdicts[claim.id] != "not run"]
     parts = [
         "# Results",
-        "Written by `python -m spikezoo results` from `docs/results.csv`, `docs/runs/` and `docs/claims.yaml`; not by "
+        "Written by `python -m tools.results` from `docs/results.csv`, `docs/runs/` and `docs/claims.yaml`; not by "
         "hand. Accuracies are of the last epoch on the whole test split. Energy: exact counts every spike through "
         "every weight that is not zero, paper is the papers' convention (firing rate x T x dense MACs).",
         "## Checkpoints",
@@ -434,3 +440,33 @@ def document(
 def _anchor(title: str) -> str:
     """What a heading is called in links, as GitHub does it."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write DOCS/results.md, and the picture; prints the short table."""
+    parser = Parser("python -m tools.results", __doc__)
+    parser.add_argument("--docs", default="docs", metavar="DIR", help="holds results.csv, claims.yaml and runs/")
+    parser.add_argument("--add", nargs="+", metavar="DIR", help="first copy the results of these plans to DOCS/runs")
+    add_flags(parser, "plot", help="draw accuracy over energy: .png, .pdf or .svg")
+    args = parser.parse_args(argv)
+    if args.plot:
+        pictures.check_picture(args.plot)
+    docs = Path(args.docs)
+    for plan in args.add or []:
+        print(f"Wrote {add_runs(plan, docs / 'runs')}", file=sys.stderr)
+    papers, claims = read_claims(docs / "claims.yaml")
+    # Before the first checkpoint is shipped there is none to validate.
+    rows = read_rows(docs / "results.csv") if (docs / "results.csv").is_file() else []
+    written = [str(document(rows, papers, claims, docs / "results.md"))]
+    if args.plot:
+        pictures.draw_zoo(rows, args.plot)
+        written.append(args.plot)
+    print(checkpoint_table(rows, papers))
+    for claim in claims:
+        print(f"{claim.id}: {judge(claim)}", file=sys.stderr)
+    print(f"Wrote {', '.join(written)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    leave(main)

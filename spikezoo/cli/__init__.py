@@ -1,0 +1,67 @@
+"""The command ``spikezoo``, and ``python -m spikezoo``, which is the same: one file of this folder a command.
+
+A file's docstring is what its ``--help`` says, its first line what the list of commands says of it. Its ``main`` takes
+the words behind the command and returns the exit code; what it raises of a user's mistakes becomes one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from spikezoo._version import __version__
+from spikezoo.checks import nearest
+
+__all__ = ["COMMANDS", "main"]
+
+# In the order of the help.
+COMMANDS = (
+    "validate",
+    "list",
+    "count",
+    "convert",
+    "dynsnn",
+    "search",
+    "export",
+    "push",
+    "patches",
+    "activations",
+    "events",
+    "raster",
+)
+
+
+def _overview() -> str:
+    lines = ["usage: spikezoo COMMAND ..., and spikezoo COMMAND --help", ""]
+    for name in COMMANDS:
+        said = (importlib.import_module(f"spikezoo.cli.{name}").__doc__ or "").splitlines()[0]
+        lines.append(f"    {name:<14}{said[0].lower()}{said[1:].rstrip('.')}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words behind ``spikezoo``; None takes those of the process.
+
+    Returns:
+        The exit code: 2 where the arguments make no sense.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"spikezoo {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"spikezoo: unknown command {argv[0]!r}. {nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        code: int = importlib.import_module(f"spikezoo.cli.{argv[0]}").main(argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    return code

@@ -1,0 +1,1 @@
+"""What maintainers of the zoo run in a checkout: benchmark, results, shipping, correlation. Not in the wheel."""
