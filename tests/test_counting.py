@@ -568,6 +568,23 @@ def test_time_of_spikingjelly_is_not_the_batch(mode, order, B):
     assert c.memory_bytes == 4 * (8 * 27 * (1 if once else 4) + 4 * 72 * 4) + 4 * 2 * 4 * 8 * 64
 
 
+def test_results_are_short_to_print_and_tables_in_notebooks():
+    net = spikezoo.create_model("test_spiking_vgg", T=3)
+    summary = count_loader(net, [torch.randn(2, 3, 32, 32)])
+    c = summary.mean
+    assert "T=3" in repr(c) and f"{c.energy_exact_mj:.4g} mJ" in repr(c) and "NOT COUNTED" not in repr(c)
+    for result in (c, summary, *c.by_module.values(), *c.firing_rates.values()):
+        assert len(repr(result)) < 350 and "\n" not in repr(result)
+    page = summary._repr_html_()
+    assert page.count("<table>") == page.count("</table>") == 2 and all(f">{name}</td>" in page for name in c.by_module)
+    weights = nn.Linear(3, 2).weight
+    odd = count(run(lambda x: torch.cdist(x, weights)), torch.randn(2, 3))
+    assert "1 OPERATIONS NOT COUNTED" in repr(odd)
+    said = repr(net).splitlines()[1]
+    assert "T=3" in said and "encoding=direct" in said and "neuron=lif" in said and "test_spiking_vgg" in said
+    assert said.strip() in net._repr_html_()
+
+
 # ------------------------------------------------------------------------------------ what must not change counts
 
 
