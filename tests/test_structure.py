@@ -52,7 +52,7 @@ ALLOWED = {
     "search": {"checks", "registry", "neurons", "checkpoint", "data", "evaluate", "search"},
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "registry", "transforms", "hub"},
-    "export.py": {"neurons", "layers", "models", "transforms", "checkpoint", "hub", "_version"},
+    "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "hub", "_version"},
     "deploy.py": {"checks", "neurons", "layers", "transforms", "counting", "checkpoint", "sparse"},
     "__init__.py": {"*"},
 }
