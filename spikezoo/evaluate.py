@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, find_weights, read_config
-from spikezoo.data import dataset_info, natural_dataset
+from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
 from spikezoo.neurons import WithRates
 from spikezoo.registry import create_model, is_reference, locate, model_info
@@ -227,11 +227,13 @@ def input_options(
     std: Sequence[float] | None = None,
     frames_by: str | None = None,
     duration_us: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
 ) -> dict[str, Any]:
     """How a model takes a dataset's images or recordings, as options of :func:`spikezoo.data.create_loader`.
 
-    What the user gave comes first, then what the weights were trained with, then what the encoding needs; the rest is
-    as the dataset has it.
+    What the user gave comes first, then what the weights were trained with, then what the encoding needs, then, of
+    images that timm reads, what ``pretrained_cfg`` says; the rest is as the dataset has it.
 
     Args:
         model: A model of ``create_model``.
@@ -240,13 +242,30 @@ def input_options(
         std: Likewise.
         frames_by: What event frames are cut by.
         duration_us: Of event frames, in microseconds.
+        crop_pct: Part of an image that is seen, where timm reads it.
+        interpolation: Of its resizing.
     """
-    stored = dict(model.pretrained_cfg.get("inputs", {}))
+    cfg = model.pretrained_cfg
+    stored = dict(cfg.get("inputs", {}))
+    own = {}
+    if is_read_by_timm(dataset):
+        own = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation") if cfg.get(key) is not None}
+        if len(own.get("mean", ())) not in (1, model.in_chans):  # of other channels
+            own = {key: value for key, value in own.items() if key not in ("mean", "std")}
+    if len(cfg.get("label_names") or ()) == model.num_classes:
+        own["label_names"] = tuple(cfg["label_names"])
     if frames_by is not None or not is_event_dataset(dataset):
         stored = {key: value for key, value in stored.items() if key in ("mean", "std")}
     pixels = {} if model.encoding == "direct" else {"mean": (0.0,), "std": (1.0,)}
-    given = {"mean": mean, "std": std, "frames_by": frames_by, "duration_us": duration_us}
-    return {"T": model.T, **pixels, **stored, **{key: value for key, value in given.items() if value is not None}}
+    given: dict[str, Any] = {"mean": mean, "std": std, "frames_by": frames_by, "duration_us": duration_us}
+    given |= {"crop_pct": crop_pct, "interpolation": interpolation}
+    return {
+        "T": model.T,
+        **own,
+        **pixels,
+        **stored,
+        **{key: value for key, value in given.items() if value is not None},
+    }
 
 
 def _commit() -> str:

@@ -10,12 +10,12 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import logging
 import math
 import operator
 import os
 import random
 import shutil
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -28,18 +28,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 
+from spikezoo.checks import is_number
 from spikezoo.data.events import event_info, is_event_dataset, list_event_datasets, open_events
-from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, refuse
+from spikezoo.data.images import (
+    EVERY_PART,
+    FOLDER_NAMES,
+    TIMM_PREFIXES,
+    class_names,
+    eight_bits,
+    image_place,
+    is_read_by_timm,
+    labels_of,
+    names_of,
+    open_images,
+)
+from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, number_classes, refuse, shared_names
+
+_logger = logging.getLogger("spikezoo")
 
 _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
@@ -60,17 +74,13 @@ _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", 
 # A mirrored 2 or 7 is no digit, so these are not flipped unless somebody asks for it.
 _NO_FLIP = frozenset({"digits", "mnist"})
 
-_FOLDER_NAMES = ("imagenet", "folder")
-_TIMM_PREFIXES = ("torch/", "hfds/")
 _NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _POLICIES = [policy.value for policy in transforms.AutoAugmentPolicy]  # torchvision's: imagenet, cifar10, svhn
-_EVERY_PART = ("train", "val", "validation", "test")
-_LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image format)"
 
 
 def list_datasets() -> list[str]:
     """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
-    images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+    images = [*_INFOS, "npz:PATH", *FOLDER_NAMES, *(f"{prefix}NAME" for prefix in TIMM_PREFIXES)]
     return images + list_event_datasets()
 
 
@@ -96,11 +106,11 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
     _check_timm_name(name)
     info = DatasetInfo(name, 0, 3, 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "the splits of the source")
     if name == "folder":
-        dataset = _open_images(name, _image_place(name, _EVERY_PART, data_dir))
-        return replace(info, num_classes=len(_classes_of(dataset)))
+        names = class_names(name, data_dir)
+        return replace(info, num_classes=len(names), label_names=names)
     if name == "imagenet":
         if data_dir is not None:
-            _image_place(name, _EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
+            image_place(name, EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
         return replace(info, num_classes=1000)
     return info
 
@@ -154,8 +164,7 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
 
 def _check_timm_name(name: str) -> None:
     """Raises ValueError for a name that nothing here reads, with the nearest names."""
-    prefix, _, rest = name.partition("/")
-    if name in _FOLDER_NAMES or (f"{prefix.lower()}/" in _TIMM_PREFIXES and rest):
+    if is_read_by_timm(name):
         return
     if Path(name).suffix == ".npz":
         hint = f"for a file of arrays type --dataset npz:{name}"
@@ -226,8 +235,12 @@ class LoaderOptions:
     subset: int | None = None  # number of samples, chosen by the seed with even classes; default: all
     drop_last: bool | None = None  # whether a last, smaller batch is left out; default: in training, if others are left
     scale: tuple[float, float] = (0.08, 1.0)  # range of the area of random resized crops (timm's datasets)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and of their width by their height
     crop_pct: float | None = None  # part of the image that an evaluation sees (timm's datasets); default: 0.875
     interpolation: str = "bicubic"  # of timm's datasets
+    # Names of the classes of the model that is evaluated: they number those of an image folder; default: train's do.
+    label_names: Sequence[str] = ()
+    skip_damaged: bool = False  # whether an evaluation leaves images out that cannot be read, and counts them
     T: int = 4  # frames of a recording; images have none
     # How a recording becomes frames: number (of events; the default), time or duration, see events.open_events.
     frames_by: str | None = None
@@ -247,6 +260,18 @@ class LoaderOptions:
                 refuse(option, value, "the alpha of a Beta distribution, 0 for off", 1)
             if option in _CHOICES and value not in _CHOICES[option]:
                 refuse(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
+        if self.crop_pct is not None and not is_number(self.crop_pct, 0, 1, "(]"):
+            refuse("crop_pct", self.crop_pct, "a part of the side of an image, above 0 and up to 1", 0.875)
+        for option, highest, example in (("scale", 1.0, "0.08 1"), ("ratio", math.inf, "0.75 1.33")):
+            pair = getattr(self, option)
+            fits = len(pair) == 2 and all(is_number(side, 0, highest, "(]") for side in pair) and pair[0] <= pair[1]
+            if not fits:
+                refuse(
+                    option,
+                    pair,
+                    f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}",
+                    f"--{option} {example}",
+                )
         if not 0 <= self.rank < self.world_size:
             refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
         if self.auto_augment and self.auto_augment != "snn":
@@ -809,89 +834,24 @@ class EventLoader(_BaseLoader):
 # --- timm's readers -------------------------------------------------------------------------------------------
 
 
-def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if folder.is_dir() else set()
-
-
-def _classes_of(dataset: Any) -> dict[str, int]:
-    """The classes that timm's reader (which names them in two ways) or torchvision found."""
-    reader = getattr(dataset, "reader", dataset)
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-
-
-def _image_place(name: str, parts: Sequence[str], data_dir: str | None) -> Path:
-    """Finds the folder with classes, or the tar file, that has the first possible of the names."""
-    root = data_root(data_dir)
-    if root.suffix == ".tar" and root.is_file():
-        return root
-    for folder in (root, root / name):
-        for part in parts:
-            for place in (folder / part, folder / f"{part}.tar"):
-                if place.is_file() or _class_folders(place):
-                    return place
-    raise FileNotFoundError(
-        f"{name}: looked in {root} for a folder (with a folder for each class) or .tar file named {' or '.join(parts)} "
-        f"and found none; type --dataset {name} --data-dir FOLDER, where {_LAYOUT}"
-    )
-
-
-def _open_images(name: str, place: Path, classes: Any = "") -> Any:
-    """Opens one folder of images, or one tar file of them, with timm's reader."""
-    try:
-        return create_dataset("", root=str(place), search_split=False, class_map=classes)
-    except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"{name}: no images in {place} ({error}); type --data-dir FOLDER, where {_LAYOUT}") from error
-
-
-def _open_folder(name: str, split: str, data_dir: str | None) -> Any:
-    """Finds and opens the images of a split."""
-    if check_split(split) == "train":
-        return _open_images(name, _image_place(name, ("train",), data_dir))
-    # Whoever types test wants test/, except where it is ImageNet's without labels.
-    parts = ("test", "val", "validation") if split == "test" else ("val", "validation", "test")
-    place = _image_place(name, parts, data_dir)
-    dataset = _open_images(name, place)
-    # timm numbers the classes it sees: a split that lacks one would shift all later labels.
-    classes = _class_folders(place.with_name("train"))
-    if set(_classes_of(dataset)) < classes:
-        numbers = {label: i for i, label in enumerate(sorted(classes, key=natural_key))}
-        dataset = _open_images(name, place, numbers)
-    return dataset
-
-
-def _open_timm(name: str, split: str, options: LoaderOptions) -> Any:
-    """Opens any dataset that timm reads by number."""
-    if not name.lower().startswith(_TIMM_PREFIXES):
-        return _open_folder(name, split, options.data_dir)
-    root: str | None = str(data_root(options.data_dir))
-    if name.lower().startswith("torch/"):
-        split = "train" if check_split(split) == "train" else "validation"  # torchvision's two
-    elif options.data_dir is None:
-        root = None  # Hugging Face's own cache.
-    try:
-        return create_dataset(name, root=root, split=split, download=options.download)
-    except (AssertionError, OSError, RuntimeError) as error:
-        # timm asserts that it knows the name; whatever else fails is the place or the network.
-        kind = ValueError if isinstance(error, AssertionError) else FileNotFoundError
-        raise kind(
-            f"timm cannot open the dataset {name!r} in {root} ({type(error).__name__}: {str(error).strip()}); name its "
-            f"place with --data-dir FOLDER, or type --dataset digits, which needs no download"
-        ) from error
-
-
 def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Image.Image], Any]:
     """Timm's transforms, with our policies and cutout between them; no colour jitter."""
     common: dict[str, Any] = {"input_size": (info.in_chans, info.img_size, info.img_size), "mean": info.mean}
     common |= {"std": info.std, "interpolation": options.interpolation}
-    # torchvision's datasets hand out what they store, and the policies need RGB; grey comes after them.
+    # The policies need RGB; grey comes after them.
     rgb = operator.methodcaller("convert", "RGB")
     mode = operator.methodcaller("convert", "L" if info.in_chans == 1 else "RGB")
     if not options.train:
-        return transforms.Compose([mode, create_transform(crop_pct=options.crop_pct, **common)])
-    common |= {"scale": options.scale, "hflip": 0.5 if options.hflip is None else options.hflip, "color_jitter": None}
+        return transforms.Compose([eight_bits, mode, create_transform(crop_pct=options.crop_pct, **common)])
+    common |= {
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": 0.5 if options.hflip is None else options.hflip,
+        "color_jitter": None,
+    }
     common |= {"re_prob": options.reprob, "re_mode": options.remode}
     primary, _, final = create_transform(is_training=True, separate=True, **common)
-    steps = [rgb if options.auto_augment else mode, primary]
+    steps = [eight_bits, rgb if options.auto_augment else mode, primary]
     if options.auto_augment:
         steps += [_policy(options.auto_augment, info.img_size, info.mean), mode]
     if options.cutout:
@@ -900,7 +860,7 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
 
 
 class _SeededItems(torch.utils.data.Dataset):
-    """Makes a sample a function of (seed, epoch, index), whichever worker loads it."""
+    """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
@@ -908,17 +868,16 @@ class _SeededItems(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with _seeded("item", self.seed, *key):
-            return self.dataset[key[1]]
+            try:
+                return self.dataset[key[1]]
+            except ValueError as error:
+                return error
 
 
-def _labels_of(dataset: Any) -> Tensor:
-    """All labels, without reading an image."""
-    reader = getattr(dataset, "reader", dataset)
-    if hasattr(reader, "iter_targets"):
-        return torch.tensor(list(reader.iter_targets()))
-    if hasattr(reader, "targets"):
-        return torch.as_tensor(reader.targets)
-    return torch.tensor([sample[1] for sample in reader.samples])
+def _collated(items: list[Any]) -> tuple[Any, list[ValueError]]:
+    """A batch of those samples that could be read, and the errors of the others."""
+    good = [item for item in items if not isinstance(item, ValueError)]
+    return torch.utils.data.default_collate(good) if good else None, [i for i in items if isinstance(i, ValueError)]
 
 
 class TimmLoader(_BaseLoader):
@@ -931,10 +890,13 @@ class TimmLoader(_BaseLoader):
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.roll:
             refuse("roll", options.roll, "0 for datasets that timm reads", 0)
-        info = replace(info, num_classes=len(_classes_of(dataset)) or options.num_classes or 0)
-        super().__init__(len(dataset), lambda: _labels_of(dataset), info, options)
+        names = names_of(dataset)
+        info = replace(info, num_classes=len(names) or options.num_classes or 0, label_names=names)
+        super().__init__(len(dataset), lambda: labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
+        dataset.replace_damaged = options.train
         self.dataset = dataset
+        self.facts = {"crop_pct": options.crop_pct or DEFAULT_CROP_PCT, "interpolation": options.interpolation}
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         options, count = self.options, self.options.batch_size
@@ -944,13 +906,22 @@ class TimmLoader(_BaseLoader):
             batch_sampler=[keys[i * count : (i + 1) * count] for i in range(start_batch, len(self))],
             num_workers=options.num_workers,
             pin_memory=self.device.type == "cuda",
+            collate_fn=_collated,
             # Its own generator: torch would draw the workers' seed from the global one.
             generator=_generator("workers", options.seed, epoch, options.rank),
         )
-        for batch, (images, labels) in enumerate(loader, start_batch):
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            yield self._finish(images, labels, epoch, batch)
+        left_out = 0
+        for batch, (samples, faults) in enumerate(loader, start_batch):
+            if faults and not options.skip_damaged:
+                raise faults[0]
+            for fault in faults:
+                _logger.warning("%s; it is left out.", fault)
+            if faults:
+                left_out += len(faults)
+                self.facts["left_out"] = left_out
+            if samples is not None:
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in samples)
+                yield self._finish(images, labels, epoch, batch)
 
 
 def create_loader(name: str, split: str, **options: Any) -> Loader:
@@ -978,7 +949,13 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
     if is_event_dataset(name):
         how: dict[str, Any] = {"frames_by": chosen.frames_by or "number", "duration_us": chosen.duration_us}
         recordings = open_events(name, split, data_dir=chosen.data_dir, T=chosen.T, download=chosen.download, **how)
-        return EventLoader(recordings, dataset_info(name, chosen.data_dir), chosen)
+        info = dataset_info(name, chosen.data_dir)
+        if not chosen.train and (names := shared_names(recordings.classes, chosen.label_names, name)):
+            numbers = number_classes(recordings.classes, names, name, "the model")
+            labels = torch.tensor([numbers[recordings.classes[label]] for label in recordings.labels.tolist()])
+            recordings = replace(recordings, labels=labels, classes=list(names))
+            info = replace(info, num_classes=len(names), label_names=names)
+        return EventLoader(recordings, info, chosen)
     if chosen.frames_by or chosen.duration_us:
         refuse("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
@@ -988,4 +965,5 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
     _check_timm_name(name)
     # The loader counts the classes of the dataset it has opened, so nothing is scanned twice here.
     info = replace(dataset_info("imagenet"), name=name)
-    return TimmLoader(_open_timm(name, split, chosen), info, chosen)
+    names = () if chosen.train else tuple(chosen.label_names)
+    return TimmLoader(open_images(name, split, chosen.data_dir, chosen.download, names), info, chosen)
