@@ -398,7 +398,7 @@ class SpikingModel(nn.Module):
         made = ", ".join(name for name, _ in getattr(self, "recipe", ()))
         return (
             f"{name}, T={self.T}, encoding={self.encoding}, neuron={self.neuron_config.kind}, "
-            f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters{', made by ' if made else ''}{made}"
+            f"{sum(weights.numel() for weights in self.parameters()):,} parameters{', made by ' if made else ''}{made}"
         )
 
     def __repr__(self) -> str:
