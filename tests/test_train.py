@@ -1005,9 +1005,9 @@ def test_a_teacher_sees_its_own_normalisation(fast, tmp_path):
 
 def test_progressive_resolution(fast, tmp_path, monkeypatch):
     sizes = []
-    forward = spikezoo.neurons.WithRates.forward
+    forward = spikezoo.observe.WithRates.forward
     monkeypatch.setattr(
-        spikezoo.neurons.WithRates,
+        spikezoo.observe.WithRates,
         "forward",
         lambda self, x: (sizes.append(x.shape[-1]) if self.model.training else None) or forward(self, x),
     )
