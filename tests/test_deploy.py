@@ -15,7 +15,8 @@ from spikezoo import deploy as _deploy_function
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit, ExactNorm, deploy
 from spikezoo.layers import ConvNormNeuron, TernaryConv2d
-from spikezoo.neurons import MembraneNorm, firing_rates
+from spikezoo.neurons import MembraneNorm
+from spikezoo.observe import firing_rates
 
 TICKET = {"kind": "mpslt", "sparsity": 0.4}
 

@@ -35,7 +35,7 @@ from spikezoo.factory import is_reference, locate
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_repo_id, push_folder, push_to_hub
 from spikezoo.hub.provenance import portable_command, training_facts
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates
 from spikezoo.registry import list_models
 from spikezoo.saving import describe
 
