@@ -198,7 +198,9 @@ def _npz_names(path: Path, labels: torch.Tensor) -> tuple[int, tuple[str, ...]]:
             names = tuple(map(str, archive["label_names"])) if "label_names" in archive.files else ()
             classes = int(archive["num_classes"].item()) if "num_classes" in archive.files else len(names)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"npz:{path}: label_names are wanted as texts, num_classes as a number ({error})") from error
+            raise ValueError(
+                f"npz:{path}: label_names are wanted as texts, num_classes as one number ({error})"
+            ) from error
     highest, used = int(labels.max()), len(labels.unique())
     if classes and highest >= classes:
         raise ValueError(f"npz:{path}: there are {classes} classes, but the label {highest}")
