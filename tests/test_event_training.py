@@ -563,7 +563,7 @@ def test_commands(folder, tmp_path, capsys, monkeypatch):
         (["events", f"events:{folder}", "--recording", "8", "--plot", "x.png"], "recordings 0 to 7"),
         ([*words, "x.png", "--image", "8"], "has images 0 to 7"),
         ([*words, "x.gif"], "ends in .png"),
-        ([*words, "x.png", "--neurons", "0"], "neurons=0"),
+        ([*words, "x.png", "--neurons", "0"], "--neurons 0"),
     ):
         assert main(bad) == 2
         assert message in capsys.readouterr().err
