@@ -57,7 +57,7 @@ ALLOWED = {
     "hub.py": {"registry", "transforms", "checkpoint", "_version", "sparse"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "registry", "transforms", "hub"},
     "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "hub", "_version"},
-    "deploy.py": {"checks", "neurons", "layers", "transforms", "counting", "checkpoint", "sparse"},
+    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint", "sparse"},
     "__init__.py": {"*"},
 }
 SCRIPTS = ("validate.py",)
