@@ -61,7 +61,7 @@ ALLOWED = {
     "hub/client.py": {"checkpoint"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "saving", "transforms"},
     "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "saving", "_version"},
-    "deploy.py": {"checks", "neurons", "layers", "transforms", "counting", "checkpoint"},
+    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
     "__init__.py": {"*"},
 }
 SCRIPTS = ("validate.py",)
