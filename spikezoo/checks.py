@@ -11,7 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["UnknownArgumentError", "choice", "is_number", "is_whole", "nearest", "number", "switch", "whole"]
+import torch
+from torch import Tensor
+
+__all__ = ["UnknownArgumentError", "choice", "finite", "is_number", "is_whole", "nearest", "number", "switch", "whole"]
 
 
 class UnknownArgumentError(TypeError, ValueError):
@@ -119,6 +122,29 @@ def number(
             within = "a positive number" if (low, bounds) == (0, "()") else within
         raise ValueError(f"{name}={value!r}: expected {expected or within}.{hint}")
     return value
+
+
+def finite(x: Tensor, what: str = "Input") -> Tensor:
+    """Return ``x`` where all its values are finite numbers: a neuron turns others into silence, unnoticed.
+
+    Args:
+        x: A batch, any shape.
+        what: What the message calls it.
+
+    Raises:
+        ValueError: NaN or infinity; the message says how many, and where the first one is.
+    """
+    # A sum is one pass without a tensor of its size; it is finite only where all are, unless it overflows.
+    if not x.sum(dtype=torch.float64).isfinite():
+        bad = ~x.isfinite()
+        if bad.any():
+            first = int(bad.flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
+            raise ValueError(
+                f"{what} of shape {tuple(x.shape)} holds {int(bad.sum()):,} values that are NaN or infinite, the first "
+                f"in sample {first}: a neuron turns them into silence, and the answer would mean nothing. Look at the "
+                "data and their normalisation."
+            )
+    return x
 
 
 def switch(name: str, value: Any) -> bool:

@@ -146,7 +146,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
         raise ValueError(f"example is {given}: expected a float32 tensor, normalised as in training.")
     example = example.detach().cpu()
     cfg = net.pretrained_cfg
-    inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **cfg.get("inputs", {})}
+    inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **net.inputs}
     facts |= {**inputs, "spikezoo_version": __version__}
     with torch.no_grad():
         logits = net(example)  # says what is wrong with the example

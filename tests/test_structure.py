@@ -28,7 +28,7 @@ ALLOWED = {
     "registry.py": {"checks", "neurons", "checkpoint", "factory lazily"},
     "models": {"checks", "layers", "registry", "encoding", "neurons", "models"},
     "transforms": {"checks", "neurons", "observe", "layers", "graph", "counting", "checkpoint", "transforms"},
-    "evaluate.py": {"observe", "checkpoint", "counting", "data", "factory"},
+    "evaluate.py": {"checks", "observe", "checkpoint", "counting", "data", "factory"},
     "pictures": {"checks", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
     "flags.py": {"checks"},
     "__main__.py": {"cli"},

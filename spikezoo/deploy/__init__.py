@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
 
-from spikezoo.checks import choice
+from spikezoo.checks import choice, finite
 from spikezoo.deploy.bf16 import to_bf16
 from spikezoo.deploy.int8 import EightBit, to_int8
 from spikezoo.deploy.norms import ExactNorm, exact_norms
@@ -137,6 +137,7 @@ class Deployed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` in float32, of images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``."""
         self.model._check_input(x)  # type: ignore[operator]
+        finite(x)
         if self.compiled and tuple(x.shape) not in self._shapes:
             if self._shapes:
                 _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
