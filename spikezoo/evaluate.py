@@ -25,7 +25,7 @@ from tqdm import tqdm
 from spikezoo.checkpoint import atomic, find_weights, read_config
 from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates, evaluating
 from spikezoo.registry import create_model, is_reference, locate, model_info
 
 __all__ = [
@@ -66,14 +66,12 @@ def evaluate(
         there are several, which pays for compilation), firing_rate (mean over layers and time steps, None without
         spiking neurons), layer_firing_rates.
     """
-    training = model.training
-    model.eval()
     probed = WithRates(model if rates else nn.Identity())
     sums = torch.zeros(4, dtype=torch.float64)
     rate_sums = torch.zeros(len(probed.names), dtype=torch.float64)
     full = timed = 0
     started = mark = time.perf_counter()
-    try:
+    with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             images, labels = images.to(device), labels.to(device)
             full = full or len(images)
@@ -89,8 +87,6 @@ def evaluate(
             rate_sums += len(images) * fired.mean(1).double().cpu()
             if not timed:
                 mark = time.perf_counter()
-    finally:
-        model.train(training)
     finished = time.perf_counter()
     speed = timed / (finished - mark) if timed else sums[3].item() / (finished - started)
     if dist.is_available() and dist.is_initialized():
@@ -142,12 +138,10 @@ def accuracy_over_time(
             "global_pool='max': the model takes the maxima of features averaged over its steps, so that its logits "
             "of single steps say nothing of fewer steps. Evaluate it at one T at a time: validate.py --T."
         )
-    training = model.training
-    model.eval()
     probed = WithRates(model, steps=True)
     hits: Any = 0
     rate, samples = 0.0, 0
-    try:
+    with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             with autocast():
                 logits, rates = probed(images.to(device))
@@ -156,8 +150,6 @@ def accuracy_over_time(
             hits += right.sum(1).cpu()
             rate += len(images) * rates.mean().item()
             samples += len(images)
-    finally:
-        model.train(training)
     if samples == 0:
         raise ValueError("The split to evaluate on is empty.")
     return (100 * hits / samples).tolist(), rate / samples

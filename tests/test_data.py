@@ -285,6 +285,66 @@ def test_policies_work_at_every_magnitude(magnitude):
             assert np.array_equal(np.array(out), np.array(image) & mask)
 
 
+def _by_sample(loader, epoch):
+    """The delivered images by the number of their sample."""
+    loader.set_epoch(epoch)
+    numbers = [loader.numbers(epoch, batch) for batch in range(len(loader))]
+    return dict(zip(torch.cat(numbers).tolist(), torch.cat([images for images, _ in loader]), strict=True))
+
+
+PLAIN = {"train": True, "mean": (0.0,), "std": (1.0,), "batch_size": 10}
+
+
+def test_translation_mirrors_the_border(npz):
+    stored, _ = load_arrays(npz, "train")
+    seen = set()
+    for number, image in _by_sample(create_loader(npz, "train", translate=2, hflip=0.0, **PLAIN), 0).items():
+        # numpy's reflection, and every window of it
+        padded = np.pad(stored[number].numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+        windows = {(y, x): padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)}
+        found = [place for place, window in windows.items() if np.array_equal(window, (image * 255).round().numpy())]
+        assert found
+        seen.add(found[0])
+    assert len(seen) > 10
+    with pytest.raises(ValueError, match="left out beside crop_padding=4"):
+        create_loader(npz, "train", translate=2, crop_padding=4, **PLAIN)
+
+
+def test_alternating_flip_takes_turns(npz):
+    loader = create_loader(npz, "train", alternating_flip=True, crop_padding=0, **PLAIN)
+    stored, _ = load_arrays(npz, "train")
+    epochs = [_by_sample(loader, epoch) for epoch in range(3)]
+    mirrored = [{n: torch.equal((i * 255).round(), stored[n].flip(2).float()) for n, i in e.items()} for e in epochs]
+    assert all(mirrored[0][n] != mirrored[1][n] and mirrored[0][n] == mirrored[2][n] for n in range(len(stored)))
+    assert 0.2 < sum(mirrored[0].values()) / len(stored) < 0.8
+
+
+def test_views_come_again_whatever_the_order_and_the_batch(npz):
+    given = {"views": 2, "translate": 2, "alternating_flip": True, "cutout": 3, "roll": 1}
+    small, large = (create_loader(npz, "train", **given, **PLAIN | {"batch_size": size}) for size in (10, 20))
+    first, second, third = (_by_sample(small, epoch) for epoch in range(3))
+    other = _by_sample(large, 4)
+    alone = small.load(torch.tensor([7]), 0)[0]
+    assert all(torch.equal(first[n], third[n]) and torch.equal(first[n], other[n]) for n in first)
+    assert torch.equal(alone, first[7])
+    assert not all(torch.equal(first[n], second[n]) for n in first)
+    for option in ({"mixup": 0.2}, {"reprob": 0.5}, {"auto_augment": "trivial"}):
+        with pytest.raises(ValueError, match=f"left out beside {next(iter(option))}"):
+            create_loader(npz, "train", views=2, **option, **PLAIN)
+
+
+def test_holdout_and_its_rest_are_the_split(npz):
+    parts = [create_loader(npz, "train", holdout=8, held_out=held, seed=seed) for held in (0, 1) for seed in (1, 2)]
+    assert parts[0].samples.equal(parts[1].samples) and parts[2].samples.equal(parts[3].samples)
+    assert sorted(torch.cat([parts[0].samples, parts[2].samples]).tolist()) == list(range(40))
+    labels = torch.cat([labels for _, labels in parts[2]])
+    assert labels.bincount().tolist() == [2, 2, 2, 2]
+    few = create_loader(npz, "train", holdout=8, subset=12, seed=3)
+    assert few.num_samples == 12 and set(few.samples.tolist()) <= set(parts[0].samples.tolist())
+    with pytest.raises(ValueError, match="holdout=40 is not possible: it must be below 40"):
+        create_loader(npz, "train", holdout=40)
+
+
 def test_loader_augments_like_a_loop(npz):
     """Repeats a whole augmented batch image by image from the same random numbers."""
     images, labels = load_arrays(npz, "train")

@@ -33,7 +33,7 @@ from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_repo_id, describe, portable_command, push_folder, push_to_hub, training_facts
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates
 from spikezoo.registry import is_reference, list_models, locate
 
 # Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines

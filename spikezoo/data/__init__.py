@@ -182,6 +182,7 @@ def _check_timm_name(name: str) -> None:
 # Option -> the least whole number (or the choices), and an example.
 _WHOLE = {"batch_size": (1, 128), "img_size": (1, 32), "in_chans": (1, 3), "num_classes": (1, 10), "subset": (1, 1000)}
 _WHOLE |= {"crop_padding": (0, 4), "cutout": (0, 16), "num_workers": (0, 2), "roll": (0, 5), "T": (1, 10)}
+_WHOLE |= {"translate": (0, 2), "views": (1, 8), "holdout": (0, 5000)}
 _FRACTIONS = {"hflip": 0.5, "reprob": 0.25, "mixup_prob": 0.5, "mixup_switch_prob": 0.5, "smoothing": 0.1}
 _CHOICES = {
     "remode": ("const", "rand", "pixel"),
@@ -211,9 +212,16 @@ class LoaderOptions:
     # Probability of mirroring; default: 0 for digits, mnist, grey npz files and, but for CIFAR10-DVS, events, else 0.5.
     hflip: float | None = None
     # Zeros (before normalisation) around an array image out of which a window of the old size is cut; default: 2 for
-    # 28 px, 0 for event frames, else an eighth of the size (4 for 32 px). timm's datasets have random resized crops
-    # instead.
+    # 28 px, 0 for event frames, else an eighth of the size (4 for 32 px), and 0 with translate. timm's datasets have
+    # random resized crops instead.
     crop_padding: int | None = None
+    translate: int = 0  # largest shift of an image, whose border is mirrored into what that uncovers
+    # Whether an image that is mirrored in one epoch is not in the next (Jordan, arXiv:2404.00498); hflip then says how
+    # many are mirrored in the first.
+    alternating_flip: bool = False
+    # How many ways an image is augmented, epoch by epoch in turn; a way is a function of the seed, its number and the
+    # sample. Default: new ones in every epoch.
+    views: int | None = None
     # Largest shift in each direction, by which images and event frames are rolled: what leaves on one side comes in on
     # the other.
     roll: int = 0
@@ -233,6 +241,8 @@ class LoaderOptions:
     num_classes: int | None = None  # width of the soft targets; default: the dataset's classes
     num_workers: int = 2  # processes that read timm's datasets; 0 reads in this one
     subset: int | None = None  # number of samples, chosen by the seed with even classes; default: all
+    holdout: int = 0  # number of samples, the same for all seeds and with even classes, that are left out
+    held_out: bool = False  # delivers those instead
     drop_last: bool | None = None  # whether a last, smaller batch is left out; default: in training, if others are left
     scale: tuple[float, float] = (0.08, 1.0)  # range of the area of random resized crops (timm's datasets)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and of their width by their height
@@ -274,6 +284,10 @@ class LoaderOptions:
                 )
         if not 0 <= self.rank < self.world_size:
             refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
+        if self.translate and self.crop_padding:
+            refuse(
+                "translate", self.translate, f"left out beside crop_padding={self.crop_padding}, which moves, too", 2
+            )
         if self.auto_augment and self.auto_augment != "snn":
             _policy(self.auto_augment, 32, IMAGENET_DEFAULT_MEAN)  # said before the data is read or downloaded
 
@@ -431,10 +445,20 @@ def _seeded(*parts: int | str) -> Iterator[None]:
         torch.default_generator.set_state(before[2])
 
 
-def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Cuts the window at (top, left) [B] out of the zero-padded images, at the old size."""
+def _mirrored(size: int, padding: int, device: torch.device) -> Tensor:
+    """Which of ``size`` pixels in a row stand in one that is padded on both sides by mirroring it at its ends."""
+    place = torch.arange(-padding, size + padding, device=device).abs()
+    return torch.where(place < size, place, 2 * (size - 1) - place)
+
+
+def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor, mirror: bool = False) -> Tensor:
+    """Cuts the window at (top, left) [B] out of the images, padded by zeros or mirrored, at the old size."""
     height, width = images.shape[-2:]
-    padded = F.pad(images, (padding,) * 4)
+    if mirror:  # torch's reflection knows no bytes
+        rows, columns = (_mirrored(size, padding, images.device) for size in (height, width))
+        padded = images[..., rows, :][..., columns]
+    else:
+        padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
@@ -615,11 +639,19 @@ class _BaseLoader:
         mean = _statistic("mean", options.mean, info.mean, channels)
         std = _statistic("std", options.std, info.std, channels)
         self.info = replace(info, in_chans=channels, img_size=size, mean=mean, std=std)
+        self._count = count
         self._chosen = torch.arange(count)
+        if options.holdout:
+            if options.holdout >= count:
+                refuse("holdout", options.holdout, f"below {count}, the size of the split of {info.name}", count // 10)
+            held = torch.zeros(count, dtype=torch.bool)
+            held[_balanced(labels(), options.holdout, 0)] = True
+            self._chosen = self._chosen[held if options.held_out else ~held]
         if options.subset is not None:
-            if options.subset > count:
-                refuse("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
-            self._chosen = _balanced(labels(), options.subset, options.seed)
+            left = len(self._chosen)
+            if options.subset > left:
+                refuse("subset", options.subset, f"from 1 to {left}, the size of the split of {info.name}", left)
+            self._chosen = self._chosen[_balanced(labels()[self._chosen], options.subset, options.seed)]
         self.num_samples = len(self._chosen)
         self._epoch = 0
         self._share = len(self._shard(0))
@@ -647,6 +679,16 @@ class _BaseLoader:
             order = order[: len(order) - len(order) % options.world_size]
         return order[options.rank :: options.world_size]
 
+    @property
+    def samples(self) -> Tensor:
+        """The numbers of the samples in use, int64 [num_samples], in stored order."""
+        return self._chosen
+
+    def numbers(self, epoch: int, batch: int) -> Tensor:
+        """The numbers of the samples in a batch of this rank, int64 [B]."""
+        size = self.options.batch_size
+        return self._shard(epoch)[batch * size : (batch + 1) * size]
+
     def __len__(self) -> int:
         share, size = self._share, self.options.batch_size
         return share // size if self.drop_last else math.ceil(share / size)
@@ -663,20 +705,31 @@ class _BaseLoader:
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def _move(self, images: Tensor, epoch: int, batch: int, padding: int, hflip: float) -> Tensor:
-        """Crop, flip, cutout and roll of [B, C, H, W]."""
+    def _move(self, images: Tensor, index: Tensor, epoch: int, batch: int, padding: int, hflip: float) -> Tensor:
+        """Crop, translation, flip, cutout and roll of the samples ``index`` [B], as [B, C, H, W]."""
         options = self.options
         generator = _generator("augment", options.seed, epoch, batch, options.rank)
         count, height, width = len(images), images.shape[2], images.shape[3]
+        own: Tensor | slice = slice(None)
+        if options.views:  # numbers for all samples, of which those of this batch take theirs
+            epoch %= options.views
+            generator = _generator("view", options.seed, epoch)
+            count, own = self._count, index.cpu()
 
         def draw(limit: int) -> Tensor:
-            return torch.randint(limit, (count,), generator=generator).to(images.device)
+            return torch.randint(limit, (count,), generator=generator)[own].to(images.device)
 
         if padding:
             top, left = draw(2 * padding + 1), draw(2 * padding + 1)
             images = _crop(images, padding, top, left)
+        if far := options.translate:
+            images = _crop(images, far, draw(2 * far + 1), draw(2 * far + 1), mirror=True)
         if hflip:
-            chosen = torch.rand(count, generator=generator) < hflip
+            if options.alternating_flip:
+                first = torch.rand(self._count, generator=_generator("flip", options.seed)) < hflip
+                chosen = first[index.cpu()] ^ bool(epoch % 2)
+            else:
+                chosen = (torch.rand(count, generator=generator) < hflip)[own]
             images = torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
         if options.cutout:
             images = _cutout(images, options.cutout, draw(height), draw(width))
@@ -718,11 +771,15 @@ def _make_mixup(info: DatasetInfo, options: LoaderOptions) -> Mixup | None:
     return Mixup(**alphas, **probabilities, label_smoothing=options.smoothing, num_classes=classes)
 
 
+# Augmentations that are no function of the sample and a view's number.
+_BY_BATCH = ("auto_augment", "reprob", "mixup", "cutmix")
+
+
 class ArrayLoader(_BaseLoader):
     """Batches of a dataset that is one uint8 tensor on the device.
 
-    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, flip, cutout, roll
-    (all on uint8), normalisation, random erasing, mixing.
+    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, translation, flip,
+    cutout, roll (all on uint8), normalisation, random erasing, mixing.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, info: DatasetInfo, options: LoaderOptions) -> None:
@@ -731,7 +788,7 @@ class ArrayLoader(_BaseLoader):
         grey_file = info.name.startswith("npz:") and info.in_chans == 1
         own = 0.0 if info.name in _NO_FLIP or grey_file else 0.5
         self._hflip: float = own if options.hflip is None else options.hflip
-        padding = 2 if size == 28 else size // 8
+        padding = 0 if options.translate else 2 if size == 28 else size // 8
         self._padding: int = padding if options.crop_padding is None else options.crop_padding
         self._images, self._labels = images.to(self.device), labels.to(self.device)
         self._mean, self._std = (
@@ -745,24 +802,47 @@ class ArrayLoader(_BaseLoader):
             if options.auto_augment == "snn":
                 refuse("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
             self._policy = _policy(options.auto_augment, size, self.info.mean)
+        if options.views and (drawn := [name for name in _BY_BATCH if getattr(options, name)]):
+            refuse("views", options.views, f"left out beside {drawn[0]}, which is drawn anew for every batch", 8)
         if options.train and options.reprob:
             # Its noise is drawn on the CPU for the reason that the module's first lines give.
             self._erase = RandomErasing(options.reprob, mode=options.remode, device="cpu")
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        options, count = self.options, self.options.batch_size
+        count = self.options.batch_size
         shard = self._shard(epoch).to(self.device)
         for batch in range(start_batch, len(self)):
             index = shard[batch * count : (batch + 1) * count]
-            images = self._convert(self._images[index])
-            if options.train:
-                images = self._augment(images, epoch, batch)
-            images = images.to(torch.float32, memory_format=torch.contiguous_format)
-            images.sub_(self._mean).div_(self._std)
-            if self._erase is not None:
-                with _seeded("erase", options.seed, epoch, batch, options.rank):
-                    images = self._erase(images)
+            images = self.load(index, epoch, batch)
             yield self._finish(images, self._labels[index], epoch, batch)
+
+    def load(self, index: Tensor, epoch: int, batch: int = 0) -> Tensor:
+        """Samples by their numbers, as they are in an epoch; with views the number of the batch does not matter.
+
+        Args:
+            index: Numbers of the samples, int64 [B].
+            epoch: The epoch, or the view.
+            batch: Number of the batch.
+
+        Returns:
+            Normalised images, float32 [B, C, H, W], not mixed.
+        """
+        index = index.to(self.device)
+        images = self._convert(self._images[index])
+        if self.options.train:
+            images = self._augment(images, index, epoch, batch)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        images.sub_(self._mean).div_(self._std)
+        if self._erase is not None:
+            with _seeded("erase", self.options.seed, epoch, batch, self.options.rank):
+                images = self._erase(images)
+        return images
+
+    def digest(self) -> str:
+        """Hash of all stored images and labels."""
+        found = hashlib.sha256(self._images.cpu().numpy().tobytes())
+        found.update(self._labels.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def _convert(self, images: Tensor) -> Tensor:
         """Brings stored images to the delivered channels and size."""
@@ -774,11 +854,11 @@ class ArrayLoader(_BaseLoader):
             images = images.expand(-1, channels, -1, -1)
         return images if images.shape[-1] == size else TF.resize(images, [size, size], antialias=True)
 
-    def _augment(self, images: Tensor, epoch: int, batch: int) -> Tensor:
+    def _augment(self, images: Tensor, index: Tensor, epoch: int, batch: int) -> Tensor:
         if self._policy is not None:
             with _seeded("policy", self.options.seed, epoch, batch, self.options.rank):
                 images = _apply_policy(self._policy, images)
-        return self._move(images, epoch, batch, self._padding, self._hflip)
+        return self._move(images, index, epoch, batch, self._padding, self._hflip)
 
 
 # --- event frames ---------------------------------------------------------------------------------------------
@@ -819,16 +899,17 @@ class EventLoader(_BaseLoader):
             stored = torch.from_numpy(np.asarray(self.frames.frames[index.numpy()]))
             frames = _fit(stored.to(self.device).to(torch.float32), self.info.img_size)
             if options.train:
-                frames = self._augment(frames, epoch, batch)
+                frames = self._augment(frames, index, epoch, batch)
             frames = ((frames - self._mean) / self._std).contiguous()
             yield self._finish(frames, self._labels[index.to(self.device)], epoch, batch)
 
-    def _augment(self, frames: Tensor, epoch: int, batch: int) -> Tensor:
+    def _augment(self, frames: Tensor, index: Tensor, epoch: int, batch: int) -> Tensor:
         flat = frames.flatten(1, 2)  # the time steps as channels
         if self.options.auto_augment:
             place = (self.options.seed, epoch, batch, self.options.rank)
             flat = _snn_policy(flat, _generator("policy", *place))
-        return self._move(flat, epoch, batch, self.options.crop_padding or 0, self._hflip).unflatten(1, (-1, 2))
+        padding = self.options.crop_padding or 0
+        return self._move(flat, index, epoch, batch, padding, self._hflip).unflatten(1, (-1, 2))
 
 
 # --- timm's readers -------------------------------------------------------------------------------------------
@@ -888,8 +969,11 @@ class TimmLoader(_BaseLoader):
     """
 
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
-        if options.train and options.roll:
-            refuse("roll", options.roll, "0 for datasets that timm reads", 0)
+        for name in ("roll", "translate"):
+            if options.train and getattr(options, name):
+                refuse(name, getattr(options, name), "0 for datasets that timm reads", 0)
+        if options.train and (options.views or options.alternating_flip):
+            raise ValueError("views and alternating_flip are for data held in memory: leave them out for timm's.")
         names = names_of(dataset)
         info = replace(info, num_classes=len(names) or options.num_classes or 0, label_names=names)
         super().__init__(len(dataset), lambda: labels_of(dataset), info, options)
