@@ -83,10 +83,11 @@ from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, r
 from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import environment, evaluate, input_options, write_rows
-from spikezoo.hub import check_repo_id, describe
+from spikezoo.hub import check_repo_id
 from spikezoo.neurons import ANALOG, SpikingNeuron
 from spikezoo.observe import WithRates
 from spikezoo.precision import fast_bfloat16
+from spikezoo.saving import describe
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 from spikezoo.train.rows import PlanRow, read_rows, read_yaml, share_out
 from spikezoo.train.start import fresh_membrane_norms, preserve_function, warm_scores

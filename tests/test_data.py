@@ -10,6 +10,7 @@ import struct
 import tarfile
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from spikezoo import data
 from spikezoo.data import (
     Loader,
+    augmentation,
     create_loader,
     dataset_info,
     list_datasets,
     load_arrays,
+    loaders,
     natural_dataset,
 )
 
@@ -243,7 +245,7 @@ def test_crop_against_loop(padding):
     images = torch.randint(1, 256, (9, 3, 8, 10), dtype=torch.uint8)
     top = torch.randint(2 * padding + 1, (9,))
     left = torch.randint(2 * padding + 1, (9,))
-    got = data._crop(images, padding, top, left)
+    got = augmentation.crop(images, padding, top, left)
     assert got.dtype == torch.uint8
     for i in range(9):
         padded = torch.zeros(3, 8 + 2 * padding, 10 + 2 * padding, dtype=torch.uint8)
@@ -263,7 +265,7 @@ def test_crop_against_loop(padding):
 )
 def test_cutout_hole(size, row, column, rows, columns):
     images = torch.full((1, 2, 10, 10), 7, dtype=torch.uint8)
-    got = data._cutout(images, size, torch.tensor([row]), torch.tensor([column]))
+    got = augmentation.cutout(images, size, torch.tensor([row]), torch.tensor([column]))
     wanted = images.clone()
     wanted[:, :, rows.start : rows.stop, columns.start : columns.stop] = 0
     assert torch.equal(got, wanted)
@@ -273,7 +275,7 @@ def test_cutout_hole(size, row, column, rows, columns):
 @pytest.mark.parametrize("magnitude", range(11))
 def test_policies_work_at_every_magnitude(magnitude):
     # The Spikformer recipes reach magnitude 10 by chance, where timm posterizes to 0 bits and Pillow raises.
-    policy = data._policy(f"rand-m{magnitude}-inc1-p1.0", 8, (0.5, 0.5, 0.5))
+    policy = augmentation.policy(f"rand-m{magnitude}-inc1-p1.0", 8, (0.5, 0.5, 0.5))
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     ops = policy.transforms[0].ops
     assert len(ops) == 15
@@ -350,12 +352,12 @@ def test_loader_augments_like_a_loop(npz):
     images, labels = load_arrays(npz, "train")
     loader = create_loader(npz, "train", train=True, batch_size=8, seed=5, cutout=4, crop_padding=3)
     loader.set_epoch(2)
-    order = torch.randperm(40, generator=data._generator("order", 5, 2))
+    order = torch.randperm(40, generator=augmentation.seeded_generator("order", 5, 2))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loader.info.mean, loader.info.std))
     for batch, (got, targets) in enumerate(loader):
         chosen = order[batch * 8 : batch * 8 + 8]
         assert torch.equal(targets, labels[chosen])
-        generator = data._generator("augment", 5, 2, batch, 0)
+        generator = augmentation.seeded_generator("augment", 5, 2, batch, 0)
         top = torch.randint(7, (8,), generator=generator)
         left = torch.randint(7, (8,), generator=generator)
         flip = torch.rand(8, generator=generator) < 0.5
@@ -554,7 +556,7 @@ def test_subset(npz):
 
 def test_subset_of_uneven_classes():
     labels = torch.tensor([5] * 20 + [2] * 3 + [9])
-    chosen = data._balanced(labels, 8, 0)
+    chosen = loaders.balanced(labels, 8, 0)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     counts = {c: (labels[chosen] == c).sum().item() for c in (2, 5, 9)}
     assert counts == {2: 3, 5: 4, 9: 1}
@@ -702,6 +704,53 @@ def test_damaged_npz(tmp_path):
                 call()
 
 
+@pytest.mark.parametrize("keys", [("x_train", "y_train", "x_test", "y_test"), tuple(_arrays())])
+@pytest.mark.parametrize("column", [False, True])
+def test_other_layouts_of_npz(tmp_path, keys, column):
+    arrays = _arrays()
+    wanted = arrays["test_labels"].tolist()
+    if column:  # as MedMNIST has them
+        arrays |= {name: arrays[name][:, None] for name in ("train_labels", "test_labels")}
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, arrays.values(), strict=True)))
+    name = f"npz:{tmp_path / 'a.npz'}"
+    images, labels = load_arrays(name, "test")
+    assert labels.tolist() == wanted and np.array_equal(images.permute(0, 2, 3, 1), arrays["test_images"])
+    assert (dataset_info(name).num_classes, dataset_info(name).img_size) == (4, 16)
+
+
+@pytest.mark.parametrize(("label", "asked"), [(107, False), (108, True), (255, True), (1_000_000, True)])
+def test_a_lone_high_label_is_asked_about(tmp_path, label, asked):
+    # Of 4 classes and one label above them, 5 different ones occur: up to 2 * 5 + 100 classes are taken.
+    arrays = _arrays()
+    arrays["train_labels"][5] = label + 2
+    name = f"npz:{tmp_path / 'a.npz'}"
+    np.savez(tmp_path / "a.npz", **arrays)
+    if asked:
+        with pytest.raises(ValueError, match=rf"labels go up to {label + 2}, but only 5 .* num_classes={label + 3}"):
+            dataset_info(name)
+        np.savez(tmp_path / "a.npz", **arrays, num_classes=label + 3)
+    assert dataset_info(name).num_classes == label + 3
+
+
+def test_names_in_an_npz(tmp_path):
+    name = f"npz:{tmp_path / 'a.npz'}"
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=["ant", "bee", "cat", "dog", "eel"])
+    info = dataset_info(name)
+    assert (info.num_classes, info.label_names) == (5, ("ant", "bee", "cat", "dog", "eel"))
+    plain = torch.cat([labels for _, labels in create_loader(name, "test")])
+    model = ("eel", "dog", "cat", "bee", "ant")
+    loader = create_loader(name, "test", label_names=model)
+    assert torch.equal(torch.cat([labels for _, labels in loader]), 4 - plain) and loader.info.label_names == model
+    loader = create_loader(name, "train", train=True, label_names=model, batch_size=40)
+    assert loader.info.label_names == info.label_names  # a training takes the data's
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=["ant", "bee"])
+    with pytest.raises(ValueError, match="there are 2 classes, but the label 3"):
+        dataset_info(name)
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=np.array(["ant", None], dtype=object))
+    with pytest.raises(ValueError, match=r"a.npz: label_names are wanted as texts"):
+        dataset_info(name)
+
+
 @pytest.mark.parametrize("name", ["npz:", "npz:no/such/file.npz"])
 def test_missing_npz(name):
     with pytest.raises(FileNotFoundError, match="--dataset npz:PATH"):
@@ -787,7 +836,7 @@ def test_download_lands_in_place(tmp_path, monkeypatch):
     def download(self):
         if not self._check_exists():
             assert self.root != str(tmp_path)
-            _write_mnist(data.Path(self.root))
+            _write_mnist(Path(self.root))
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
     assert len(load_arrays("mnist", "train", str(tmp_path))[0]) == 7
@@ -1162,7 +1211,7 @@ def test_bad_crops(folder, kwargs, said):
 def test_crops_of_a_training(folder):
     """With the whole area and the images' own ratio, a random resized crop is a plain resizing."""
     kwargs = {"train": True, "hflip": 0, "scale": (1, 1), "ratio": (1.2, 1.2), "mean": (0,), "std": (1,)}
-    order = torch.randperm(12, generator=data._generator("order", 42, 0))
+    order = torch.randperm(12, generator=augmentation.seeded_generator("order", 42, 0))
     got = torch.cat([images for images, _ in _folder(folder, batch_size=12, seed=42, **kwargs)])
     files = sorted(f"{label}/{i}" for label in ("apple", "bird") for i in range(6))
     for image, index in zip(got, order.tolist(), strict=True):
