@@ -55,15 +55,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import spikezoo
-from spikezoo import sparse
-from spikezoo.checkpoint import atomic, write_checkpoint
+from spikezoo.checkpoint import atomic, sparse, write_checkpoint
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, EightBit, has_compiler
 from spikezoo.evaluate import environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, set_ternary
 from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer
-from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron, firing_rates
+from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron
+from spikezoo.observe import firing_rates
 from spikezoo.pictures import check_picture
 from spikezoo.transforms.dynsnn import masks_of
 

@@ -12,7 +12,7 @@ from test_models import image_for, make, wave
 from torch import nn
 
 import spikezoo
-from spikezoo.neurons import firing_rates
+from spikezoo.observe import firing_rates
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates of its own
