@@ -146,7 +146,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     ours = [name for name, module in own.items() if any(t is not None for t in module.state_dict().values())]
     ours.remove("head.fc")
     names = dict(zip(theirs, ours, strict=False))
-    out: dict[str, Any] = {"head.fc.weight": model.get_submodule("head.fc").weight.detach()}
+    out: dict[str, Any] = {"head.fc.weight": model.state_dict()["head.fc.weight"]}
     for name, value in state.items():
         module, _, leaf = name.rpartition(".")
         out[f"{names.get(module, module)}.{leaf}"] = value
