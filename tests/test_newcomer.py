@@ -15,9 +15,9 @@ from torch import nn
 
 import spikezoo
 from spikezoo import registry
+from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.sparse import round_to_levels
 
 NAME = "newcomer_net"
 LINE = ["stem.0.neuron", "stages.0.0.fire2", "stages.0.1.fire2"]  # added to each other up to the next shortcut

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikezoo.checkpoint.sparse import levels_of, round_to_levels
 from spikezoo.graph import Graph, Node
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, TernaryConv2d, TernaryLinear, signs_and_gain
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.sparse import levels_of, round_to_levels
 
 __all__ = ["EightBit", "to_int8", "whole_numbers"]
 

@@ -10,6 +10,7 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     multisp     a ticket in the patch embedding, and only the strongest patches for the blocks (MultiSp, PEPSp)
     dynsnn      a mask of the neurons, to remove those that hardly fire (DynSNN)
     bake        tickets into plain weights; exact
+    release     layers of a baked ticket become ordinary, for other classes or channels
     tune        baked tickets with their zeros fixed, to train the other weights
     compact     channels whose neurons are masked, out of the weights; equal up to rounding
 
@@ -30,7 +31,7 @@ from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
 from spikezoo.transforms.multisp import multisp
-from spikezoo.transforms.tickets import bake, set_epoch, ticket, tune
+from spikezoo.transforms.tickets import bake, release, set_epoch, ticket, tune
 
 __all__ = [
     "FLAGS",
@@ -42,6 +43,7 @@ __all__ = [
     "fold_bn",
     "fold_mpbn",
     "multisp",
+    "release",
     "replay",
     "set_epoch",
     "ticket",
@@ -56,6 +58,7 @@ TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
     "dynsnn": dynsnn,
     "bake": bake,
     "tune": tune,
+    "release": release,
     "compact": compact,
 }
 # What create_model takes as arguments, to apply them to what it made.
