@@ -19,7 +19,6 @@ from PIL import Image
 from torchvision import datasets
 
 import spikezoo
-from spikezoo.checkpoint import read_config
 from spikezoo.data import (
     Loader,
     augmentation,
@@ -1240,9 +1239,8 @@ def test_checkpoint_says_how_image_files_are_seen(tmp_path, train):
     model, dataset, _ = open_model("local-dir:" + str(tmp_path / "run"), {})
     own = spikezoo.create_model("test_spiking_vgg")
     assert model.img_size == own.img_size and model.num_classes == 3  # not the 224 of larger nets, which do not fit
-    cfg = read_config(tmp_path / "run")["pretrained_cfg"]
-    model.pretrained_cfg |= {key: cfg[key] for key in ("crop_pct", "interpolation", "label_names")}
-    assert (cfg["crop_pct"], cfg["interpolation"], cfg["label_names"]) == (0.7, "bilinear", ["ant", "bee", "cat"])
+    cfg = model.pretrained_cfg
+    assert (cfg["crop_pct"], cfg["interpolation"], list(cfg["label_names"])) == (0.7, "bilinear", ["ant", "bee", "cat"])
     options = input_options(model, dataset)
     assert (options["crop_pct"], options["interpolation"]) == (0.7, "bilinear")
     assert input_options(model, dataset, crop_pct=1.0)["crop_pct"] == 1.0
