@@ -128,22 +128,19 @@ def finite(x: Tensor, what: str = "Input") -> Tensor:
     """Return ``x`` where all its values are finite numbers: a neuron turns others into silence, unnoticed.
 
     Args:
-        x: A batch, any shape.
+        x: A batch ``[B, ...]``.
         what: What the message calls it.
 
     Raises:
-        ValueError: NaN or infinity; the message says how many, and where the first one is.
+        ValueError: NaN or infinity; the message says in how many samples, and the first.
     """
-    # A sum is one pass without a tensor of its size; it is finite only where all are, unless it overflows.
-    if not x.sum(dtype=torch.float64).isfinite():
-        bad = ~x.isfinite()
-        if bad.any():
-            first = int(bad.flatten(1).any(1).nonzero()[0]) if x.dim() > 1 else 0
-            raise ValueError(
-                f"{what} of shape {tuple(x.shape)} holds {int(bad.sum()):,} values that are NaN or infinite, the first "
-                f"in sample {first}: a neuron turns them into silence, and the answer would mean nothing. Look at the "
-                "data and their normalisation."
-            )
+    if not all(bound.isfinite() for bound in torch.aminmax(x)):
+        bad = ~x.isfinite().flatten(1).all(1)
+        raise ValueError(
+            f"{what} with values that are not finite in {int(bad.sum())} of {len(x)} samples, the first at "
+            f"{int(bad.nonzero()[0])}: a neuron makes silence of nan, and its logits would look sound. Look for a "
+            "division by zero or a damaged file: x.isfinite()."
+        )
     return x
 
 
