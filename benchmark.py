@@ -63,7 +63,8 @@ from spikezoo.evaluate import environment, write_rows
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, set_ternary
 from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer
-from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron, firing_rates
+from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron
+from spikezoo.observe import firing_rates
 from spikezoo.pictures import check_picture
 from spikezoo.transforms.dynsnn import masks_of
 

@@ -26,6 +26,7 @@ process takes whole runs. Its YAML:
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import functools
 import gc
@@ -81,7 +82,12 @@ from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id, describe
-from spikezoo.neurons import ANALOG, SpikingNeuron, WithRates
+from spikezoo.neurons import ANALOG, SpikingNeuron
+from spikezoo.observe import WithRates
+from spikezoo.precision import fast_bfloat16
+from spikezoo.train.muon import FixedNormMuon, normalised_weights
+from spikezoo.train.start import fresh_membrane_norms, preserve_function, warm_scores
+from spikezoo.train.teacher import TeacherCache, weights_digest
 from spikezoo.transforms import FLAGS, replay
 from spikezoo.transforms.dynsnn import (
     check_reactivation,
@@ -109,8 +115,10 @@ NOT_RECIPE = {
     "no_resume_opt",
     "initial_checkpoint",
     "pretrained",
+    "ticket_init",
     "data_dir",
     "dataset_download",
+    "val_interval",
     "validation_batch_size",
     "workers",
     "device",
@@ -140,6 +148,31 @@ class Arguments(ParseKwargs):
         super().__call__(parser, namespace, spelled, option_string)
 
 
+class Precision(Switch):
+    """A switch that 'auto' leaves to the processor."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, **kwargs)
+        self.nargs, self.metavar = "?", "auto"
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store true, false or 'auto'."""
+        on = not str(option_string).startswith("--no-")
+        if values is not None and (values != "auto" or not on):
+            parser.error(f"argument {option_string}: {values!r}, expected nothing{' or auto' if on else ''}")
+        setattr(namespace, self.dest, values or on)
+
+
+class Sizes(Arguments):
+    """Pairs SIZE:SHARE, with numbers as keys."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the pairs as a dict."""
+        super().__call__(parser, namespace, [value.replace(":", "=") for value in values], option_string)
+        pairs = getattr(namespace, self.dest).items()
+        setattr(namespace, self.dest, {int(size) if size.isdecimal() else size: share for size, share in pairs})
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The flags, named as in timm's train.py where timm has them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,17 +200,45 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--train-split", default="train")
     group.add_argument("--val-split", default="test")
     group.add_argument("--subset", type=int, metavar="N", help="train on N images only, classes balanced")
+    group.add_argument(
+        "--holdout",
+        type=int,
+        default=0,
+        metavar="N",
+        help="hold N training images out, classes balanced and the same for all seeds, and evaluate on them instead of "
+        "the test set: for every choice that is made by accuracy",
+    )
     group.add_argument("-b", "--batch-size", type=int, default=128)
     group.add_argument("-vb", "--validation-batch-size", type=int)
     group.add_argument("-j", "--workers", type=int, default=2, help="loader processes; small sets are held in memory")
     group.add_argument("--hflip", type=float, help="probability of a horizontal flip (default: the dataset's)")
+    group.add_argument(
+        "--alternating-flip",
+        action=Switch,
+        default=False,
+        help="mirror an image in every other epoch, half of them from the first on, instead of at random",
+    )
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
     group.add_argument(
+        "--translate",
+        type=int,
+        default=0,
+        metavar="PIXELS",
+        help="largest shift of an image, mirrored at its border, instead of the random crop",
+    )
+    group.add_argument(
+        "--views",
+        type=int,
+        metavar="N",
+        help="augment every image in N ways, in turn (default: anew in every epoch); what --teacher-cache stores",
+    )
+    group.add_argument(
         "--progressive",
-        nargs="*",
-        action=Arguments,
-        metavar="K=V",
-        help="progressive resolution: size=24 epochs=12 shrinks the training images in the first epochs",
+        nargs="+",
+        action=Sizes,
+        metavar="SIZE:SHARE",
+        help="sizes of the training images by share of the run, of its updates or with --train-time of its time: "
+        "16:0.5 24:0.25 32:0.25; whole numbers are updates",
     )
     group.add_argument(
         "--roll", type=int, default=0, metavar="PIXELS", help="largest shift, what leaves on one side comes in again"
@@ -243,6 +304,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE_OR_DIR",
         help="weights to start from: this model's, or those of another network of its layout, such as the ReLU twin",
     )
+    group.add_argument(
+        "--ticket-init",
+        metavar="FILE_OR_DIR",
+        help="with --ticket: start the scores from these trained weights of the same net without a ticket",
+    )
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
     group.add_argument("--channels-last", action=Switch, default=False)
@@ -259,6 +325,13 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--clip-grad", type=float)
     group.add_argument("--clip-mode", default="norm", choices=("norm", "value", "agc"))
     group.add_argument("--epochs", type=int, default=10)
+    group.add_argument("--updates", type=int, metavar="N", help="length of the run in updates, instead of --epochs")
+    group.add_argument(
+        "--train-time",
+        metavar="TIME",
+        help="length of the run in time of training alone, instead of --epochs: 30m, 3h. It is measured on the first "
+        "steps and turned into updates, which are written down and with which the run repeats",
+    )
     group.add_argument("--lr", type=float, default=0.1)
     group.add_argument("--sched", default="cosine", help="cosine, step, multistep, poly, tanh, wsd, constant, ...")
     group.add_argument(
@@ -268,6 +341,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="schedule every update, not every epoch",
     )
     group.add_argument("--warmup-epochs", type=float, default=0)
+    group.add_argument("--warmup-share", type=float, metavar="X", help="warm-up as a share of the run: 0.03")
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--warmup-prefix", action=Switch, default=False)
     group.add_argument("--cooldown-epochs", type=int, default=0)
@@ -276,7 +350,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270])
     group.add_argument("--decay-rate", type=float, default=0.1)
     group.add_argument("--grad-accum-steps", type=int, default=1)
-    group.add_argument("--amp", action=Switch, default=False, help="mixed precision")
+    group.add_argument(
+        "--amp", action=Precision, default=False, help="mixed precision; auto: where this processor is fast in it"
+    )
     group.add_argument("--amp-dtype", default="bfloat16", choices=("bfloat16", "float16"))
 
     group = parser.add_argument_group("loss")
@@ -289,6 +365,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--rate-target", type=float, default=0.0, help="layer firing rates below this cost nothing")
     group.add_argument(
         "--teacher", metavar="MODEL", help="learn from its logits too: local-dir:FOLDER, hf-hub:ORG/NAME, NAME.TAG"
+    )
+    group.add_argument(
+        "--teacher-cache",
+        metavar="DIR",
+        help="with --views: store the teacher's logits of all views there, at full size, or take those stored before",
     )
     group.add_argument("--distill-weight", type=float, default=0.5, help="share of the teacher in the loss")
     group.add_argument("--distill-temperature", type=float, default=4.0, help="what both logits are divided by")
@@ -321,6 +402,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--checkpoint-hist", type=int, default=1, help="how many of the best checkpoints to keep")
     group.add_argument("--eval-metric", default="top1", choices=("top1", "top5", "loss"))
+    group.add_argument(
+        "--val-interval", type=int, default=1, metavar="N", help="evaluate every N epochs and at the end"
+    )
     group.add_argument("--log-interval", type=int, default=50)
     group.add_argument(
         "--push-to-hub", metavar="ORG/NAME", help="publish the trained weights and their card on the Hugging Face Hub"
@@ -345,12 +429,16 @@ def convert(action: argparse.Action, key: str, value: Any) -> Any:
             return None
         raise ValueError(f"Config key {key!r}: it has no value. Leave it out for the default, {action.default!r}.")
     if isinstance(action, argparse._StoreTrueAction | Switch):
+        if isinstance(action, Precision) and value == "auto":
+            return value
         if not isinstance(value, bool):
-            raise ValueError(f"Config key {key!r}: {value!r}, expected true or false.")
+            auto = ", auto" if isinstance(action, Precision) else ""
+            raise ValueError(f"Config key {key!r}: {value!r}, expected true or false{auto}.")
         return value
     if isinstance(action, ParseKwargs):
         if not isinstance(value, Mapping):
-            raise ValueError(f"Config key {key!r}: {value!r}, expected a mapping, for instance {{decay: 0.5}}.")
+            example = "{16: 0.5, 32: 0.5}" if isinstance(action, Sizes) else "{decay: 0.5}"
+            raise ValueError(f"Config key {key!r}: {value!r}, expected a mapping, for instance {example}.")
         return {name: number(item) for name, item in value.items()}
     many = action.nargs in ("+", "*")
     if isinstance(value, Mapping) or isinstance(value, list) != many:
@@ -414,20 +502,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for low, names in (
         (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
         (0, "rate_penalty rate_target mixup cutmix clip_grad"),
-        (1, "epochs batch_size validation_batch_size grad_accum_steps log_interval checkpoint_hist"),
+        (1, "epochs updates batch_size validation_batch_size grad_accum_steps"),
+        (1, "log_interval val_interval checkpoint_hist"),
     ):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not low <= value < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: expected a number of at least {low}.")
-    for name in ("smoothing", "tet_lambda", "drop", "momentum"):
-        if not 0 <= getattr(args, name) < 1:
+    for name in ("smoothing", "tet_lambda", "drop", "momentum", "warmup_share"):
+        if not 0 <= (getattr(args, name) or 0) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number in [0, 1).")
     for name in ("lr", "distill_temperature"):
         if not 0 < getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0.")
     if not 0 <= args.distill_weight <= 1:
         raise ValueError(f"--distill-weight {args.distill_weight}: expected a number in [0, 1].")
+    _check_length(args)
+    if args.teacher_cache and not args.teacher:
+        raise ValueError(
+            f"--teacher-cache {args.teacher_cache} without --teacher: whose logits? Add --teacher NAME.TAG."
+        )
+    if args.ticket_init and not args.ticket:
+        raise ValueError(f"--ticket-init {args.ticket_init} without --ticket. Add --ticket kind=mpslt sparsity=0.4.")
     if args.grad_checkpointing and args.torchcompile:
         raise ValueError(
             "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "
@@ -440,6 +536,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.push_to_hub:
         check_repo_id(args.push_to_hub)
     return args
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """Raise where the flags that say how long a run is do not go together."""
+    if args.updates and args.train_time:
+        raise ValueError(f"--updates {args.updates} and --train-time {args.train_time}: give one of them.")
+    if args.train_time:
+        seconds(args.train_time, "--train-time")
+    if (args.updates or args.train_time) and args.sched in ("step", "multistep", "rsqrt"):
+        raise ValueError(
+            f"--sched {args.sched} counts in epochs: with --updates or --train-time use cosine, poly or constant."
+        )
+    if (args.updates or args.train_time) and not args.sched_on_updates:
+        raise ValueError("--no-sched-on-updates with --updates or --train-time: they schedule every update.")
+    if args.warmup_share and args.warmup_epochs:
+        raise ValueError(f"--warmup-share {args.warmup_share} and --warmup-epochs {args.warmup_epochs}: give one.")
+    given = args.progressive
+    if given is None:
+        return
+    values = list(given.values())
+    sound = all(type(size) is int and size > 0 for size in given) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0 for value in values
+    )
+    counts = sound and all(isinstance(value, int) for value in values) and values != [1]
+    if not sound or not (counts or math.isclose(sum(values), 1, abs_tol=1e-6)):
+        raise ValueError(
+            f"--progressive {given}: expected sizes with shares that add up to 1, for instance 16:0.5 24:0.25 32:0.25, "
+            "or with whole numbers of updates."
+        )
+    if counts and (args.train_time or args.updates not in (None, sum(values))):
+        other = f"--train-time {args.train_time}" if args.train_time else f"--updates {args.updates}"
+        raise ValueError(f"--progressive {given} is {sum(values)} updates, and {other} says otherwise. Leave that out.")
+    if counts:
+        args.updates = sum(values)
 
 
 class Objective:
@@ -660,7 +790,9 @@ def initial_model(name: str, path: str, arguments: Mapping[str, Any]) -> Any:
     config = read_config(path)
     stored = dict(config.get("model_args", {}))
     same = config.get("architecture", name) == name
-    if same and not (stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG):
+    other_neurons = stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG
+    other_norms = arguments.get("mpbn", stored.get("mpbn")) != stored.get("mpbn")
+    if same and not (other_neurons or other_norms):
         return spikezoo.create_model(name, checkpoint_path=path, **arguments)
     kept = {key: value for key, value in stored.items() if same and key not in ("neuron", "mpbn", "T", "encoding")}
     model = spikezoo.create_model(name, **{**kept, **{k: v for k, v in arguments.items() if k not in FLAGS}})
@@ -714,6 +846,8 @@ class Run:
             model = initial_model(args.model, args.initial_checkpoint, self.arguments)
         else:
             model = spikezoo.create_model(args.model, args.pretrained, **self.arguments)
+        if args.ticket_init:
+            warm_scores(model, args.ticket_init)
         # What was made, with what a checkpoint brought along: it must be made the same way by whoever loads it.
         facts = describe(model)
         args.model, self.arguments, self.recipe = facts["architecture"], facts["model_args"], facts["recipe"]
@@ -747,6 +881,10 @@ class Run:
             subset=args.subset,
             hflip=args.hflip,
             crop_padding=args.crop_padding,
+            translate=args.translate,
+            alternating_flip=args.alternating_flip,
+            views=args.views,
+            holdout=args.holdout,
             roll=args.roll,
             cutout=args.cutout,
             auto_augment=args.aa,
@@ -758,7 +896,11 @@ class Run:
             smoothing=args.smoothing if soft else 0.0,
             num_classes=model.num_classes,
         )
-        self.val_loader = loader(args.val_split, batch_size=args.validation_batch_size or args.batch_size)
+        held = {"holdout": args.holdout, "held_out": True} if args.holdout else {}
+        self.val_split = args.train_split if args.holdout else args.val_split
+        self.val_loader = loader(self.val_split, batch_size=args.validation_batch_size or args.batch_size, **held)
+        if args.holdout:
+            self.val_loader.facts["holdout"] = args.holdout
         info = self.val_loader.info
         frames = {key: value for key, value in self.val_loader.facts.items() if key in ("frames_by", "duration_us")}
         self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
@@ -766,6 +908,12 @@ class Run:
         if args.progressive is not None:
             self._check_progressive(args.model, model)
         self.objective = Objective(args, soft)
+        self.cache: TeacherCache | None = None
+        half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
+        self.amp = fast_bfloat16(self.device) if args.amp == "auto" else bool(args.amp)
+        if self.amp and half is torch.bfloat16 and not fast_bfloat16(self.device) and self.main:
+            print(f"Warning: bfloat16 is several times slower than float32 on this {self.device.type}. Use --amp auto.")
+        self.autocast: Callable[[], Any] = lambda: torch.autocast(self.device.type, half) if self.amp else nullcontext()
         self.teacher = self._make_teacher() if args.teacher else None
         if args.rate_penalty and not model.neuron_config.spiking:
             raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
@@ -775,17 +923,18 @@ class Run:
                 f"{args.model} has nothing to train: the weights of a baked ticket are final. Save it with 'tune' "
                 "applied (spikezoo.apply(model, 'tune')) and start from that."
             )
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args))
+        if args.initial_checkpoint:
+            self._preserve_function(loader)
+        # Of a hybrid optimiser such as Muon, the classifier's weights go to the one for vectors.
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), fallback_list=["head.*"])
+        if isinstance(self.optimizer, FixedNormMuon):
+            self.optimizer.fix_norms(normalised_weights(model))
         self.updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
-        self.scheduler, epochs = create_scheduler_v2(
-            self.optimizer, **scheduler_kwargs(args), updates_per_epoch=self.updates_per_epoch
-        )
-        self.epochs = math.ceil(epochs)  # a warmup before the schedule may last half an epoch
-        half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
-        self.autocast: Callable[[], Any] = (
-            functools.partial(torch.autocast, self.device.type, half) if args.amp else nullcontext
-        )
-        self.scaler = NativeScaler(self.device.type) if args.amp and half is torch.float16 else None
+        # Sizes of the training images (None: as they are) and their numbers of updates; [] until the time is measured.
+        self.sizes: list[tuple[int | None, int]] = []
+        if not args.train_time:
+            self._set_length(self._shares(args.updates))
+        self.scaler = NativeScaler(self.device.type) if self.amp and half is torch.float16 else None
         self.ema = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
@@ -795,20 +944,119 @@ class Run:
         self._prepare_output()
 
     def _check_progressive(self, name: str, model: Any) -> None:
-        given, full = self.args.progressive, min(model.img_size)
-        if set(given) != {"size", "epochs"} or not all(type(value) is int and value > 0 for value in given.values()):
-            raise ValueError(f"--progressive {given}: expected size=24 epochs=12, whole numbers above 0.")
+        full, sizes = min(model.img_size), sorted(self.args.progressive)
         if model.takes_events:
             raise ValueError(f"--progressive: {name} takes event frames, and only images are shrunk. Leave it out.")
+        if sizes == [full]:
+            return
         if model.fixed_img_size or model.mpbn == "element":
             raise ValueError(
                 f"--progressive: {name} was built for images of {full}x{full} alone. Take a model with global pooling "
                 "and, of the membrane norms, mpbn='channel'."
             )
         least = model.min_img_size
-        if not least <= given["size"] < full:
-            raise ValueError(f"--progressive size={given['size']}: expected {least} to {full - 1} for {name}.")
-        model._check_size((given["size"], given["size"]))  # the patches of a transformer have to fit
+        for size in sizes:
+            if not least <= size <= full:
+                raise ValueError(f"--progressive size {size}: expected {least} to {full} for {name}.")
+            model._check_size((size, size))  # the patches of a transformer have to fit
+
+    def _shares(self, updates: int | None) -> list[tuple[int | None, int]]:
+        """The sizes of the images and their numbers of updates, of a run of so many (None: of all epochs)."""
+        given: dict[Any, Any] = self.args.progressive or {None: 1.0}
+        if updates is not None and all(isinstance(value, int) for value in given.values()) and sum(given.values()) > 1:
+            return list(given.items())
+        total = updates or self.args.epochs * self.updates_per_epoch
+        ends = [round(total * part) for part in itertools.accumulate(given.values())]
+        ends[-1] = total
+        return [(size, end - start) for size, start, end in zip(given, [0, *ends], ends, strict=False)]
+
+    def _set_length(self, sizes: list[tuple[int | None, int]]) -> None:
+        """Take the number of updates, and make the schedule for it."""
+        args, self.sizes = self.args, sizes
+        self.total = sum(count for _, count in sizes)
+        settings = scheduler_kwargs(args)
+        if args.updates or args.train_time:
+            settings["num_epochs"] = self.total
+            settings["warmup_epochs"] = round(
+                self.total * args.warmup_share if args.warmup_share else args.warmup_epochs * self.updates_per_epoch
+            )
+            settings["cooldown_epochs"] = args.cooldown_epochs * self.updates_per_epoch
+            self.scheduler, _ = create_scheduler_v2(self.optimizer, **settings, updates_per_epoch=1)
+            self.epochs = math.ceil(self.total / self.updates_per_epoch)
+            return
+        if args.warmup_share:
+            settings["warmup_epochs"] = args.warmup_share * args.epochs
+        self.scheduler, epochs = create_scheduler_v2(
+            self.optimizer, **settings, updates_per_epoch=self.updates_per_epoch
+        )
+        self.epochs = math.ceil(epochs)  # a warmup before the schedule may last half an epoch
+        if self.epochs != args.epochs:  # the last size lasts through what the schedule adds
+            self.total = self.epochs * self.updates_per_epoch
+            *first, (size, _) = sizes
+            self.sizes = [*first, (size, self.total - sum(count for _, count in first))]
+
+    def _size_at(self, update: int) -> int | None:
+        """Size of the training images at an update, None where they stay as they are."""
+        for size, count in self.sizes:
+            if update < count:
+                return size
+            update -= count
+        return self.sizes[-1][0]
+
+    def _measure_length(self, run: Step) -> None:
+        """Turn the time of the run into updates: by steps of every size, of which nothing is left."""
+        args = self.args
+        before = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict(), rng_state(self.device)))
+        self.model.train()
+        groups = itertools.cycle(self.train_loader)
+        wanted, shares = seconds(args.train_time, "--train-time"), args.progressive or {None: 1.0}
+        sizes: list[tuple[int | None, int]] = []
+        for size, part in shares.items():
+            times: list[float] = []
+            while len(times) < 3 or (len(times) < 20 and sum(times) < 6):
+                started = 0.0
+                for _ in range(args.grad_accum_steps):
+                    images, target = next(groups)
+                    started = started or time.perf_counter()
+                    output, rates, taught = self._forward(run, images.to(self.device), size, None)
+                    self.objective(output, target.to(self.device), rates, taught).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                times.append(time.perf_counter() - started)
+                if len(times) == 2 and times[0] > 3 * times[1]:
+                    del times[0]  # it was compiled there
+            step = torch.tensor(sorted(times)[len(times) // 2])
+            if args.distributed:
+                dist.all_reduce(step, dist.ReduceOp.MAX)
+            sizes.append((size, max(round(part * wanted / step.item()), 1)))
+        self.model.load_state_dict(before[0])
+        self.optimizer.load_state_dict(before[1])
+        set_rng_state(before[2], self.device)
+        self._set_length(sizes)
+
+    def _preserve_function(self, loader: Callable[..., Any]) -> None:
+        """Let membrane norms that the initial checkpoint lacks begin as the identity."""
+        norms = fresh_membrane_norms(self.model, read_weights(self.args.initial_checkpoint))
+        if not norms:
+            return
+        batches = loader(self.args.train_split, batch_size=100, subset=min(500, self.train_loader.num_samples))
+        preserve_function(self.model, norms, (images for images, _ in batches))
+
+    def _forward(
+        self, run: Step, images: Tensor, size: int | None, taught: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Logits, firing rates and the teacher's logits of a batch at a size; given ones were stored before."""
+        if size is not None and size != images.shape[-1]:
+            images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
+            if self.model.encoding != "direct":  # a weighted mean may round to above 1, where no code is
+                images = images.clamp(0, 1)
+        with self.autocast():
+            output, rates = run(images)
+        if taught is None and self.teacher:
+            taught = self.teacher(images)
+        return output, rates, taught
 
     def _make_teacher(self) -> Callable[[Tensor], Tensor]:
         """What gives the teacher's logits of a batch that is normalised for the student."""
@@ -818,7 +1066,7 @@ class Run:
                 f"--teacher {self.args.teacher} has {model.num_classes} classes and inputs {model.input_shape}, the "
                 f"student {self.model.num_classes} and {self.model.input_shape}: take one trained on the same data."
             )
-        if self.args.progressive is not None:
+        if self.args.progressive is not None and not self.args.teacher_cache:
             self._check_progressive(f"--teacher {self.args.teacher}", model)
         if self.args.channels_last:
             model = model.to(memory_format=torch.channels_last)
@@ -833,7 +1081,17 @@ class Run:
         teacher.mean_kd, teacher.std_kd = channels(theirs["mean"]), channels(theirs["std"])
         if self.args.torchcompile:
             teacher.compile()
-        return lambda images: teacher(teacher.normalize_input(images, *own))
+
+        def teach(images: Tensor) -> Tensor:
+            with torch.no_grad(), self.autocast():
+                return teacher(teacher.normalize_input(images, *own))
+
+        if self.args.teacher_cache:
+            if self.args.mixup or self.args.cutmix:
+                raise ValueError("--teacher-cache with --mixup or --cutmix: mixed images do not come again.")
+            facts = {"teacher": weights_digest(model), "teacher_inputs": [list(theirs["mean"]), list(theirs["std"])]}
+            self.cache = TeacherCache(self.args.teacher_cache, self.train_loader, teach, facts | {"amp": self.amp})
+        return teach
 
     def _plan_dynsnn(self, loader: Callable[..., Any]) -> dict[str, Any]:
         """The arguments of DynSNN, and what makes the images to measure firing rates on: no augmentation."""
@@ -899,7 +1157,7 @@ class Run:
             "model_args": self.arguments,
             "spikezoo": {
                 "dataset": self.args.dataset,
-                "split": self.args.val_split,
+                "split": self.val_split,
                 "inputs": self.inputs,
                 **self.val_loader.facts,
                 "recipe": self.recipe,
@@ -907,6 +1165,8 @@ class Run:
             "epoch": self.epoch,
             "batch": self.batch,
             "updates": self.updates,
+            "sizes": [list(pair) for pair in self.sizes],
+            "amp": self.amp,
             "sums": self.sums,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
@@ -946,6 +1206,11 @@ class Run:
             if self.ema:
                 self.ema.set(self.model)
             return
+        if state.get("sizes"):
+            self._set_length([(size, count) for size, count in state["sizes"]])
+        if self.amp != state.get("amp", self.amp):
+            self.amp = state["amp"]
+            print(f"--amp auto was {'on' if self.amp else 'off'} where this run began, and stays so.")
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -987,6 +1252,14 @@ class Run:
         # Evaluation can share the compiled step where that is the plain forward pass.
         compiled = run if args.torchcompile and not args.tet and not args.distributed else None
         results: dict[str, Any] = {}
+        if not self.sizes:
+            self._measure_length(run)
+            if self.main:
+                told = " ".join(f"{size}:{count}" for size, count in self.sizes)
+                again = f"--progressive {told}" if args.progressive else f"--updates {self.total}"
+                print(f"--train-time {args.train_time} is {self.total} updates here; to repeat it: {again}", flush=True)
+        if self.cache is not None:
+            self.cache.fill(min(self.epochs, args.views), self.device, self.main and sys.stderr.isatty())
         while self.epoch < self.epochs:
             self._train_epoch(net, run)
             self._check_finite()
@@ -1004,7 +1277,8 @@ class Run:
             self.epoch, self.batch = self.epoch + 1, 0
             self.sums = dict.fromkeys(self.sums, 0)
             acted = self._act_dynsnn(compiled) if self.dynsnn else {}
-            results = self._evaluate(compiled) | acted
+            due = self.epoch % args.val_interval == 0 or self.epoch == self.epochs or acted
+            results = (self._evaluate(compiled) if due else {}) | acted
             self._collect_rng()
             self._finish_epoch(train, results, lr)
         return results or self._evaluate(compiled)
@@ -1073,7 +1347,6 @@ class Run:
         total = len(self.train_loader)
         accumulate = args.grad_accum_steps
         spiking = model.neuron_config.spiking
-        small = {"epochs": 0, **(args.progressive or {})}
         bar = tqdm(
             total=total,
             initial=self.batch,
@@ -1086,18 +1359,12 @@ class Run:
         last_group = total - (total % accumulate or accumulate)  # a shorter last group is averaged over its own length
         for images, target in self.train_loader.iterate(self.batch):
             images, target = images.to(self.device), target.to(self.device)
-            if self.epoch < small["epochs"]:
-                images = F.interpolate(images, size=small["size"], mode="bilinear", antialias=True)
-                if model.encoding != "direct":  # a weighted mean may round to above 1, where no code is
-                    images = images.clamp(0, 1)
             group = total - last_group if self.batch >= last_group else accumulate
             update = (self.batch + 1) % accumulate == 0 or self.batch + 1 == total
             sync = nullcontext() if update or not args.distributed else net.no_sync()  # type: ignore[operator]
             with sync:
-                with self.autocast():
-                    output, rates = run(images)
-                    with torch.no_grad():
-                        taught = self.teacher(images) if self.teacher else None
+                taught = self.cache(self.epoch, self.batch) if self.cache else None
+                output, rates, taught = self._forward(run, images, self._size_at(self.updates), taught)
                 loss = self.objective(output, target, rates, taught)
                 value = loss.item()
                 if not math.isfinite(value):
@@ -1154,6 +1421,8 @@ class Run:
                     self.saver.save_recovery(self.epoch, self.batch)
                 if over:
                     raise OutOfTime(f"epoch {self.epoch + 1} of {self.epochs}, batch {self.batch} of {total}")
+            if self.updates >= self.total:
+                break  # a length in updates may end within an epoch
         bar.close()
 
     def _stop(self, what: str, batch: int, layer: str) -> NoReturn:
@@ -1169,8 +1438,16 @@ class Run:
         args = self.args
         best = results.get("ema", results)
         if self.scheduler:
-            self.scheduler.step(self.epoch, best[args.eval_metric])
+            self.scheduler.step(self.epoch, best.get(args.eval_metric))
         if not self.main:
+            return
+        if not results:  # not evaluated after this epoch
+            self.saver.save_recovery(self.epoch, 0)  # type: ignore[union-attr]
+            print(
+                f"epoch {self.epoch}/{self.epochs}: train loss {train['loss']:.4f}, {train['images_per_second']:.0f} "
+                f"images/s, {train['seconds']:.0f} s",
+                flush=True,
+            )
             return
         keys = ("top1", "top5", "loss", "firing_rate", "images_per_second")
         eval_row = OrderedDict((key, results[key]) for key in keys)
@@ -1203,12 +1480,14 @@ class Run:
             measured |= dynsnn_report(model)
         results = {
             "dataset": self.args.dataset,
-            "split": self.args.val_split,
+            "split": self.val_split,
             **self.val_loader.facts,
             **measured,
             "epochs": self.epochs,
+            "updates": self.total,
+            **({"progressive": dict(self.sizes)} if self.args.progressive else {}),
             "T": self.model.T,
-            "precision": self.args.amp_dtype if self.args.amp else "float32",
+            "precision": self.args.amp_dtype if self.amp else "float32",
             "train_command": self.args.command,
             "seed": self.args.seed,
             **environment(),
@@ -1279,14 +1558,14 @@ class Planned(NamedTuple):
         return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results}
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, flag: str = "--time-budget") -> float:
     """Read a time: 90, 30s, 9m or 2h."""
     try:
         value = float(text.rstrip("smh")) * {"m": 60, "h": 3600}.get(text[-1:], 1)
         if text[-2:-1].isalpha() or not 0 < value < math.inf:
             raise ValueError
     except ValueError:
-        raise ValueError(f"--time-budget {text!r}: expected a time such as 90, 30s, 9m or 2h.") from None
+        raise ValueError(f"{flag} {text!r}: expected a time such as 90, 30s, 9m or 2h.") from None
     return value
 
 

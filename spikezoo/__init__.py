@@ -14,7 +14,8 @@ from spikezoo.hub import HubError as HubError
 from spikezoo.hub import push_folder as push_folder
 from spikezoo.hub import push_to_hub as push_to_hub
 from spikezoo.hub import save_checkpoint as save_checkpoint
-from spikezoo.neurons import firing_rates as firing_rates
+from spikezoo.observe import WithRates as WithRates
+from spikezoo.observe import firing_rates as firing_rates
 from spikezoo.registry import create_model as create_model
 from spikezoo.registry import is_model as is_model
 from spikezoo.registry import list_models as list_models

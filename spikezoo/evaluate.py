@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, find_weights, read_config
-from spikezoo.data import dataset_info, natural_dataset
+from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates, evaluating
 from spikezoo.registry import create_model, is_reference, locate, model_info
 
 __all__ = [
@@ -66,14 +66,12 @@ def evaluate(
         there are several, which pays for compilation), firing_rate (mean over layers and time steps, None without
         spiking neurons), layer_firing_rates.
     """
-    training = model.training
-    model.eval()
     probed = WithRates(model if rates else nn.Identity())
     sums = torch.zeros(4, dtype=torch.float64)
     rate_sums = torch.zeros(len(probed.names), dtype=torch.float64)
     full = timed = 0
     started = mark = time.perf_counter()
-    try:
+    with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             images, labels = images.to(device), labels.to(device)
             full = full or len(images)
@@ -89,8 +87,6 @@ def evaluate(
             rate_sums += len(images) * fired.mean(1).double().cpu()
             if not timed:
                 mark = time.perf_counter()
-    finally:
-        model.train(training)
     finished = time.perf_counter()
     speed = timed / (finished - mark) if timed else sums[3].item() / (finished - started)
     if dist.is_available() and dist.is_initialized():
@@ -142,12 +138,10 @@ def accuracy_over_time(
             "global_pool='max': the model takes the maxima of features averaged over its steps, so that its logits "
             "of single steps say nothing of fewer steps. Evaluate it at one T at a time: validate.py --T."
         )
-    training = model.training
-    model.eval()
     probed = WithRates(model, steps=True)
     hits: Any = 0
     rate, samples = 0.0, 0
-    try:
+    with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             with autocast():
                 logits, rates = probed(images.to(device))
@@ -156,8 +150,6 @@ def accuracy_over_time(
             hits += right.sum(1).cpu()
             rate += len(images) * rates.mean().item()
             samples += len(images)
-    finally:
-        model.train(training)
     if samples == 0:
         raise ValueError("The split to evaluate on is empty.")
     return (100 * hits / samples).tolist(), rate / samples
@@ -227,11 +219,13 @@ def input_options(
     std: Sequence[float] | None = None,
     frames_by: str | None = None,
     duration_us: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
 ) -> dict[str, Any]:
     """How a model takes a dataset's images or recordings, as options of :func:`spikezoo.data.create_loader`.
 
-    What the user gave comes first, then what the weights were trained with, then what the encoding needs; the rest is
-    as the dataset has it.
+    What the user gave comes first, then what the weights were trained with, then what the encoding needs, then, of
+    images that timm reads, what ``pretrained_cfg`` says; the rest is as the dataset has it.
 
     Args:
         model: A model of ``create_model``.
@@ -240,13 +234,30 @@ def input_options(
         std: Likewise.
         frames_by: What event frames are cut by.
         duration_us: Of event frames, in microseconds.
+        crop_pct: Part of an image that is seen, where timm reads it.
+        interpolation: Of its resizing.
     """
-    stored = dict(model.pretrained_cfg.get("inputs", {}))
+    cfg = model.pretrained_cfg
+    stored = dict(cfg.get("inputs", {}))
+    own = {}
+    if is_read_by_timm(dataset):
+        own = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation") if cfg.get(key) is not None}
+        if len(own.get("mean", ())) not in (1, model.in_chans):  # of other channels
+            own = {key: value for key, value in own.items() if key not in ("mean", "std")}
+    if len(cfg.get("label_names") or ()) == model.num_classes:
+        own["label_names"] = tuple(cfg["label_names"])
     if frames_by is not None or not is_event_dataset(dataset):
         stored = {key: value for key, value in stored.items() if key in ("mean", "std")}
     pixels = {} if model.encoding == "direct" else {"mean": (0.0,), "std": (1.0,)}
-    given = {"mean": mean, "std": std, "frames_by": frames_by, "duration_us": duration_us}
-    return {"T": model.T, **pixels, **stored, **{key: value for key, value in given.items() if value is not None}}
+    given: dict[str, Any] = {"mean": mean, "std": std, "frames_by": frames_by, "duration_us": duration_us}
+    given |= {"crop_pct": crop_pct, "interpolation": interpolation}
+    return {
+        "T": model.T,
+        **own,
+        **pixels,
+        **stored,
+        **{key: value for key, value in given.items() if value is not None},
+    }
 
 
 def _commit() -> str:

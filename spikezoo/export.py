@@ -26,7 +26,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -38,9 +38,8 @@ from torch import Tensor, nn
 
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
+from spikezoo.graph import Node, trace
 from spikezoo.hub import describe
-from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock, conv_out
-from spikezoo.models.spikformer import SpikingSelfAttention
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
 from spikezoo.transforms import fold_bn, fold_mpbn
 from spikezoo.transforms.tickets import tickets
@@ -99,7 +98,8 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     float32 decide, and on half of the images at least all is well, that is a warning. Its input is named 'input', its
     output 'logits'.
 
-    NIR holds VGGs and ResNets with spiking neurons, average pooling and hard reset. Membrane and batch norms are
+    NIR holds VGGs, ResNets and other nets of convolutions, linear layers and sums with spiking neurons, average pooling
+    and hard reset. Membrane and batch norms are
     folded on the way. Nodes are named as the modules that they come from. The input is one time step, ``[C, H, W]``
     (of an image the same at every step); the output is the logits of one step, to be averaged over the steps. The
     metadata of the graph say so, with T, the time step dt in seconds and the convention of the reset.
@@ -283,43 +283,37 @@ class _NirGraph:
         self.edges += [(source, name) for source in x.nodes]
         return _Signal((name,), tuple(shape))
 
-    def layer(self, name: str, module: Any, x: _Signal) -> _Signal:
-        """Add the nodes of one layer."""
-        kind = type(module)  # a subclass may compute something else
-        if kind is ConvNormNeuron:
-            return self.conv_norm_neuron(name, module, x)
-        if kind is LinearNormNeuron:
-            x = self.flatten(name, x, module.average)
-            x = self.linear(f"{name}.linear", module.linear, x)
-            return self.neuron(f"{name}.neuron", module.neuron, x)
-        if kind is ResidualBlock:
-            return self.residual_block(name, module, x)
-        if kind is Pool:
-            return self.pool(name, module.pool, x)
-        if kind is Flatten:
-            return self.flatten(name, x, average=False)
-        raise _refuse(name, f"a {kind.__name__} has no counterpart in NIR.")
+    def follow(self, node: Node, inputs: Sequence[_Signal]) -> _Signal:
+        """Add what one node of a model's graph is."""
+        x = inputs[0]
+        if node.kind == "layer":
+            return self.linear(node.name, node.module, x) if isinstance(node.module, nn.Linear) else self.conv(node, x)
+        if node.kind == "pool":
+            return self.pool(node.name, node.pooling, x)
+        if node.kind == "neuron":
+            return self.neuron(node.name, node.module, x)
+        if node.kind in ("flatten", "average"):
+            return self.flatten(node.owner, x, average=node.kind == "average")
+        if node.kind == "join":  # what leads into one node is added there
+            nodes = tuple(name for signal in inputs for name in signal.nodes)
+            if len(set(nodes)) < len(nodes):
+                raise _refuse(node.owner, "it adds a signal to itself, and NIR has one edge between two nodes.")
+            return _Signal(nodes, x.shape)
+        raise _refuse(node.owner, f"{node.what} has no counterpart in NIR.")
 
-    def conv_norm_neuron(self, name: str, module: ConvNormNeuron, x: _Signal) -> _Signal:
-        """Convolution with its norm folded, pooling, neuron."""
-        conv: Any = module.conv
+    def conv(self, node: Node, x: _Signal) -> _Signal:
+        """A convolution, its norm folded."""
+        conv: Any = node.module
+        if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise _refuse(node.name, f"{conv} has no counterpart in NIR, whose convolutions are 2-d and pad zeros.")
         bias = np.zeros(conv.out_channels, np.float32) if conv.bias is None else conv.bias.numpy()
         size = tuple(x.shape[1:])
-        node = self.nir.Conv2d(size, conv.weight.numpy(), conv.stride, conv.padding, conv.dilation, conv.groups, bias)
-        kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        x = self.add(f"{name}.conv", node, x, (conv.out_channels, *conv_out(size, kernel, stride, padding)))
-        if module.pool is not None:
-            x = self.pool(f"{name}.pool", module.pool, x)
-        return x if module.neuron is None else self.neuron(f"{name}.neuron", module.neuron, x)
-
-    def residual_block(self, name: str, module: ResidualBlock, x: _Signal) -> _Signal:
-        """Both branches lead into one neuron, where NIR adds them."""
-        y = self.layer(f"{name}.conv2", module.conv2, self.layer(f"{name}.conv1", module.conv1, x))
-        if module.pool is not None:
-            x = self.layer(f"{name}.pool", module.pool, x)
-        if module.shortcut is not None:
-            x = self.layer(f"{name}.shortcut", module.shortcut, x)
-        return self.neuron(f"{name}.neuron", module.neuron, _Signal((*y.nodes, *x.nodes), y.shape))
+        convolution = self.nir.Conv2d(
+            size, conv.weight.numpy(), conv.stride, conv.padding, conv.dilation, conv.groups, bias
+        )
+        steps = zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True)
+        out = ((s + 2 * pad - apart * (kernel - 1) - 1) // stride + 1 for s, kernel, stride, pad, apart in steps)
+        return self.add(node.name, convolution, x, (conv.out_channels, *out))
 
     def pool(self, name: str, pool: Any, x: _Signal) -> _Signal:
         """Average pooling, where NIR's means the same."""
@@ -354,6 +348,8 @@ class _NirGraph:
 
     def linear(self, name: str, linear: Any, x: _Signal) -> _Signal:
         """A linear layer, with or without bias."""
+        if len(x.shape) > 1:
+            raise _refuse(name, "it takes the channels of every place by themselves, and NIR's take vectors.")
         weight = linear.weight.numpy()
         node = self.nir.Linear(weight) if linear.bias is None else self.nir.Affine(weight, linear.bias.numpy())
         return self.add(name, node, x, (len(weight),))
@@ -404,20 +400,22 @@ class _NirGraph:
 def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, Any]) -> None:
     """Fold, add the layers in order and write."""
     (nir,) = _optional("nir")
-    for name, module in model.named_modules():
-        if isinstance(module, SpikingSelfAttention):
-            raise _refuse(name, "attention multiplies signals by each other, and NIR has no node for that.")
+    for node in trace(model).of("other"):
+        if len(node.inputs) > 1 and node.module is None and any(word in node.name for word in ("mat", "mul", "bmm")):
+            raise _refuse(node.owner, "attention multiplies signals by each other, and NIR has no node for that.")
     if any(isinstance(module, SpikingNeuron) and module.norm is not None for module in model.modules()):
         model = fold_mpbn(model)
     if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()):
         model = fold_bn(model)
+    flow = trace(model)
+    flow.check_called_once("NIR")
     graph = _NirGraph(nir, example.shape[-3:])
     net: Any = model
-    x = graph.input
-    sequences = {"stem": net.stem, **{f"stages.{i}": stage for i, stage in enumerate(net.stages)}, "neck": net.neck}
-    for prefix, sequence in sequences.items():
-        for name, module in sequence.named_children():
-            x = graph.layer(f"{prefix}.{name}", module, x)
+    signals = {flow.input: graph.input}
+    for node in flow.nodes[1:]:
+        if node.kind != "head" and node.name != "head.fc":
+            signals[node] = graph.follow(node, [signals[source] for source in node.inputs])
+    x = signals[flow.features]
     pooling = net.head.global_pool.pool_type
     if pooling == "max" and len(x.shape) > 1:
         raise _refuse("head.global_pool", "NIR has no max-pooling: create the model with global_pool='avg'.")

@@ -96,6 +96,15 @@ _SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         },
     ),
     "std": ((), {"type": float, "nargs": "+", "metavar": "X", "help": "likewise"}),
+    "crop-pct": (
+        (),
+        {
+            "type": float,
+            "metavar": "X",
+            "help": "part of an image file that is evaluated (default: the model's)",
+        },
+    ),
+    "interpolation": ((), {"help": "of its resizing: bicubic, bilinear ... (default: the model's)"}),
     "frames-by": ((), {"help": "of event recordings, which become T frames: number (of events), time or duration"}),
     "duration-us": ((), {"type": int, "metavar": "US", "help": "length of a frame, for --frames-by duration"}),
     "batch-size": (

@@ -30,8 +30,6 @@ __all__ = [
     "ReLU",
     "Sign",
     "SpikingNeuron",
-    "WithRates",
-    "firing_rates",
     "spike",
 ]
 
@@ -416,7 +414,7 @@ class SpikingNeuron(Maskable):
         self.config = config
         self.norm = norm
         self.folded: FoldedThreshold | None = None  # takes the place of `norm` in a folded model
-        self.probe: list[Tensor] | None = None  # set by WithRates for the length of one call
+        self.probe: list[Tensor] | None = None  # set by observe.WithRates for the length of one call
         self.drop = 0.0  # dropout of the spikes, set by the factory
         self.spike_dtype: torch.dtype | None = None  # None is the input's; deploy lets spikes be bytes
         # Where a sequence comes in parts: the potentials left by the part before, and a list for those of this one.
@@ -587,54 +585,3 @@ class NeuronFactory:
             neuron.shape = (channels, *size)
         neuron.drop = self.drop
         return neuron
-
-
-class WithRates(nn.Module):
-    """A model that also returns how often its neurons fire; differentiable, and compiled as one graph.
-
-    Args:
-        model: A model with neurons of this module.
-        steps: Call ``model.forward_steps`` (logits of every time step) instead of ``model``.
-    """
-
-    def __init__(self, model: nn.Module, steps: bool = False) -> None:
-        super().__init__()
-        self.model, self.steps = model, steps
-        self.names = [name for name, module in model.named_modules() if isinstance(module, SpikingNeuron)]
-        self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The model's output, and the firing rate of each layer (``names``) and time step ``[layers, T]``.
-
-        A layer that the model did not run has the rate nan.
-        """
-        probes: list[list[Tensor]] = [[] for _ in self._neurons]
-        for neuron, probe in zip(self._neurons, probes, strict=True):
-            neuron.probe = probe
-        try:
-            output = self.model.forward_steps(x) if self.steps else self.model(x)  # type: ignore[operator]
-        finally:
-            for neuron in self._neurons:
-                neuron.probe = None
-        # A layer that ran twice has the mean of both; one that did not run has no rate.
-        rates = [torch.stack(probe).mean(0) if probe else None for probe in probes]
-        ran = [rate for rate in rates if rate is not None]
-        if not ran:
-            return output, output.new_zeros(len(rates), 1).float()
-        return output, torch.stack([torch.full_like(ran[0], torch.nan) if rate is None else rate for rate in rates])
-
-
-def firing_rates(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Firing rate of every spiking layer: spikes per neuron and image, for each time step.
-
-    Args:
-        model: A model with neurons of this module; used in the mode (training or evaluation) that it is in.
-        x: A batch that the model takes.
-
-    Returns:
-        Layer name -> rates ``[T]``, mean over neurons and batch.
-    """
-    probed = WithRates(model)
-    with torch.no_grad():
-        _, rates = probed(x)
-    return dict(zip(probed.names, rates, strict=True))

@@ -53,6 +53,19 @@ def test_one_spike_in_the_corner_the_edge_and_the_middle():
         assert not c.uncounted
 
 
+def test_analog_input_is_dense_up_to_its_border_and_spikes_are_not():
+    conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+    x = torch.randn(1, 1, 4, 4)
+    x[0, 0, 1] = 0  # black pixels are multiplied as others are
+    c = count(conv, x)
+    assert (c.macs, c.macs_exact, c.sops_exact) == (9 * 16, 9 * 16, 0)
+    with torch.no_grad():
+        conv.weight[0, 0, 0, 0] = 0
+    assert count(conv, x).macs_exact == 8 * 16
+    # Along an axis of 4 positions a kernel of 3 meets 3 * 4 - 2 of them; the zero weight meets 3 * 3 positions.
+    assert count(conv, torch.ones(1, 1, 4, 4)).sops_exact == 10 * 10 - 3 * 3
+
+
 def test_two_by_two_maps_where_the_folk_formula_is_off():
     c = count(nn.Conv2d(8, 8, 3, padding=1), torch.ones(2, 8, 2, 2))
     assert c.sops_exact == 8 * 8 * 4 * 4  # each of 4 positions meets 2x2 of the kernel
@@ -507,6 +520,69 @@ def test_neurons_of_spikingjelly():
     functional.reset_net(net)
     assert c.by_module["2"].input == "spikes" and c.by_module["2"].sops_exact > 0
     assert len(c.firing_rates["1"].rates) == 3
+    with pytest.raises(ValueError, match="time first"):  # a loader's batches are cut along the batch
+        count_loader(net, [torch.randn(3, 2, 3, 8, 8)], piece=3)
+
+
+def jelly(mode, order, once):
+    """Conv, norm, LIF, conv of SpikingJelly: time ahead of the batch, behind it, or made of an image; in a loop or not.
+
+    ``once``: the first convolution sees an image once.
+    """
+    from spikingjelly.activation_based import layer, neuron
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = layer.Conv2d(3, 8, 3, padding=1, bias=False, step_mode="s" if once else mode)
+            self.norm = layer.BatchNorm2d(8, step_mode=mode)
+            self.neuron = neuron.LIFNode(step_mode=mode)
+            self.conv = layer.Conv2d(8, 4, 3, padding=1, bias=False, step_mode=mode)
+
+        def forward(self, x):
+            if order == "BT":
+                x = x.transpose(0, 1)
+            if order == "image":
+                x = (self.stem(x) if once else x)[None].repeat(4, 1, 1, 1, 1)
+
+            def layers(x):
+                return self.conv(self.neuron(self.norm(x if once else self.stem(x))))
+
+            return (torch.stack([layers(step) for step in x]) if mode == "s" else layers(x)).mean(0)
+
+    return Net()
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("order", ["TB", "BT", "image", "image once"])
+@pytest.mark.parametrize("B", [2, 3, 4])
+def test_time_of_spikingjelly_is_not_the_batch(mode, order, B):
+    order, _, once = order.partition(" ")
+    shape = {"TB": (4, B, 3, 8, 8), "BT": (B, 4, 3, 8, 8), "image": (B, 3, 8, 8)}[order]
+    c = count(jelly(mode, order, once), torch.randn(shape), norm_ops=1)
+    stem, conv = 3 * 8 * 9 * 64, 8 * 4 * 9 * 64
+    assert (c.images, c.T, c.macs_step) == (B, 4, stem + conv)
+    assert c.macs == stem * (1 if once else 4) + conv * 4
+    assert c.norm_ops == 4 * 8 * 64 and c.energy_ann_mj == pytest.approx(4.6e-9 * (stem + conv + 8 * 64))
+    assert len(c.firing_rates["neuron"].rates) == 4 and c.firing_rates["neuron"].neurons == 8 * 64
+    assert c.memory_bytes == 4 * (8 * 27 * (1 if once else 4) + 4 * 72 * 4) + 4 * 2 * 4 * 8 * 64
+
+
+def test_results_are_short_to_print_and_tables_in_notebooks():
+    net = spikezoo.create_model("test_spiking_vgg", T=3)
+    summary = count_loader(net, [torch.randn(2, 3, 32, 32)])
+    c = summary.mean
+    assert "T=3" in repr(c) and f"{c.energy_exact_mj:.4g} mJ" in repr(c) and "NOT COUNTED" not in repr(c)
+    for result in (c, summary, *c.by_module.values(), *c.firing_rates.values()):
+        assert len(repr(result)) < 350 and "\n" not in repr(result)
+    page = summary._repr_html_()
+    assert page.count("<table>") == page.count("</table>") == 2 and all(f">{name}</td>" in page for name in c.by_module)
+    weights = nn.Linear(3, 2).weight
+    odd = count(run(lambda x: torch.cdist(x, weights)), torch.randn(2, 3))
+    assert "1 OPERATIONS NOT COUNTED" in repr(odd)
+    said = repr(net).splitlines()[1]
+    assert "T=3" in said and "encoding=direct" in said and "neuron=lif" in said and "test_spiking_vgg" in said
+    assert said.strip() in net._repr_html_()
 
 
 # ------------------------------------------------------------------------------------ what must not change counts

@@ -5,6 +5,7 @@ import hashlib
 import os
 import pickle
 import random
+import shutil
 import struct
 import tarfile
 import urllib.error
@@ -932,3 +933,178 @@ def test_gpu_sees_what_the_cpu_sees(npz, kind):
         assert a.is_cuda and b.is_cuda
         torch.testing.assert_close(a.cpu(), c)
         torch.testing.assert_close(b.cpu(), d)
+
+
+# --- numbers of the classes, depth and damage of image folders -----------------------------------
+
+
+def _classes(place, split, names, count=1, size=8):
+    """Image folders whose images have the colour of their class's place in ``names``."""
+    for number, label in enumerate(names):
+        folder = place / split / label
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", (size, size), (10 * number, 0, 0)).save(folder / f"{i}.png")
+
+
+def _labels(place, split="val", **kwargs):
+    loader = _folder(str(place), split, **kwargs)
+    return torch.cat([labels for _, labels in loader]).tolist(), loader
+
+
+def _empty(place):
+    (place / "train" / "aardvark").mkdir()
+
+
+def _litter(place):
+    for part in ("train", "val"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            _classes(place, part, [name])
+        Image.new("RGB", (8, 8)).save(place / part / "cat" / "._0.png")
+
+
+def _links_back(place):
+    for part in ("train", "val"):
+        (place / part / "0root").symlink_to(place, target_is_directory=True)
+        (place / part / "1part").symlink_to(place / part, target_is_directory=True)
+        (place / part / "2cat").symlink_to(place / part / "cat", target_is_directory=True)
+        (place / part / "cat" / "loop").symlink_to(place / part / "cat", target_is_directory=True)
+
+
+def _loose(place):
+    for part in ("train", "val"):
+        (place / part / "cat" / "notes.txt").touch()
+        Image.new("RGB", (8, 8)).save(place / part / "montage.png")
+
+
+@pytest.mark.parametrize("disturb", [_empty, _litter, _links_back, _loose])
+@pytest.mark.parametrize("packed", [False, True])
+def test_classes_are_numbered_by_the_names_of_train(tmp_path, disturb, packed):
+    _classes(tmp_path, "train", ["bee", "cat", "dog10", "dog9"])
+    _classes(tmp_path, "val", ["cat", "dog10"], count=2)
+    disturb(tmp_path)
+    if packed:
+        if disturb is _links_back:
+            pytest.skip("a tar file is no tree that links could lead back into")
+        for part in ("train", "val"):
+            with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
+                archive.add(tmp_path / part, arcname=".")
+            shutil.rmtree(tmp_path / part)
+    labels, loader = _labels(tmp_path)
+    assert labels == [1, 1, 3, 3]  # natural order: bee, cat, dog9, dog10
+    assert loader.info.label_names == ("bee", "cat", "dog9", "dog10") and loader.info.num_classes == 4
+    assert _labels(tmp_path, "train")[0] == [0, 1, 2, 3]
+    info = dataset_info("folder", str(tmp_path))
+    assert info.label_names == loader.info.label_names and info.num_classes == 4
+
+
+def test_unknown_class_is_refused_by_name(tmp_path):
+    _classes(tmp_path, "train", ["bee", "cat"])
+    _classes(tmp_path, "val", ["bee", "cats"])
+    with pytest.raises(
+        ValueError, match=r"val has the class 'cats', which .*train does not have. Did you mean 'cat'\?"
+    ):
+        _labels(tmp_path)
+
+
+def test_names_of_the_model_number_the_classes(tmp_path, caplog):
+    _classes(tmp_path, "val", ["bee", "dog"])  # no train: by themselves they would be 0 and 1
+    labels, loader = _labels(tmp_path, label_names=("ant", "bee", "cat", "dog"))
+    assert labels == [1, 3] and loader.info.label_names == ("ant", "bee", "cat", "dog")
+    assert _labels(tmp_path)[0] == [0, 1] and not caplog.records
+    assert _labels(tmp_path, label_names=("n01", "n02"))[0] == [0, 1]
+    assert "has other names for its classes ('n01', 'n02') than the data ('bee', 'dog')" in caplog.text
+    with pytest.raises(ValueError, match="has the class 'dog', which the model does not have"):
+        _labels(tmp_path, label_names=("bee", "cat"))
+
+
+def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
+    _classes(tmp_path, "train", ["bee"])
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+    _loose(tmp_path)
+    assert _labels(tmp_path, "train")[0] == [0]
+    assert "train: left out are 1 .txt, 1 in no folder of a class; read are .bmp, " in caplog.text
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder"])
+def test_torchvisions_folders_are_read_like_others(tmp_path, name):
+    _classes(tmp_path, "train", ["bee", "cat"])
+    _classes(tmp_path, "val", ["cat"])
+    loader = create_loader(name, "val", data_dir=str(tmp_path), img_size=8, num_workers=0)
+    assert [labels.tolist() for _, labels in loader] == [[1]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "pgm", "jp2"])
+def test_grey_of_sixteen_bits(tmp_path, suffix):
+    values = np.array([[0, 257], [128 * 257, 65535]], dtype=np.uint16).repeat(8, 0).repeat(8, 1)
+    folder = tmp_path / "val" / "a"
+    folder.mkdir(parents=True)
+    if suffix == "pgm":
+        (folder / "0.pgm").write_bytes(b"P5 16 16 65535\n" + values.astype(">u2").tobytes())
+    else:
+        kind = {"irreversible": False} if suffix == "jp2" else {}
+        Image.fromarray(values).save(folder / f"0.{suffix}", **kind)
+    for channels in (1, 3):
+        ((got, _),) = _folder(str(tmp_path), "val", crop_pct=1.0, in_chans=channels, mean=(0,), std=(1,))
+        wanted = torch.tensor([[0.0, 1.0], [128.0, 255.0]]) / 255
+        torch.testing.assert_close(
+            got, wanted.repeat_interleave(8, 0).repeat_interleave(8, 1).expand(1, channels, 16, 16)
+        )
+
+
+def test_depth_without_a_white(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "val" / "a" / "0.tif")
+    with pytest.raises(ValueError, match=r"0.tif cannot be read \(ValueError: it has 32 bits a pixel \(mode 'F'\)"):
+        list(_folder(str(tmp_path), "val"))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", [lambda content: content[:60], lambda content: b"no image", lambda content: b""])
+def test_damaged_image_of_an_evaluation(folder, damage, workers, caplog):
+    path = f"{folder}/val/bird/1.png"
+    with open(path, "rb") as file:
+        content = file.read()
+    with open(path, "wb") as file:
+        file.write(damage(content))
+    with pytest.raises(ValueError, match=r"^the image .*val/bird/1.png cannot be read \("):
+        list(_folder(folder, "val", num_workers=workers))
+    loader = _folder(folder, "val", num_workers=workers, skip_damaged=True)
+    for _ in range(2):
+        assert torch.cat([labels for _, labels in loader]).tolist() == [0, 0, 0, 1, 1]
+        assert loader.facts["left_out"] == 1
+    assert "val/bird/1.png" in caplog.text and "it is left out" in caplog.text
+    # A training goes on with the next one, and says so.
+    os.rename(path, f"{folder}/train/bird/1.png")
+    assert sum(len(labels) for _, labels in _folder(folder, train=True, drop_last=False, num_workers=workers)) == 12
+    if not workers:
+        assert "the next one takes its place" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"crop_pct": 0}, "crop_pct=0 is not possible"),
+        ({"crop_pct": 1.5}, "--crop-pct 0.875"),
+        ({"scale": (0.5,)}, "--scale 0.08 1"),
+        ({"scale": (0.5, 2)}, "nor above 1"),
+        ({"ratio": (2, 1)}, "--ratio 0.75 1.33"),
+    ],
+)
+def test_bad_crops(folder, kwargs, said):
+    with pytest.raises(ValueError) as error:
+        _folder(folder, **kwargs)
+    assert said in str(error.value)
+
+
+def test_crops_of_a_training(folder):
+    """With the whole area and the images' own ratio, a random resized crop is a plain resizing."""
+    kwargs = {"train": True, "hflip": 0, "scale": (1, 1), "ratio": (1.2, 1.2), "mean": (0,), "std": (1,)}
+    order = torch.randperm(12, generator=data._generator("order", 42, 0))
+    got = torch.cat([images for images, _ in _folder(folder, batch_size=12, seed=42, **kwargs)])
+    files = sorted(f"{label}/{i}" for label in ("apple", "bird") for i in range(6))
+    for image, index in zip(got, order.tolist(), strict=True):
+        plain = Image.open(f"{folder}/train/{files[index]}.png").resize((16, 16), Image.Resampling.BICUBIC)
+        torch.testing.assert_close(image, torch.from_numpy(np.array(plain)).permute(2, 0, 1).float() / 255)

@@ -14,7 +14,8 @@ import spikezoo
 from spikezoo import deploy as _deploy_function
 from spikezoo.deploy import EightBit, ExactNorm, deploy
 from spikezoo.layers import ConvNormNeuron, TernaryConv2d
-from spikezoo.neurons import MembraneNorm, firing_rates
+from spikezoo.neurons import MembraneNorm
+from spikezoo.observe import firing_rates
 from spikezoo.sparse import round_to_levels
 
 TICKET = {"kind": "mpslt", "sparsity": 0.4}

@@ -17,8 +17,11 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import spikezoo
+from spikezoo import pictures
 from spikezoo.checkpoint import load_state
 from spikezoo.cli import main
+from spikezoo.data import create_loader
+from spikezoo.evaluate import input_options
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
 from spikezoo.transforms import bake, dynsnn, replay
 from spikezoo.transforms.dynsnn import (
@@ -740,11 +743,11 @@ def trained(tmp_path_factory, train):
 @pytest.mark.parametrize("how", [("--compression", "0.25"), ("--tolerance", "5"), ("--threshold", "0.05")])
 def test_command(trained, tmp_path, capsys, how):
     pytest.importorskip("matplotlib")
-    pictures = tmp_path / "rates.png", tmp_path / "sweep.png"
-    more = ["--samples", "200", "--plot-rates", str(pictures[0]), "--plot-threshold", str(pictures[1])]
+    files = tmp_path / "rates.png", tmp_path / "sweep.png"
+    more = ["--samples", "200", "--plot-rates", str(files[0]), "--plot-threshold", str(files[1])]
     assert main(["dynsnn", "--checkpoint", str(trained), *how, *more, "--output", str(tmp_path / "new")]) == 0
     told = capsys.readouterr().out
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in files)
     results = json.loads((tmp_path / "new" / "config.json").read_text())["spikezoo"]["results"]
     model = spikezoo.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
     report = dynsnn_report(model)
@@ -765,6 +768,27 @@ def test_command(trained, tmp_path, capsys, how):
     )
 
 
+def test_pictures_of_rates_are_measured(trained, tmp_path, monkeypatch):
+    # What is left fires otherwise once the rest is gone: the old rates of the neurons kept would be another picture.
+    drawn = {}
+    monkeypatch.setattr(
+        pictures, "draw_rates", lambda before, after, *_: drawn.update(before=before, after=after, third=_[-1])
+    )
+    argv = ["dynsnn", "--checkpoint", str(trained), "--samples", "200", "--compression", "0.5"]
+    argv += ["--plot-rates", str(tmp_path / "rates.png"), "--reactivated", str(trained)]
+    assert main([*argv, "--output", str(tmp_path / "new")]) == 0
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    images = create_loader("digits", "train", batch_size=256, subset=200, **input_options(model, "digits"))
+    changed = 0
+    for name, rate in neuron_rates(model, images).items():
+        mask = masks_of(model)[name]
+        assert torch.equal(drawn["after"][name], rate[mask]) and torch.equal(
+            drawn["third"][name], drawn["before"][name]
+        )
+        changed += int((drawn["before"][name][mask] != rate[mask]).sum())
+    assert changed > 10
+
+
 def test_command_says_what_is_wrong(trained, tmp_path, capsys):
     for argv, words in (
         (["--compression", "0.2", "--compact"], "give --output DIR, too"),
@@ -773,6 +797,7 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         (["--compression", "0.99"], "would remove all"),
         (["--tolerance", "-1"], "tolerance=-1"),
         (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
+        (["--threshold", "0.1", "--reactivated", "net"], "give --plot-rates FILE, too"),
     ):
         assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
         assert words in capsys.readouterr().err

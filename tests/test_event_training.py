@@ -512,7 +512,7 @@ def test_spikes_over_time():
     handle.remove()
     assert layer == "stages.0.0.neuron" and model.training and torch.equal(spikes, seen[0][:, 0].flatten(1))
     assert spikes.shape[0] == 6 and spikes.sum() > 0
-    expected = spikezoo.neurons.firing_rates(model.eval(), frames[None])
+    expected = spikezoo.firing_rates(model.eval(), frames[None])
     assert list(rates) == list(expected)
     for name, values in rates.items():
         assert values == pytest.approx(expected[name].tolist())

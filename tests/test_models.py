@@ -18,7 +18,8 @@ from torch import nn
 
 import spikezoo
 from spikezoo.checks import UnknownArgumentError
-from spikezoo.neurons import SpikingNeuron, firing_rates
+from spikezoo.neurons import SpikingNeuron
+from spikezoo.observe import firing_rates
 from spikezoo.registry import _rows
 
 RECORD = Path(__file__).parent / "recorded_outputs.json"

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 import spikezoo
 from spikezoo.layers import ConvNormNeuron
-from spikezoo.neurons import LIF, ReLU, Sign, firing_rates
+from spikezoo.neurons import LIF, ReLU, Sign
+from spikezoo.observe import firing_rates
 from spikezoo.transforms import bake, fold_bn, fold_mpbn, replay, tune
 from spikezoo.transforms.multisp import FixedStem, PatchSelection, kept_patches
 from spikezoo.transforms.tickets import tickets

@@ -1,5 +1,6 @@
 """Tests of the families that SNN people compare with: official names and logits, counts by hand, deployment, ONNX."""
 
+import collections
 import math
 import re
 import warnings
@@ -8,13 +9,14 @@ import pytest
 import timm
 import torch
 from test_models import image_for, make, wave
+from torch import nn
 
 import spikezoo
-from spikezoo.neurons import firing_rates
+from spikezoo.observe import firing_rates
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what it deprecates of its own
-    from spikingjelly.activation_based import functional, neuron, surrogate
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
     from spikingjelly.activation_based.model import sew_resnet as jelly_sew
 
 
@@ -26,6 +28,8 @@ with warnings.catch_warnings():
 NETS = [
     ("test_sew_resnet", {}),
     ("test_sew_resnet", {"bottleneck": True, "connect": "iand", "stem": "conv7"}),
+    ("test_ms_resnet", {}),
+    ("test_ms_resnet", {"stem": "conv3x3", "pooled_shortcut": True, "depths": (1, 1, 1)}),
     ("test_sew_resnet", {"connect": "and", "depths": (1, 1, 1), "threshold": 0.1}),
 ]
 
@@ -57,7 +61,7 @@ def test_deployed_and_folded(name, arguments, monkeypatch, caplog):
         assert spikezoo.deploy(model, precision, example=x)(x).isfinite().all()
     model = model.double()
     folded = spikezoo.fold_bn(model)
-    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     torch.testing.assert_close(folded(x.double()), model(x.double()), rtol=0, atol=1e-9)
 
 
@@ -103,7 +107,7 @@ def same(name, official, logits, path, state=None, **arguments):
     with torch.no_grad():
         for T in (1, 4):
             x = wave((2, T, *model.input_shape[-3:]), 5)
-            wanted = logits(official, x.transpose(0, 1))
+            wanted = logits(x.transpose(0, 1))
             rates = firing_rates(model, x).values()
             assert max(rate.mean() for rate in rates) < 0.99 and sum(rate.mean() > 0.01 for rate in rates) > 0.8 * len(
                 rates
@@ -147,12 +151,71 @@ def test_official_sew_resnet(block, connect, tmp_path):
             contained["module." + key.replace("downsample.", "downsample.0.module.")] = value
         state = contained
 
-    def logits(net, x):
-        functional.reset_net(net)
-        return net(x).mean(0)
+    def logits(x):
+        functional.reset_net(official)
+        return official(x).mean(0)
 
     arguments = {"depths": (2, 1, 1, 1), "num_classes": 5, "img_size": 32, "connect": connect, "threshold": threshold}
     same("sew_resnet18", official, logits, tmp_path / "w.pth", state, bottleneck=block == "Bottleneck", **arguments)
+
+
+class Sum(nn.Module):
+    """Two ways through a block, added."""
+
+    def __init__(self, **branches):
+        super().__init__()
+        for name, layers in branches.items():
+            self.add_module(name, nn.Sequential(*layers))
+
+    def forward(self, x):
+        first, second = self.children()
+        return first(x) + second(x)
+
+
+class Steps(nn.Module):
+    """A net of SpikingJelly's layers for sequences; its parts run in order, then mean over map and time, classifier."""
+
+    def __init__(self, *, classes, features, last="fc", **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part if isinstance(part, nn.Module) else nn.Sequential(*part))
+        self.parts, self.last = list(parts), last
+        self.add_module(last, nn.Linear(features, classes))
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        functional.reset_net(self)
+        for name in self.parts:
+            x = self.get_submodule(name)(x)
+        return self.get_submodule(self.last)(x.flatten(3).mean(3).mean(0))
+
+
+def official_ms(stem, pooled):
+    def norm(channels):
+        return nn.Sequential(collections.OrderedDict(bn=layer.BatchNorm2d(channels)))
+
+    def fire():
+        return neuron.LIFNode(tau=4 / 3, decay_input=False, v_threshold=0.5)
+
+    def block(a, b, stride):
+        branch = [fire(), layer.Conv2d(a, b, 3, stride, 1, bias=False), norm(b), fire()]
+        branch += [layer.Conv2d(b, b, 3, 1, 1, bias=False), norm(b)]
+        pool = [layer.AvgPool2d(2)] if pooled else []
+        conv = layer.Conv2d(a, b, 1, 1 if pooled else stride, bias=False)
+        return Sum(residual_function=branch, shortcut=[] if (a, stride) == (b, 1) else [*pool, conv, norm(b)])
+
+    convs = [layer.Conv2d(3, 8, 7, 2, 3, bias=False)]
+    if stem == "conv3x3":
+        convs = [layer.Conv2d(a, 8, 3, s, 1) for a, s in ((3, 2), (8, 1), (8, 1))]
+    stages = {"conv2_x": [block(8, 8, 2), block(8, 8, 1)], "conv3_x": [block(8, 12, 2)], "end": [fire()]}
+    return Steps(conv1=[*convs, norm(8)], **stages, features=12, classes=5)
+
+
+@pytest.mark.parametrize(("stem", "pooled"), [("conv7", False), ("conv3x3", True)])
+def test_official_ms_resnet(stem, pooled, tmp_path):
+    official = randomise(official_ms(stem, pooled))
+    layout = {"widths": (8, 12), "depths": (2, 1), "strides": (2, 2), "stem": stem, "pooled_shortcut": pooled}
+    same("test_ms_resnet", official, official, tmp_path / "w.pth", num_classes=5, **layout)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -210,3 +273,43 @@ def test_sew_arguments_teach():
         spikezoo.create_model("test_sew_resnet", connect="or")
     with pytest.raises(ValueError, match=r"stem='conv5' does not exist\. Did you mean 'conv[37]'"):
         spikezoo.create_model("test_sew_resnet", stem="conv5")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# MS-ResNet
+# --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_ms_block_by_hand():
+    model = make("test_ms_resnet", T=2).eval()
+    x = image_for(model)
+    c, rows = spikezoo.count(model, x), spikezoo.count(model, x).by_module
+    levels = model.forward_intermediates(x, intermediates_only=True, time_mean=False)
+    assert c.uncounted == {} and not torch.equal(levels[1], levels[1].round())  # currents
+    # The branch takes spikes; a shortcut with a convolution takes the current at both steps, as multiplications. The
+    # image passes the stem once.
+    assert rows["stages.1.0.conv1.conv"].input == "spikes" and rows["stages.1.0.shortcut.0.conv"].input == "analog"
+    shortcuts = 2 * (8 * 12 * 16 * 16 + 12 * 16 * 8 * 8)
+    assert c.macs_exact == 3 * 9 * 8 * 32 * 32 + shortcuts
+    # By hand: the neuron's potential 0.25 v + x over its threshold, of what the stem puts out at every step.
+    v, spikes = 0, []
+    for current in levels[0]:
+        v = 0.25 * v + current
+        spikes.append((v > 0.5).float())
+        v = v * (1 - spikes[-1])
+    block = model.stages[0][0]
+    assert torch.equal(block.neuron(levels[0]), torch.stack(spikes))
+    assert torch.equal(block(levels[0]), block.conv2(block.conv1(torch.stack(spikes))) + levels[0])
+    events = torch.stack(spikes).sum().item()
+    inner = nn.functional.conv2d(torch.stack(spikes).flatten(0, 1), torch.ones(8, 8, 3, 3), padding=1).sum().item()
+    assert events and rows["stages.0.0.conv1.conv"].sops_exact == inner / 2
+
+
+def test_ms_stem_runs_once():
+    model = make("test_ms_resnet", T=4, stem="conv3x3").eval()
+    calls = []
+    for conv in model.stem:
+        conv.register_forward_pre_hook(lambda _m, inputs: calls.append(len(inputs[0])))
+    model(image_for(model))
+    assert calls == [1, 1, 1]

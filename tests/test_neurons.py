@@ -21,13 +21,11 @@ from spikezoo.neurons import (
     NeuronFactory,
     ReLU,
     Sign,
-    SpikingNeuron,
     UnknownArgumentError,
-    WithRates,
-    firing_rates,
     nearest,
     spike,
 )
+from spikezoo.observe import WithRates
 
 # ------------------------------------------------------------------------------------------ potentials by hand
 
@@ -543,32 +541,3 @@ def test_nearest_names():
     assert nearest("lfi", ["lif", "relu"]) == "Did you mean 'lif'?"
     assert nearest("something", ["b", "a"]) == "Valid: a, b."
     assert nearest(None, ["a"]) == "Valid: a."
-
-
-# ----------------------------------------------------------------------------------------------- firing rates
-
-
-def test_firing_rates_by_hand():
-    net = nn.Sequential(LIF(NeuronConfig(decay=1.0)), nn.Identity(), LIF(NeuronConfig(decay=1.0, threshold=0.5)))
-    x = torch.tensor([[[1.0, 0.5], [0.0, 0.0]], [[1.0, 0.5], [0.0, 0.25]]])
-    # First layer: step 1 fires 1 of 4, step 2 fires 2 of 4; the second layer repeats its spikes.
-    assert {name: rate.tolist() for name, rate in firing_rates(net, x).items()} == {"0": [0.25, 0.5], "2": [0.25, 0.5]}
-    assert firing_rates(net, x * 0)["2"].tolist() == [0, 0]
-    output, rates = WithRates(net)(x.requires_grad_())
-    assert torch.equal(output, net(x)) and rates.tolist() == [[0.25, 0.5], [0.25, 0.5]]
-    rates[1].sum().backward()  # for penalties on activity
-    assert x.grad.abs().sum() > 0
-
-
-def test_firing_rates_leave_no_probes_behind():
-    model = spikezoo.create_model("test_spiking_vgg", T=3)
-    x = torch.randn(2, 3, 32, 32)
-    rates = firing_rates(model, x)
-    neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
-    assert list(rates) == list(neurons) and len(rates) == 5
-    assert all(rate.shape == (3,) for rate in rates.values())
-    assert all(neuron.probe is None for neuron in neurons.values())
-    model.head.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        firing_rates(model, x)
-    assert all(neuron.probe is None for neuron in neurons.values())

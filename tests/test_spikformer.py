@@ -16,7 +16,8 @@ from torch.func import functional_call, grad, vmap
 import spikezoo
 from spikezoo.models import autost, spikformer
 from spikezoo.models.spikformer import attend, checkpoint_filter_fn
-from spikezoo.neurons import SpikingNeuron, firing_rates
+from spikezoo.neurons import SpikingNeuron
+from spikezoo.observe import firing_rates
 from spikezoo.transforms import fold_mpbn
 
 with warnings.catch_warnings():

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.layers import TernaryConv2d, TernaryLinear
-from spikezoo.neurons import firing_rates
+from spikezoo.observe import firing_rates
 from spikezoo.transforms import replay, set_epoch, ticket, tune
 from spikezoo.transforms.tickets import tickets
 

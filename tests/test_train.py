@@ -23,6 +23,7 @@ import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
+from spikezoo.train.muon import FixedNormMuon, normalised_weights
 
 ROOT = Path(__file__).parents[1]
 
@@ -1004,31 +1005,252 @@ def test_a_teacher_sees_its_own_normalisation(fast, tmp_path):
 
 def test_progressive_resolution(fast, tmp_path, monkeypatch):
     sizes = []
-    forward = spikezoo.neurons.WithRates.forward
+    forward = spikezoo.observe.WithRates.forward
     monkeypatch.setattr(
-        spikezoo.neurons.WithRates,
+        spikezoo.observe.WithRates,
         "forward",
-        lambda self, x: (sizes.append(tuple(x.shape[2:])) if self.model.training else None) or forward(self, x),
+        lambda self, x: (sizes.append(x.shape[-1]) if self.model.training else None) or forward(self, x),
     )
-    small = ("--model", "test_mpbn_resnet", "--img-size", 16, "--progressive", "size=8", "epochs=1")
-    fast.main(flags(tmp_path, *small))
-    assert sizes == [(8, 8)] * 4 + [(16, 16)] * 4
-    for given, told in (
-        (("size=8",), "expected size=24 epochs=12"),
-        (("size=16", "epochs=1"), "expected 8 to 15"),
-        (("size=8", "epochs=0.5"), "whole numbers"),
+    small = ("--model", "test_mpbn_resnet", "--img-size", 16)  # two epochs of four batches
+    for given, seen in (
+        (("8:0.5", "16:0.5"), [8] * 4 + [16] * 4),
+        (("8:0.25", "12:0.3", "16:0.45"), [8] * 2 + [12] * 2 + [16] * 4),  # of 8 updates: ends at 2, 4.4 and 8
+        (("8:3", "16:2"), [8] * 3 + [16] * 2),  # updates, the last within an epoch
     ):
-        with pytest.raises(ValueError, match=told):
-            fast.main(flags(tmp_path, *small[:5], *given, "--experiment", "bad"))
+        sizes.clear()
+        fast.main(flags(tmp_path, *small, "--progressive", *given, "--experiment", "-".join(given).replace(":", "_")))
+        assert sizes == seen
+    results = json.loads((tmp_path / "8_3-16_2" / "config.json").read_text())["spikezoo"]["results"]
+    assert (results["updates"], results["progressive"], results["epochs"]) == (5, {"8": 3, "16": 2}, 2)
+    for given, told in (
+        (("8:0.5",), "add up to 1"),
+        (("8:0.5", "16:0.6"), "add up to 1"),
+        (("8:0.5", "x:0.5"), "add up to 1"),
+        (("8:0", "16:1"), "add up to 1"),
+        (("8",), "expected|argument"),
+        (("8:0.5", "17:0.5"), "expected 8 to 16"),
+        (("4:0.5", "16:0.5"), "expected 8 to 16"),
+        (("8:3", "16:2", "--updates", 6), "is 5 updates, and --updates 6 says otherwise"),
+    ):
+        with pytest.raises((ValueError, SystemExit), match=told if given != ("8",) else None):
+            fast.main(flags(tmp_path, *small, "--progressive", *given, "--experiment", "bad"))
+    more = (*small, "--progressive", "8:0.5", "16:0.5", "--experiment", "bad")
     with pytest.raises(ValueError, match="was built for images of"):
-        fast.main(flags(tmp_path, *small, "--mpbn", "element", "--experiment", "bad"))
-    patches = ("--model", "test_spikformer", "--img-size", 16, "--progressive", "size=10", "epochs=1")
+        fast.main(flags(tmp_path, *more, "--mpbn", "element"))
+    patches = ("--model", "test_spikformer", "--img-size", 16, "--progressive", "10:0.5", "16:0.5")
     with pytest.raises(ValueError, match=r"10x10 pixels is not divisible by the patch"):
         fast.main(flags(tmp_path, *patches, "--experiment", "bad"))
     fast.main(flags(tmp_path, "--model", "test_spiking_vgg", "--img-size", 16, "--epochs", 1, "--experiment", "vgg"))
     with pytest.raises(ValueError, match=r"--teacher local-dir.* was built for images of 16x16 alone"):
-        fast.main(flags(tmp_path, *small, "--teacher", f"local-dir:{tmp_path / 'vgg'}", "--experiment", "bad"))
+        fast.main(flags(tmp_path, *more, "--teacher", f"local-dir:{tmp_path / 'vgg'}"))
     assert not (tmp_path / "bad").exists()
+
+
+def test_sizes_in_a_config(train, tmp_path):
+    assert train.parse_args(config(tmp_path, "progressive: {16: 0.5, 32: 0.5}")).progressive == {16: 0.5, 32: 0.5}
+    with pytest.raises(ValueError, match=r"'progressive': \[.*expected a mapping, for instance \{16: 0.5, 32: 0.5\}"):
+        train.parse_args(config(tmp_path, "progressive: [16:0.5, 32:0.5]"))  # YAML reads base 60
+
+
+# --------------------------------------------------------------------------------------- lengths in updates and time
+
+
+@pytest.mark.parametrize("call", [3, 5])
+def test_a_length_in_updates_resumes_bit_identically(fast, tmp_path, monkeypatch, call):
+    recipe = ("--updates", 6, "--opt", "fixednormmuon", "--sched", "poly", "--decay-rate", 1, "--warmup-share", 0.34)
+    recipe += ("--val-interval", 5, "--recovery-interval", 1, "--alternating-flip", "--translate", 1, "--hflip", 0.5)
+    fast.main(flags(tmp_path, *recipe, "--experiment", "whole"))
+    argv = flags(tmp_path, *recipe, "--experiment", "parts", "--resume", "auto")
+    interrupted(fast, argv, call, monkeypatch)
+    fast.main(argv)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    state = load_state(tmp_path / "whole" / "last.safetensors")
+    assert state["updates"] == 6 and state["sizes"] == [[None, 6]]
+
+
+def test_the_schedule_of_a_length_in_updates_by_hand(fast, tmp_path):
+    recipe = ("--updates", 8, "--sched", "poly", "--decay-rate", 1, "--warmup-share", 0.25, "--warmup-lr", 0)
+    run = fast.Run(fast.parse_args(flags(tmp_path, *recipe, "--lr", 0.8)))
+    rates = []
+    for update in range(1, 8):
+        run.scheduler.step_update(update)
+        rates.append(round(run.optimizer.param_groups[0]["lr"], 6))
+    # two updates of warm-up, then linearly to zero at the eighth
+    assert rates == [0.4, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+
+
+def test_a_length_in_time(fast, tmp_path, monkeypatch, capsys):
+    clock = iter(np.arange(0, 1e6, 0.25))  # every look at the clock is a quarter of a second after the last
+    recipe = ("--model", "test_mpbn_resnet", "--img-size", 16, "--progressive", "8:0.5", "16:0.5", "--train-time", "2s")
+    recipe += ("--opt", "fixednormmuon", "--val-interval", 9)
+    monkeypatch.setattr(fast.time, "perf_counter", lambda: float(next(clock)))
+    fast.main(flags(tmp_path, *recipe, "--experiment", "timed"))
+    said = capsys.readouterr().out
+    assert "--train-time 2s is 8 updates here; to repeat it: --progressive 8:4 16:4" in said
+    fast.main(flags(tmp_path, *recipe[:4], "--progressive", "8:4", "16:4", *recipe[-4:], "--experiment", "again"))
+    assert_same_weights(*(tmp_path / name / "model.safetensors" for name in ("timed", "again")))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--updates", 3, "--train-time", "3m"), "give one of them"),
+        (("--train-time", "3 minutes"), "--train-time '3 minutes': expected a time such as"),
+        (("--train-time", "0s"), "--train-time '0s': expected a time"),
+        (("--updates", 3, "--sched", "step"), "--sched step counts in epochs"),
+        (("--updates", 3, "--no-sched-on-updates"), "they schedule every update"),
+        (("--warmup-share", 0.1, "--warmup-epochs", 2), "give one"),
+        (("--warmup-share", 1), r"in \[0, 1\)"),
+        (("--progressive", "8:3", "16:2", "--train-time", "3m"), "is 5 updates, and --train-time 3m says otherwise"),
+        (("--teacher-cache", "x"), "without --teacher"),
+        (("--ticket-init", "x"), "without --ticket"),
+        (("--val-interval", 0), "at least 1"),
+    ],
+)
+def test_bad_lengths_and_starts(train, more, told):
+    with pytest.raises(ValueError, match=told):
+        train.parse_args(flags("o", *more))
+
+
+def test_amp_auto_is_what_the_processor_is_fast_in(fast, tmp_path, monkeypatch, capsys):
+    for value, wanted in (("auto", "auto"), (None, True)):
+        assert fast.parse_args(flags("o", "--amp", *([value] if value else []))).amp == wanted
+    assert fast.parse_args(flags("o", "--no-amp")).amp is False
+    assert fast.parse_args(config(tmp_path, "amp: auto")).amp == "auto"
+    with pytest.raises(ValueError, match="expected true or false, auto"):
+        fast.parse_args(config(tmp_path, "amp: fast"))
+    for quick in (True, False):
+        monkeypatch.setattr(fast, "fast_bfloat16", lambda device, quick=quick: quick)
+        assert fast.Run(fast.parse_args(flags(tmp_path, "--amp", "auto"))).amp is quick
+        assert fast.Run(fast.parse_args(flags(tmp_path, "--amp"))).amp is True
+        assert ("bfloat16 is several times slower" in capsys.readouterr().out) is not quick
+    # A run goes on in the format that it began in, wherever it is.
+    fast.main(flags(tmp_path, "--amp", "auto", "--experiment", "moved", "--epochs", 1))
+    monkeypatch.setattr(fast, "fast_bfloat16", lambda device: True)
+    argv = flags(tmp_path, "--amp", "auto", "--experiment", "moved", "--epochs", 1, "--resume", "auto")
+    assert fast.Run(fast.parse_args(argv)).amp is False
+    assert "--amp auto was off where this run began" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------- hold-out, stored logits, starts
+
+
+def test_holdout_is_evaluated_and_never_trained_on(fast, tmp_path):
+    run = fast.Run(fast.parse_args(flags(tmp_path, "--holdout", 100, "--seed", 1)))
+    other = fast.Run(fast.parse_args(flags(tmp_path, "--holdout", 100, "--seed", 2)))
+    held, rest = run.val_loader.samples.tolist(), run.train_loader.samples.tolist()
+    assert len(held) == 100 and not set(held) & set(rest)
+    assert run.val_loader.samples.equal(other.val_loader.samples)  # a choice over seeds sees the same images
+    labels = torch.cat([target for _, target in run.val_loader])
+    assert labels.bincount().tolist() == [10] * 10
+    run.finish(run.train())
+    results = json.loads((run.folder / "config.json").read_text())["spikezoo"]["results"]
+    assert (results["holdout"], results["samples"]) == (100, 100)
+
+
+def cached(folder, *more):
+    given = ("--views", 2, "--translate", 1, "--hflip", 0.5, "--alternating-flip", "--epochs", 3)
+    return flags(folder, *given, "--teacher", f"local-dir:{folder / 'teacher'}", "--teacher-cache", folder / "l", *more)
+
+
+def test_stored_logits_are_the_teachers_of_every_view(fast, tmp_path, monkeypatch):
+    fast.main(flags(tmp_path, "--experiment", "teacher", "--epochs", 1))
+    run = fast.Run(fast.parse_args(cached(tmp_path, "--experiment", "one")))
+    asked = []
+    teach = run.cache.teach
+    run.cache.teach = lambda images: asked.append(len(images)) or teach(images)
+    run.train()
+    assert sum(asked) >= 2 * run.train_loader.num_samples  # of three epochs the third repeats the first view
+    plain = spikezoo.create_model(f"local-dir:{tmp_path / 'teacher'}", pretrained=True).eval()
+    for epoch in range(3):
+        run.train_loader.set_epoch(epoch)
+        for batch, (images, _) in enumerate(run.train_loader):
+            with torch.no_grad():
+                torch.testing.assert_close(run.cache(epoch, batch).float(), plain(images), rtol=2e-3, atol=2e-3)
+    again = fast.Run(fast.parse_args(cached(tmp_path, "--experiment", "two")))
+    again.cache.teach = None  # nothing is asked twice
+    again.train()
+    assert_same_weights(run.model.state_dict(), again.model.state_dict())
+
+
+def test_logits_of_something_else_are_refused(fast, tmp_path):
+    fast.main(flags(tmp_path, "--experiment", "teacher", "--epochs", 1))
+    fast.main(cached(tmp_path, "--experiment", "one"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "l").iterdir()}
+    for more, told in (
+        (("--translate", 2), "translate 1, here 2"),
+        (("--seed", 7), "seed"),
+        (("--mean", 0.1, "--std", 1), "mean"),
+        (("--holdout", 10), "holdout 0, here 10"),
+    ):
+        with pytest.raises(ValueError, match=rf"another teacher, data set or augmentation .*{told}"):
+            fast.main(cached(tmp_path, "--experiment", "bad", *more))
+    fast.main(flags(tmp_path, "--experiment", "stranger", "--epochs", 1, "--seed", 3))
+    with pytest.raises(ValueError, match=r"another teacher, data set or augmentation \(teacher "):
+        fast.main(cached(tmp_path, "--experiment", "bad", "--teacher", f"local-dir:{tmp_path / 'stranger'}"))
+    with pytest.raises(ValueError, match="add --views 8"):
+        args = fast.parse_args(cached(tmp_path, "--experiment", "bad"))
+        args.views = None
+        fast.Run(args)
+    with pytest.raises(ValueError, match=r"mixed images do not come again|left out beside mixup"):
+        fast.main(cached(tmp_path, "--experiment", "bad", "--mixup", 0.2))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "l").iterdir()} == before
+    assert not (tmp_path / "bad").exists()
+
+
+def test_membrane_norms_begin_as_the_identity(fast, tmp_path):
+    small = ("--img-size", 16, "--T", 2)
+    fast.main(flags(tmp_path, "--model", "test_mpbn_resnet", "--mpbn", "none", *small, "--experiment", "plain"))
+    plain = spikezoo.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    given = ("--model", "test_mpbn_resnet", "--mpbn", "channel", *small, "--initial-checkpoint", tmp_path / "plain")
+    run = fast.Run(fast.parse_args(flags(tmp_path, *given)))
+    images = next(iter(run.val_loader))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(run.model.eval()(images), plain(images), rtol=1e-4, atol=1e-4)
+    norm = run.model.stem[0].neuron.norm
+    assert (norm.weight - 1).abs().max() > 0.1  # and it took numbers other than 1 and 0 for that
+
+
+def test_scores_start_from_a_trained_net(fast, tmp_path):
+    given = ("--model", "test_spiking_vgg", "--img-size", 16)
+    fast.main(flags(tmp_path, *given, "--experiment", "dense", "--epochs", 1))
+    ticket = (*given, "--ticket", "kind=mpslt", "sparsity=0.4", "--ticket-init")
+    run = fast.Run(fast.parse_args(flags(tmp_path, *ticket, tmp_path / "dense")))
+    dense = spikezoo.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True)
+    layer, part = run.model.stem[0].conv, run.model.stem[0].conv.parametrizations.weight[0]
+    agreement = (dense.stem[0].conv.weight.detach() * part.frozen.sign()).flatten()
+    kept = layer.weight.detach().flatten() != 0
+    assert agreement[kept].min() >= agreement[~kept].max()  # the best are kept, whatever their scale
+    torch.testing.assert_close(run.model.head.fc.bias, dense.head.fc.bias)
+    fast.main(flags(tmp_path, "--experiment", "resnet", "--model", "test_spiking_resnet", "--epochs", 1))
+    with pytest.raises(ValueError, match=r"--ticket-init .*resnet: .* no such layer|of the ticket is"):
+        fast.main(flags(tmp_path, *ticket, tmp_path / "resnet", "--experiment", "bad"))
+    assert not (tmp_path / "bad").exists()
+
+
+def test_muon_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 0, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]))
+    vector = torch.nn.Parameter(torch.ones(2))
+    optimizer = FixedNormMuon(
+        [weight, vector], lr=0.5, momentum=0.6, nesterov=False, ns_steps=12, adjust_lr_fn="original",
+        ns_coefficients=[(1.5, -0.5, 0.0)], fallback_lr_scale=0.1,
+    )  # fmt: skip
+    optimizer.fix_norms([weight])
+    weight.grad, vector.grad = torch.diag(torch.tensor([1.0, 2, 1, 2])), torch.tensor([1.0, -1])
+    optimizer.step()
+    # The weight shrinks from 5 to the root of its four outputs; all singular values of the gradient become 1.
+    wanted = torch.diag(torch.tensor([1.2, 1.6, 0, 0])) - 0.5 * torch.eye(4)
+    torch.testing.assert_close(weight.detach(), wanted, rtol=0, atol=0.01)
+    assert (vector.detach() - torch.tensor([0.95, 1.05])).abs().max() < 0.01  # one step of Adam, 0.05 each
+    assert weight.grad is not None
+
+
+def test_weights_before_a_norm():
+    model = spikezoo.create_model("test_spiking_resnet")
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [names[id(p)] for p in normalised_weights(model)]
+    convs = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    assert found == [f"{name}.weight" for name in convs]  # and neither of the two linear layers, which have none
 
 
 def test_shrunk_images_stay_in_the_range_of_a_code(fast, tmp_path, monkeypatch):
@@ -1039,7 +1261,7 @@ def test_shrunk_images_stay_in_the_range_of_a_code(fast, tmp_path, monkeypatch):
         "torch.nn.functional.interpolate", lambda x, **arguments: shrink(torch.ones_like(x), **arguments)
     )
     coded = ("--model", "test_mpbn_resnet", "--model-kwargs", "encoding=ttfs", "--mean", 0, "--std", 1)
-    fast.main(flags(tmp_path, *coded, "--img-size", 16, "--progressive", "size=14", "epochs=1", "--epochs", 1))
+    fast.main(flags(tmp_path, *coded, "--img-size", 16, "--progressive", "14:1.0", "--epochs", 1))
 
 
 @pytest.mark.parametrize(

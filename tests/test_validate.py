@@ -20,7 +20,7 @@ from spikezoo import data, evaluate, registry
 from spikezoo.checkpoint import save_state
 from spikezoo.evaluate import environment
 from spikezoo.flags import leave
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates
 
 SCRIPT = Path(__file__).parents[1] / "validate.py"
 NAME = "test_mpbn_vgg"

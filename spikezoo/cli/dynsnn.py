@@ -21,8 +21,8 @@ from spikezoo.transforms import apply
 from spikezoo.transforms.dynsnn import (
     compacted,
     dynsnn_report,
-    fade,
     find_threshold,
+    masks_of,
     neuron_rates,
     prune,
     sweep_thresholds,
@@ -50,8 +50,13 @@ def build_parser() -> Parser:
     parser.add_argument("--output", metavar="DIR", help="write the pruned net there, masks and zeros in its place")
     parser.add_argument("--compact", action="store_true", help="write it with what was removed gone from its weights")
     parser.add_argument("--deploy", choices=PRECISIONS, help="measure accuracy with spikezoo.deploy(model, PRECISION)")
-    parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after")
-    parser.add_argument("--plot-threshold", metavar="FILE", help="draw accuracy and compression over the threshold")
+    parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after, both measured")
+    parser.add_argument(
+        "--reactivated", metavar="FILE_OR_DIR", help="draw those of this checkpoint, too: the net after reactivation"
+    )
+    parser.add_argument(
+        "--plot-threshold", metavar="FILE", help="draw what removal without training costs, over the threshold"
+    )
     return parser
 
 
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("How much may go? Give --threshold, --compression or --tolerance 0.3.")
     if args.compact and not args.output:
         raise ValueError("--compact is for what is written: give --output DIR, too.")
+    if args.reactivated and not args.plot_rates:
+        raise ValueError("--reactivated is for the picture: give --plot-rates FILE, too.")
     for path in filter(None, (args.plot_rates, args.plot_threshold)):
         pictures.check_picture(path)
     whole_flags(args, "samples", "batch_size")
@@ -91,8 +98,12 @@ def run(args: argparse.Namespace) -> int:
     after, left = measure(model, test), dynsnn_report(model, sample)
     title = f"{name}: {dataset}"
     if args.plot_rates:
-        kept = {layer: rates[layer][~flags] for layer, flags in fade(rates, threshold).items()}
-        pictures.draw_rates(rates, kept, threshold, args.plot_rates, f"{title}/train")
+        # The neurons that are left fire otherwise than before, since nobody inhibits or excites them for those gone.
+        masks = masks_of(model)
+        again = {layer: rate[masks[layer]] for layer, rate in neuron_rates(model, train).items()}
+        other = open_net(args, {}, args.dataset, checkpoint=args.reactivated)[1] if args.reactivated else None
+        third = None if other is None else neuron_rates(other, train)
+        pictures.draw_rates(rates, again, threshold, args.plot_rates, f"{title}/train", third)
     if args.plot_threshold:
         pictures.draw_thresholds(swept, threshold, args.plot_threshold, f"{title}/{args.split}")
     print(f"{name}, weights {weights}: neurons with firing rates below {threshold:.4g} removed\n")

@@ -33,7 +33,7 @@ from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_repo_id, describe, portable_command, push_folder, push_to_hub, training_facts
-from spikezoo.neurons import WithRates
+from spikezoo.observe import WithRates
 from spikezoo.registry import is_reference, list_models, locate
 
 # Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines
@@ -55,7 +55,8 @@ def build_parser(prog: str = "spikezoo validate") -> Parser:
 
     group = parser.add_argument_group("data")
     group.add_argument("--dataset", "--data", help="(default: the checkpoint's, else what fits the model's input)")
-    add_flags(group, "data-dir", "dataset-download", "mean", "std", "split")
+    add_flags(group, "data-dir", "dataset-download", "mean", "std", "crop-pct", "interpolation", "split")
+    group.add_argument("--skip-damaged", action="store_true", help="leave out, and count, images that cannot be read")
     group.add_argument("--val-subset", type=int, metavar="N", help="measure on N of the images only, classes balanced")
     add_flags(group, "batch-size", "workers")
     add_flags(group, "frames-by", "duration-us")
@@ -168,7 +169,17 @@ def loader_for(name: str, model: Any, dataset: str, args: argparse.Namespace, ow
             in_chans=model.in_chans,
             channels_last=args.channels_last,
             num_workers=args.workers,
-            **input_options(model, dataset, args.mean, args.std, args.frames_by, args.duration_us),
+            skip_damaged=args.skip_damaged,
+            **input_options(
+                model,
+                dataset,
+                args.mean,
+                args.std,
+                args.frames_by,
+                args.duration_us,
+                args.crop_pct,
+                args.interpolation,
+            ),
         )
     except FileNotFoundError as error:
         if own is None:  # random weights fit whatever is there

@@ -8,6 +8,9 @@ pruned weights are exact; an integer value k is k events; signed spikes count by
 spikes is an operation per spike and window; a layer behind an average of n spikes is charged for each of the n, so
 that its exact column may exceed the paper's, which sees the averaged rate. Analog input is MACs: the dense number
 less the weights that are zero, or the same number of additions, counted as SOPs, where the weights are -c, 0, +c.
+Every value of an analog frame takes part, zeros too, be they black pixels or the padding at the border: there are no
+events to wait for. Counters of products that are not zero, such as NeuroBench's, leave them out: of a 3x3 convolution
+of 32x32 pixels that is 4 %.
 
 *paper*: firing rate of the layer's input x T x dense MACs, analog input (the stem) as MACs once, no credit for zero
 weights, pooling free. Sign activations, of which none is ever silent, are MACs there, as the ticket papers charge them.

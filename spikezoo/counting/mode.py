@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from spikezoo.counting.observer import Observer, Tally, tensors
 from spikezoo.counting.rules import NORMS, TABLE, Rule
 from spikezoo.counting.signals import ANALOG, BLANK, UNKNOWN
+from spikezoo.observe import evaluating, is_neuron
 
 __all__ = ["CountingMode", "observe"]
 
@@ -94,8 +96,7 @@ class CountingMode(TorchDispatchMode):
                 assert plan.rule is not None
                 signal = plan.rule(observer, func, args, kwargs, out)
                 if any(norm in func._schema.name for norm in NORMS):
-                    observer.tally.norm_elements += out[0].numel()
-                    observer.tally.norm_step += out[0].numel() / observer.steps(out[0].shape[0])
+                    observer.dense(0, out[0].shape[0], norm_elements=out[0].numel())
         elif plan.kind == "torch":
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
             observer.analog(func, None, flops // 2, 0, args[0].shape[0] if args[0].dim() else 1)
@@ -108,19 +109,21 @@ class CountingMode(TorchDispatchMode):
         return out
 
 
-def is_neuron(module: nn.Module) -> bool:
-    """Spikezoo's neurons and SpikingJelly's; by name, since this file imports neither."""
-    return any(cls.__name__ in ("SpikingNeuron", "BaseNode") for cls in type(module).__mro__)
+_ONE = threading.RLock()  # a model has one set of hooks and modes: threads count one after the other
 
 
 @contextmanager
 def watched(model: nn.Module, mode: CountingMode) -> Iterator[None]:
-    """Tell the mode which module runs, and what its neurons put out."""
+    """Tell the mode which module runs, and what its neurons put out; of this thread alone."""
+    thread = threading.get_ident()
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
-        mode.observer.stack.append(name)
+        if threading.get_ident() == thread:
+            mode.observer.stack.append(name)
 
     def leave(neuron: bool, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         mode.observer.stack.pop()
         if neuron and isinstance(out, Tensor) and out.dim() > 1:
             mode.paused = True
@@ -163,18 +166,14 @@ def observe(model: nn.Module, batch: Tensor, inputs: str, observer: Observer) ->
         raise ValueError("Model or batch is on the meta device, where there are no values: use device='cpu'.")
     T = batch.shape[1] if batch.dim() == 5 else getattr(model, "T", 1)
     mode = CountingMode(observer)
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as stack:
+    with _ONE, ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # there operations would arrive undivided
         stack.enter_context(torch.no_grad())
         if batch.is_inference():
             batch = batch.clone()
         if "torch._dynamo" in sys.modules:  # compiled parts run as they were written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in training:
-            module.training = False
-        for module in training:
-            stack.callback(setattr, module, "training", True)
+        stack.enter_context(evaluating(model))
         stack.enter_context(watched(model, mode))
         observer.begin(batch, inputs, T if isinstance(T, int) and T > 0 else 1)
         stack.enter_context(mode)
@@ -190,4 +189,4 @@ def observe(model: nn.Module, batch: Tensor, inputs: str, observer: Observer) ->
             f"{type(model).__name__}.forward returned None, so what it computed may not be what it is for: let it "
             "return its output."
         )
-    return observer.tally
+    return observer.end()

@@ -21,6 +21,16 @@ __all__ = ["Fired", "Observer", "Row", "Tally", "tensors"]
 
 
 @dataclass
+class Frames:
+    """Sums of the operations of one pass that saw one number of frames, which shows how many time steps at its end."""
+
+    calls: int = 0
+    macs: int = 0
+    weight_bytes: int = 0
+    norm_elements: int = 0
+
+
+@dataclass
 class Row:
     """Sums of one module over all images."""
 
@@ -28,6 +38,7 @@ class Row:
     kinds: dict[str, None] = field(default_factory=dict)
     macs: int = 0
     macs_step: float = 0.0
+    frames: dict[int, Frames] = field(default_factory=dict)  # frames at once -> what operations on so many did
     macs_exact: int = 0
     sops_exact: int = 0
     macs_paper: int = 0
@@ -166,11 +177,14 @@ class Observer:
         """Start new sums: forget all tensors but the model's, and hold ``batch`` for its input."""
         self.tally = Tally(images=batch.shape[0])
         self.batch, self.T = batch.shape[0], T
+        self._leading = tuple(batch.shape[:2])
+        self._clock = ""
         del self.stack[1:]
         self._signals = {address(batch): UNKNOWN if inputs == "auto" else DECLARED}
 
     def fire(self, name: str, out: Tensor, single_step: bool) -> None:
         """Sum the spikes of a layer, ``[T, B, ...]`` or ``[B, ...]`` of a single step."""
+        self._set_clock(out, single_step)
         if single_step:
             out = out.unsqueeze(0)
         each = out.sum(1, dtype=torch.float32).double()  # [T, ...]; exact, a batch is no 2^24 images
@@ -285,16 +299,53 @@ class Observer:
             row.weights[key] = (w.numel(), w.numel() - alive)
         return row
 
-    def steps(self, frames: int) -> int:
-        """Time steps in a batch: layers see T*B frames; the stem of an image, and the head on a time mean, see B."""
-        return self.T if self.T > 1 and frames % (self.T * self.batch) == 0 else 1
+    def _set_clock(self, out: Tensor, single_step: bool) -> None:
+        """See from the first neurons where time is: models take ``[B, C, ...]``, ``[B, T, ...]`` or ``[T, B, ...]``.
 
-    def _dense(self, row: Row, macs: int, frames: int, w: Tensor | None) -> None:
-        steps = self.steps(frames)
-        row.macs += macs
-        row.macs_step += macs / steps
-        if w is not None:
-            self.tally.memory += w.numel() * w.element_size() * steps * self.batch
+        What neurons put out is ``[T, B, ...]``, and ``[B, ...]`` at each of the calls of a single step.
+        """
+        if self._clock:
+            return
+        self._clock = "calls" if single_step else "axis"
+        first, second = self._leading
+        if single_step:
+            self.batch = second if out.shape[0] == second != first else first
+        elif out.shape[1] == first:
+            self.T, self.batch = out.shape[0], first
+        elif out.shape[:2] == (first, second):
+            self.T, self.batch = first, second
+
+    def dense(self, macs: int, frames: int, w: Tensor | None = None, norm_elements: int = 0) -> None:
+        """Note the dense MACs, or the elements of a norm, of an operation of the module that is running."""
+        sums = self.tally.rows.setdefault(self.stack[-1], Row()).frames.setdefault(frames, Frames())
+        sums.calls += 1
+        sums.macs += macs
+        sums.weight_bytes += 0 if w is None else w.numel() * w.element_size()
+        sums.norm_elements += norm_elements
+
+    def end(self) -> Tally:
+        """Return the sums of the pass, with the share of one time step.
+
+        Layers see T*B frames, or T times B in a loop; the stem of an image, and the head on a time mean, see B.
+        """
+        tally = self.tally
+        if self._clock == "calls":
+            self.T = max(len(fired.steps) for fired in tally.fired.values())
+        tally.images = self.batch
+        for name, row in list(tally.rows.items()):
+            for frames, sums in row.frames.items():
+                at_once = self.T if self.T > 1 and frames % (self.T * self.batch) == 0 else 1
+                looped = at_once == 1 and self._clock == "calls" and sums.calls % self.T == 0
+                steps = self.T if looped else at_once
+                row.macs += sums.macs
+                row.macs_step += sums.macs / steps
+                tally.memory += sums.weight_bytes * at_once * self.batch
+                tally.norm_elements += sums.norm_elements
+                tally.norm_step += sums.norm_elements / steps
+            row.frames.clear()
+            if not row.calls:  # norms are free by convention, and have no row
+                del tally.rows[name]
+        return tally
 
     def analog(self, func: Any, w: Tensor | None, macs: int, positions: int, frames: int) -> None:
         """Count an operation on analog input, whose every weight meets ``positions`` values."""
@@ -304,7 +355,7 @@ class Observer:
             needed = alive * positions
             additions = alive > 1 and self.fact(w, "binary", lambda: _is_binary(w))
         row = self._row(func, w, "analog x binary weights" if additions else "analog")
-        self._dense(row, macs, frames, w)
+        self.dense(macs, frames, w)
         row.macs_paper += macs
         if additions:
             row.sops_exact += needed
@@ -326,7 +377,7 @@ class Observer:
         """Count an operation on spikes: ``arrived`` events and ``total`` synaptic operations."""
         kind = events.kind if w is not None else f"{events.kind} x {other.kind if other else 'analog'}"
         row = self._row(func, w, kind)
-        self._dense(row, macs, frames, w)
+        self.dense(macs, frames, w)
         rate = self._rate(row, x, events, arrived)
         row.sops_exact += _integer(total)
         if events.signal.signs and events.signed:

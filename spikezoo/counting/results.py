@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Count", "CountSummary", "FiringRate", "ModuleCount", "align"]
+__all__ = ["Count", "CountSummary", "FiringRate", "ModuleCount", "align", "html_table"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ModuleCount:
     """What one module cost per image.
 
@@ -44,8 +45,15 @@ class ModuleCount:
     zero_weights: int
     silent: bool
 
+    def __repr__(self) -> str:
+        rate = "" if self.rate is None else f" at rate {self.rate:.4f}"
+        return (
+            f"ModuleCount({self.ops} on {self.input}{rate}: {self.macs:,.0f} MACs, {self.sops_exact:,.1f} SOPs exact, "
+            f"{self.sops_paper:,.1f} paper)"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class FiringRate:
     """How a layer of spiking neurons fired.
 
@@ -63,8 +71,14 @@ class FiringRate:
     silent: int
     saturated: int
 
+    def __repr__(self) -> str:
+        return (
+            f"FiringRate({self.mean:.4f}, T={len(self.rates)}, {self.neurons:,} neurons, {self.silent:,} silent, "
+            f"{self.saturated:,} saturated)"
+        )
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Count:
     """Operations and energy of a model, per image.
 
@@ -159,10 +173,19 @@ class Count:
             "percent_of_ann_paper": _plain(self.percent_of_ann_paper),
         }
 
-    def table(self) -> str:
-        """Text for people: a line per module, the layers of neurons, totals, and what was not counted."""
-        header = ("module", "operation", "input", "rate", "weights", "zero", "MACs", "SOPs exact", "SOPs paper")
-        lines = [header]
+    def __repr__(self) -> str:
+        return (
+            f"Count({self.macs_step:,.0f} MACs a step, T={self.T}: exact {self.sops_exact:,.0f} SOPs, "
+            f"{self.energy_exact_mj:.4g} mJ, {self.percent_of_ann_exact:.1f} % of the ANN twin's; paper "
+            f"{self.sops_paper:,.0f} SOPs, {self.energy_paper_mj:.4g} mJ; {len(self.by_module)} modules, mean of "
+            f"{self.images} images{f', {len(self.uncounted)} OPERATIONS NOT COUNTED' if self.uncounted else ''})"
+        )
+
+    def _tables(self) -> list[tuple[list[tuple[str, ...]], int]]:
+        """The modules and the layers of neurons as tables, headers first, and how many columns are text."""
+        lines: list[tuple[str, ...]] = [
+            ("module", "operation", "input", "rate", "weights", "zero", "MACs", "SOPs exact", "SOPs paper")
+        ]
         for name, m in self.by_module.items():
             rate = "" if m.rate is None else f"{m.rate:.4f}"
             zero = f"{m.zero_weights / m.weights:.1%}" if m.weights else ""
@@ -170,14 +193,17 @@ class Count:
             lines.append((name, m.ops, m.input, rate, f"{m.weights:,}" if m.weights else "", zero, *numbers))
         numbers = (f"{self.macs:,.0f}", f"{self.sops_exact:,.1f}", f"{self.sops_paper:,.1f}")
         lines.append(("total", "", "", "", "", "", *numbers))
-        text = [align(lines, left=3)]
-        if self.firing_rates:
-            fired = [("neurons", "number", "silent", "saturated", "rate", "rate of each step")]
-            for name, r in self.firing_rates.items():
-                steps = " ".join(f"{value:.4f}" for value in r.rates)
-                fired.append((name, f"{r.neurons:,}", f"{r.silent:,}", f"{r.saturated:,}", f"{r.mean:.4f}", steps))
-            text.append(align(fired, left=1))
-        text.append(
+        if not self.firing_rates:
+            return [(lines, 3)]
+        fired: list[tuple[str, ...]] = [("neurons", "number", "silent", "saturated", "rate", "rate of each step")]
+        for name, r in self.firing_rates.items():
+            steps = " ".join(f"{value:.4f}" for value in r.rates)
+            fired.append((name, f"{r.neurons:,}", f"{r.silent:,}", f"{r.saturated:,}", f"{r.mean:.4f}", steps))
+        return [(lines, 3), (fired, 1)]
+
+    def _notes(self) -> list[str]:
+        """What stands below the tables: totals, prices, and what was not counted."""
+        totals = (
             f"Per image, mean of {self.images}, T={self.T}; {self.mac_pj} pJ a MAC, {self.sop_pj} pJ a SOP.\n"
             f"exact: {self.macs_exact:,.0f} MACs + {self.sops_exact:,.1f} SOPs ({self.sops_pooling:,.1f} of them "
             f"pooling) = {self.energy_exact_mj:.6g} mJ, {self.percent_of_ann_exact:.2f} % of the ANN twin's "
@@ -186,16 +212,23 @@ class Count:
             f"{self.percent_of_ann_paper:.2f} % of the ANN twin's"
         )
         if self.norm_ops or self.neuron_ops:
-            text[-1] += f"\nas MACs in these energies: {self.norm_ops:,.0f} of norms, {self.neuron_ops:,.0f} of neurons"
+            totals += f"\nas MACs in these energies: {self.norm_ops:,.0f} of norms, {self.neuron_ops:,.0f} of neurons"
         if self.energy_memory_mj is not None:
-            text[-1] += (
+            totals += (
                 f"\nmemory: {self.memory_bytes:,.0f} bytes at {self.pj_per_byte} pJ = {self.energy_memory_mj:.6g} mJ"
             )
-        if self.silent:
-            text.append(f"Input all zero: {', '.join(self.silent)}")
+        silent = [f"Input all zero: {', '.join(self.silent)}"] if self.silent else []
         without = ", ".join(f"{name} ({calls}x)" for name, calls in self.uncounted.items())
-        text.append(f"NOT COUNTED: {without}" if without else "Not counted: nothing.")
-        return "\n\n".join(text)
+        return [totals, *silent, f"NOT COUNTED: {without}" if without else "Not counted: nothing."]
+
+    def table(self) -> str:
+        """Text for people: a line per module, the layers of neurons, totals, and what was not counted."""
+        return "\n\n".join([*(align(lines, left) for lines, left in self._tables()), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the tables of :meth:`table`."""
+        notes = "".join(f"<p>{html.escape(note).replace(chr(10), '<br>')}</p>" for note in self._notes())
+        return "".join(html_table(lines, left) for lines, left in self._tables()) + notes
 
 
 def _plain(value: float) -> float | None:
@@ -216,7 +249,21 @@ def align(lines: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(padded)
 
 
-@dataclass(frozen=True)
+def html_table(lines: Sequence[Sequence[str]], left: int) -> str:
+    """A table for notebooks, the header first; the first ``left`` columns are flush left."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        sides = ("left" if index < left else "right" for index in range(len(cells)))
+        made = (
+            f'<{tag} style="text-align:{side}">{html.escape(cell)}</{tag}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(made)}</tr>"
+
+    return f"<table>{row(lines[0], 'th')}{''.join(row(line, 'td') for line in lines[1:])}</table>"
+
+
+@dataclass(frozen=True, repr=False)
 class CountSummary:
     """Counts averaged over images, with their spread.
 
@@ -231,3 +278,12 @@ class CountSummary:
     std: Mapping[str, float]
     images: int
     piece: int
+
+    def __repr__(self) -> str:
+        spread = self.std["energy_exact_mj"]
+        return f"CountSummary({self.mean!r}, exact energy +- {spread:.3g} mJ between pieces of {self.piece})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the means, and their spread."""
+        spread = ", ".join(f"{key} {value:.4g}" for key, value in self.std.items())
+        return f"{self.mean._repr_html_()}<p>Standard deviation between pieces of {self.piece}: {spread}</p>"

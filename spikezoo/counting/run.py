@@ -111,9 +111,13 @@ def count(
     it was before. Weights, buffers of norms, training flags and hooks stay as they are; neurons that keep their
     membrane potential from call to call, as SpikingJelly's do, are to be reset before and after.
 
+    Where time is shows where the first neurons fire: ``[T, B, ...]`` in SpikingJelly's multi-step mode, too; in its
+    single-step mode T is the number of their calls, if the model's ``forward`` holds the loop.
+
     Args:
         model: Any module that takes one batch.
-        batch: Images ``[B, C, H, W]``, event frames ``[B, T, C, H, W]``, or what the module takes.
+        batch: Images ``[B, C, H, W]``, event frames ``[B, T, C, H, W]`` or ``[T, B, C, H, W]``, or what else the module
+            takes.
         mac_pj: Energy of a MAC in picojoule.
         sop_pj: Energy of a synaptic operation in picojoule.
         pj_per_byte: Energy of moving a byte in picojoule, for the column of memory traffic.
@@ -187,6 +191,11 @@ def count_loader(
         for part in batch.split(piece):
             part = part if first is None else part.to(first.device)
             tally = observe(model, part, inputs, observer)
+            if tally.images != len(part):
+                raise ValueError(
+                    f"The model takes {tuple(batch.shape)} as [T, B, ...], time first, and a loader's batches are cut "
+                    "along their first axis: give batches [B, ...] that the model turns itself, or count(model, batch)."
+                )
             if len(part) == piece or not spread:
                 spread.append(prices.count(tally, observer.T))
             total.add(tally)

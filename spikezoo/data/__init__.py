@@ -10,12 +10,12 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import logging
 import math
 import operator
 import os
 import random
 import shutil
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -28,18 +28,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset, create_transform
+from timm.data import DEFAULT_CROP_PCT, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from timm.data.auto_augment import posterize
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torchvision import datasets, transforms
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import functional as TF
 
+from spikezoo.checks import is_number
 from spikezoo.data.events import event_info, is_event_dataset, list_event_datasets, open_events
-from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, refuse
+from spikezoo.data.images import (
+    EVERY_PART,
+    FOLDER_NAMES,
+    TIMM_PREFIXES,
+    class_names,
+    eight_bits,
+    image_place,
+    is_read_by_timm,
+    labels_of,
+    names_of,
+    open_images,
+)
+from spikezoo.data.info import Batch, DatasetInfo, Loader, check_split, data_root, number_classes, refuse, shared_names
+
+_logger = logging.getLogger("spikezoo")
 
 _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
@@ -60,17 +74,13 @@ _TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST", 
 # A mirrored 2 or 7 is no digit, so these are not flipped unless somebody asks for it.
 _NO_FLIP = frozenset({"digits", "mnist"})
 
-_FOLDER_NAMES = ("imagenet", "folder")
-_TIMM_PREFIXES = ("torch/", "hfds/")
 _NPZ_KEYS = ("train_images", "train_labels", "test_images", "test_labels")
 _POLICIES = [policy.value for policy in transforms.AutoAugmentPolicy]  # torchvision's: imagenet, cifar10, svhn
-_EVERY_PART = ("train", "val", "validation", "test")
-_LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image format)"
 
 
 def list_datasets() -> list[str]:
     """Lists what ``--dataset`` understands: names held in memory, image folders and patterns, event recordings."""
-    images = [*_INFOS, "npz:PATH", *_FOLDER_NAMES, *(f"{prefix}NAME" for prefix in _TIMM_PREFIXES)]
+    images = [*_INFOS, "npz:PATH", *FOLDER_NAMES, *(f"{prefix}NAME" for prefix in TIMM_PREFIXES)]
     return images + list_event_datasets()
 
 
@@ -96,11 +106,11 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
     _check_timm_name(name)
     info = DatasetInfo(name, 0, 3, 224, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "the splits of the source")
     if name == "folder":
-        dataset = _open_images(name, _image_place(name, _EVERY_PART, data_dir))
-        return replace(info, num_classes=len(_classes_of(dataset)))
+        names = class_names(name, data_dir)
+        return replace(info, num_classes=len(names), label_names=names)
     if name == "imagenet":
         if data_dir is not None:
-            _image_place(name, _EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
+            image_place(name, EVERY_PART, data_dir)  # so that a wrong folder is said before a model is built
         return replace(info, num_classes=1000)
     return info
 
@@ -154,8 +164,7 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
 
 def _check_timm_name(name: str) -> None:
     """Raises ValueError for a name that nothing here reads, with the nearest names."""
-    prefix, _, rest = name.partition("/")
-    if name in _FOLDER_NAMES or (f"{prefix.lower()}/" in _TIMM_PREFIXES and rest):
+    if is_read_by_timm(name):
         return
     if Path(name).suffix == ".npz":
         hint = f"for a file of arrays type --dataset npz:{name}"
@@ -173,6 +182,7 @@ def _check_timm_name(name: str) -> None:
 # Option -> the least whole number (or the choices), and an example.
 _WHOLE = {"batch_size": (1, 128), "img_size": (1, 32), "in_chans": (1, 3), "num_classes": (1, 10), "subset": (1, 1000)}
 _WHOLE |= {"crop_padding": (0, 4), "cutout": (0, 16), "num_workers": (0, 2), "roll": (0, 5), "T": (1, 10)}
+_WHOLE |= {"translate": (0, 2), "views": (1, 8), "holdout": (0, 5000)}
 _FRACTIONS = {"hflip": 0.5, "reprob": 0.25, "mixup_prob": 0.5, "mixup_switch_prob": 0.5, "smoothing": 0.1}
 _CHOICES = {
     "remode": ("const", "rand", "pixel"),
@@ -202,9 +212,16 @@ class LoaderOptions:
     # Probability of mirroring; default: 0 for digits, mnist, grey npz files and, but for CIFAR10-DVS, events, else 0.5.
     hflip: float | None = None
     # Zeros (before normalisation) around an array image out of which a window of the old size is cut; default: 2 for
-    # 28 px, 0 for event frames, else an eighth of the size (4 for 32 px). timm's datasets have random resized crops
-    # instead.
+    # 28 px, 0 for event frames, else an eighth of the size (4 for 32 px), and 0 with translate. timm's datasets have
+    # random resized crops instead.
     crop_padding: int | None = None
+    translate: int = 0  # largest shift of an image, whose border is mirrored into what that uncovers
+    # Whether an image that is mirrored in one epoch is not in the next (Jordan, arXiv:2404.00498); hflip then says how
+    # many are mirrored in the first.
+    alternating_flip: bool = False
+    # How many ways an image is augmented, epoch by epoch in turn; a way is a function of the seed, its number and the
+    # sample. Default: new ones in every epoch.
+    views: int | None = None
     # Largest shift in each direction, by which images and event frames are rolled: what leaves on one side comes in on
     # the other.
     roll: int = 0
@@ -224,10 +241,16 @@ class LoaderOptions:
     num_classes: int | None = None  # width of the soft targets; default: the dataset's classes
     num_workers: int = 2  # processes that read timm's datasets; 0 reads in this one
     subset: int | None = None  # number of samples, chosen by the seed with even classes; default: all
+    holdout: int = 0  # number of samples, the same for all seeds and with even classes, that are left out
+    held_out: bool = False  # delivers those instead
     drop_last: bool | None = None  # whether a last, smaller batch is left out; default: in training, if others are left
     scale: tuple[float, float] = (0.08, 1.0)  # range of the area of random resized crops (timm's datasets)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and of their width by their height
     crop_pct: float | None = None  # part of the image that an evaluation sees (timm's datasets); default: 0.875
     interpolation: str = "bicubic"  # of timm's datasets
+    # Names of the classes of the model that is evaluated: they number those of an image folder; default: train's do.
+    label_names: Sequence[str] = ()
+    skip_damaged: bool = False  # whether an evaluation leaves images out that cannot be read, and counts them
     T: int = 4  # frames of a recording; images have none
     # How a recording becomes frames: number (of events; the default), time or duration, see events.open_events.
     frames_by: str | None = None
@@ -247,8 +270,24 @@ class LoaderOptions:
                 refuse(option, value, "the alpha of a Beta distribution, 0 for off", 1)
             if option in _CHOICES and value not in _CHOICES[option]:
                 refuse(option, value, f"one of {', '.join(_CHOICES[option])}", f"{option}={_CHOICES[option][0]!r}")
+        if self.crop_pct is not None and not is_number(self.crop_pct, 0, 1, "(]"):
+            refuse("crop_pct", self.crop_pct, "a part of the side of an image, above 0 and up to 1", 0.875)
+        for option, highest, example in (("scale", 1.0, "0.08 1"), ("ratio", math.inf, "0.75 1.33")):
+            pair = getattr(self, option)
+            fits = len(pair) == 2 and all(is_number(side, 0, highest, "(]") for side in pair) and pair[0] <= pair[1]
+            if not fits:
+                refuse(
+                    option,
+                    pair,
+                    f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}",
+                    f"--{option} {example}",
+                )
         if not 0 <= self.rank < self.world_size:
             refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
+        if self.translate and self.crop_padding:
+            refuse(
+                "translate", self.translate, f"left out beside crop_padding={self.crop_padding}, which moves, too", 2
+            )
         if self.auto_augment and self.auto_augment != "snn":
             _policy(self.auto_augment, 32, IMAGENET_DEFAULT_MEAN)  # said before the data is read or downloaded
 
@@ -406,10 +445,20 @@ def _seeded(*parts: int | str) -> Iterator[None]:
         torch.default_generator.set_state(before[2])
 
 
-def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Cuts the window at (top, left) [B] out of the zero-padded images, at the old size."""
+def _mirrored(size: int, padding: int, device: torch.device) -> Tensor:
+    """Which of ``size`` pixels in a row stand in one that is padded on both sides by mirroring it at its ends."""
+    place = torch.arange(-padding, size + padding, device=device).abs()
+    return torch.where(place < size, place, 2 * (size - 1) - place)
+
+
+def _crop(images: Tensor, padding: int, top: Tensor, left: Tensor, mirror: bool = False) -> Tensor:
+    """Cuts the window at (top, left) [B] out of the images, padded by zeros or mirrored, at the old size."""
     height, width = images.shape[-2:]
-    padded = F.pad(images, (padding,) * 4)
+    if mirror:  # torch's reflection knows no bytes
+        rows, columns = (_mirrored(size, padding, images.device) for size in (height, width))
+        padded = images[..., rows, :][..., columns]
+    else:
+        padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
@@ -590,11 +639,19 @@ class _BaseLoader:
         mean = _statistic("mean", options.mean, info.mean, channels)
         std = _statistic("std", options.std, info.std, channels)
         self.info = replace(info, in_chans=channels, img_size=size, mean=mean, std=std)
+        self._count = count
         self._chosen = torch.arange(count)
+        if options.holdout:
+            if options.holdout >= count:
+                refuse("holdout", options.holdout, f"below {count}, the size of the split of {info.name}", count // 10)
+            held = torch.zeros(count, dtype=torch.bool)
+            held[_balanced(labels(), options.holdout, 0)] = True
+            self._chosen = self._chosen[held if options.held_out else ~held]
         if options.subset is not None:
-            if options.subset > count:
-                refuse("subset", options.subset, f"from 1 to {count}, the size of the split of {info.name}", count)
-            self._chosen = _balanced(labels(), options.subset, options.seed)
+            left = len(self._chosen)
+            if options.subset > left:
+                refuse("subset", options.subset, f"from 1 to {left}, the size of the split of {info.name}", left)
+            self._chosen = self._chosen[_balanced(labels()[self._chosen], options.subset, options.seed)]
         self.num_samples = len(self._chosen)
         self._epoch = 0
         self._share = len(self._shard(0))
@@ -622,6 +679,16 @@ class _BaseLoader:
             order = order[: len(order) - len(order) % options.world_size]
         return order[options.rank :: options.world_size]
 
+    @property
+    def samples(self) -> Tensor:
+        """The numbers of the samples in use, int64 [num_samples], in stored order."""
+        return self._chosen
+
+    def numbers(self, epoch: int, batch: int) -> Tensor:
+        """The numbers of the samples in a batch of this rank, int64 [B]."""
+        size = self.options.batch_size
+        return self._shard(epoch)[batch * size : (batch + 1) * size]
+
     def __len__(self) -> int:
         share, size = self._share, self.options.batch_size
         return share // size if self.drop_last else math.ceil(share / size)
@@ -638,20 +705,31 @@ class _BaseLoader:
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         raise NotImplementedError
 
-    def _move(self, images: Tensor, epoch: int, batch: int, padding: int, hflip: float) -> Tensor:
-        """Crop, flip, cutout and roll of [B, C, H, W]."""
+    def _move(self, images: Tensor, index: Tensor, epoch: int, batch: int, padding: int, hflip: float) -> Tensor:
+        """Crop, translation, flip, cutout and roll of the samples ``index`` [B], as [B, C, H, W]."""
         options = self.options
         generator = _generator("augment", options.seed, epoch, batch, options.rank)
         count, height, width = len(images), images.shape[2], images.shape[3]
+        own: Tensor | slice = slice(None)
+        if options.views:  # numbers for all samples, of which those of this batch take theirs
+            epoch %= options.views
+            generator = _generator("view", options.seed, epoch)
+            count, own = self._count, index.cpu()
 
         def draw(limit: int) -> Tensor:
-            return torch.randint(limit, (count,), generator=generator).to(images.device)
+            return torch.randint(limit, (count,), generator=generator)[own].to(images.device)
 
         if padding:
             top, left = draw(2 * padding + 1), draw(2 * padding + 1)
             images = _crop(images, padding, top, left)
+        if far := options.translate:
+            images = _crop(images, far, draw(2 * far + 1), draw(2 * far + 1), mirror=True)
         if hflip:
-            chosen = torch.rand(count, generator=generator) < hflip
+            if options.alternating_flip:
+                first = torch.rand(self._count, generator=_generator("flip", options.seed)) < hflip
+                chosen = first[index.cpu()] ^ bool(epoch % 2)
+            else:
+                chosen = (torch.rand(count, generator=generator) < hflip)[own]
             images = torch.where(chosen.to(images.device)[:, None, None, None], images.flip(3), images)
         if options.cutout:
             images = _cutout(images, options.cutout, draw(height), draw(width))
@@ -693,11 +771,15 @@ def _make_mixup(info: DatasetInfo, options: LoaderOptions) -> Mixup | None:
     return Mixup(**alphas, **probabilities, label_smoothing=options.smoothing, num_classes=classes)
 
 
+# Augmentations that are no function of the sample and a view's number.
+_BY_BATCH = ("auto_augment", "reprob", "mixup", "cutmix")
+
+
 class ArrayLoader(_BaseLoader):
     """Batches of a dataset that is one uint8 tensor on the device.
 
-    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, flip, cutout, roll
-    (all on uint8), normalisation, random erasing, mixing.
+    A train batch goes through, in this order: conversion of channels, resizing, the policy, crop, translation, flip,
+    cutout, roll (all on uint8), normalisation, random erasing, mixing.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, info: DatasetInfo, options: LoaderOptions) -> None:
@@ -706,7 +788,7 @@ class ArrayLoader(_BaseLoader):
         grey_file = info.name.startswith("npz:") and info.in_chans == 1
         own = 0.0 if info.name in _NO_FLIP or grey_file else 0.5
         self._hflip: float = own if options.hflip is None else options.hflip
-        padding = 2 if size == 28 else size // 8
+        padding = 0 if options.translate else 2 if size == 28 else size // 8
         self._padding: int = padding if options.crop_padding is None else options.crop_padding
         self._images, self._labels = images.to(self.device), labels.to(self.device)
         self._mean, self._std = (
@@ -720,24 +802,47 @@ class ArrayLoader(_BaseLoader):
             if options.auto_augment == "snn":
                 refuse("auto_augment", "snn", "a policy for images, as snn is for event frames", "cifar10")
             self._policy = _policy(options.auto_augment, size, self.info.mean)
+        if options.views and (drawn := [name for name in _BY_BATCH if getattr(options, name)]):
+            refuse("views", options.views, f"left out beside {drawn[0]}, which is drawn anew for every batch", 8)
         if options.train and options.reprob:
             # Its noise is drawn on the CPU for the reason that the module's first lines give.
             self._erase = RandomErasing(options.reprob, mode=options.remode, device="cpu")
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
-        options, count = self.options, self.options.batch_size
+        count = self.options.batch_size
         shard = self._shard(epoch).to(self.device)
         for batch in range(start_batch, len(self)):
             index = shard[batch * count : (batch + 1) * count]
-            images = self._convert(self._images[index])
-            if options.train:
-                images = self._augment(images, epoch, batch)
-            images = images.to(torch.float32, memory_format=torch.contiguous_format)
-            images.sub_(self._mean).div_(self._std)
-            if self._erase is not None:
-                with _seeded("erase", options.seed, epoch, batch, options.rank):
-                    images = self._erase(images)
+            images = self.load(index, epoch, batch)
             yield self._finish(images, self._labels[index], epoch, batch)
+
+    def load(self, index: Tensor, epoch: int, batch: int = 0) -> Tensor:
+        """Samples by their numbers, as they are in an epoch; with views the number of the batch does not matter.
+
+        Args:
+            index: Numbers of the samples, int64 [B].
+            epoch: The epoch, or the view.
+            batch: Number of the batch.
+
+        Returns:
+            Normalised images, float32 [B, C, H, W], not mixed.
+        """
+        index = index.to(self.device)
+        images = self._convert(self._images[index])
+        if self.options.train:
+            images = self._augment(images, index, epoch, batch)
+        images = images.to(torch.float32, memory_format=torch.contiguous_format)
+        images.sub_(self._mean).div_(self._std)
+        if self._erase is not None:
+            with _seeded("erase", self.options.seed, epoch, batch, self.options.rank):
+                images = self._erase(images)
+        return images
+
+    def digest(self) -> str:
+        """Hash of all stored images and labels."""
+        found = hashlib.sha256(self._images.cpu().numpy().tobytes())
+        found.update(self._labels.cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def _convert(self, images: Tensor) -> Tensor:
         """Brings stored images to the delivered channels and size."""
@@ -749,11 +854,11 @@ class ArrayLoader(_BaseLoader):
             images = images.expand(-1, channels, -1, -1)
         return images if images.shape[-1] == size else TF.resize(images, [size, size], antialias=True)
 
-    def _augment(self, images: Tensor, epoch: int, batch: int) -> Tensor:
+    def _augment(self, images: Tensor, index: Tensor, epoch: int, batch: int) -> Tensor:
         if self._policy is not None:
             with _seeded("policy", self.options.seed, epoch, batch, self.options.rank):
                 images = _apply_policy(self._policy, images)
-        return self._move(images, epoch, batch, self._padding, self._hflip)
+        return self._move(images, index, epoch, batch, self._padding, self._hflip)
 
 
 # --- event frames ---------------------------------------------------------------------------------------------
@@ -794,104 +899,40 @@ class EventLoader(_BaseLoader):
             stored = torch.from_numpy(np.asarray(self.frames.frames[index.numpy()]))
             frames = _fit(stored.to(self.device).to(torch.float32), self.info.img_size)
             if options.train:
-                frames = self._augment(frames, epoch, batch)
+                frames = self._augment(frames, index, epoch, batch)
             frames = ((frames - self._mean) / self._std).contiguous()
             yield self._finish(frames, self._labels[index.to(self.device)], epoch, batch)
 
-    def _augment(self, frames: Tensor, epoch: int, batch: int) -> Tensor:
+    def _augment(self, frames: Tensor, index: Tensor, epoch: int, batch: int) -> Tensor:
         flat = frames.flatten(1, 2)  # the time steps as channels
         if self.options.auto_augment:
             place = (self.options.seed, epoch, batch, self.options.rank)
             flat = _snn_policy(flat, _generator("policy", *place))
-        return self._move(flat, epoch, batch, self.options.crop_padding or 0, self._hflip).unflatten(1, (-1, 2))
+        padding = self.options.crop_padding or 0
+        return self._move(flat, index, epoch, batch, padding, self._hflip).unflatten(1, (-1, 2))
 
 
 # --- timm's readers -------------------------------------------------------------------------------------------
-
-
-def _class_folders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir()} if folder.is_dir() else set()
-
-
-def _classes_of(dataset: Any) -> dict[str, int]:
-    """The classes that timm's reader (which names them in two ways) or torchvision found."""
-    reader = getattr(dataset, "reader", dataset)
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-
-
-def _image_place(name: str, parts: Sequence[str], data_dir: str | None) -> Path:
-    """Finds the folder with classes, or the tar file, that has the first possible of the names."""
-    root = data_root(data_dir)
-    if root.suffix == ".tar" and root.is_file():
-        return root
-    for folder in (root, root / name):
-        for part in parts:
-            for place in (folder / part, folder / f"{part}.tar"):
-                if place.is_file() or _class_folders(place):
-                    return place
-    raise FileNotFoundError(
-        f"{name}: looked in {root} for a folder (with a folder for each class) or .tar file named {' or '.join(parts)} "
-        f"and found none; type --dataset {name} --data-dir FOLDER, where {_LAYOUT}"
-    )
-
-
-def _open_images(name: str, place: Path, classes: Any = "") -> Any:
-    """Opens one folder of images, or one tar file of them, with timm's reader."""
-    try:
-        return create_dataset("", root=str(place), search_split=False, class_map=classes)
-    except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"{name}: no images in {place} ({error}); type --data-dir FOLDER, where {_LAYOUT}") from error
-
-
-def _open_folder(name: str, split: str, data_dir: str | None) -> Any:
-    """Finds and opens the images of a split."""
-    if check_split(split) == "train":
-        return _open_images(name, _image_place(name, ("train",), data_dir))
-    # Whoever types test wants test/, except where it is ImageNet's without labels.
-    parts = ("test", "val", "validation") if split == "test" else ("val", "validation", "test")
-    place = _image_place(name, parts, data_dir)
-    dataset = _open_images(name, place)
-    # timm numbers the classes it sees: a split that lacks one would shift all later labels.
-    classes = _class_folders(place.with_name("train"))
-    if set(_classes_of(dataset)) < classes:
-        numbers = {label: i for i, label in enumerate(sorted(classes, key=natural_key))}
-        dataset = _open_images(name, place, numbers)
-    return dataset
-
-
-def _open_timm(name: str, split: str, options: LoaderOptions) -> Any:
-    """Opens any dataset that timm reads by number."""
-    if not name.lower().startswith(_TIMM_PREFIXES):
-        return _open_folder(name, split, options.data_dir)
-    root: str | None = str(data_root(options.data_dir))
-    if name.lower().startswith("torch/"):
-        split = "train" if check_split(split) == "train" else "validation"  # torchvision's two
-    elif options.data_dir is None:
-        root = None  # Hugging Face's own cache.
-    try:
-        return create_dataset(name, root=root, split=split, download=options.download)
-    except (AssertionError, OSError, RuntimeError) as error:
-        # timm asserts that it knows the name; whatever else fails is the place or the network.
-        kind = ValueError if isinstance(error, AssertionError) else FileNotFoundError
-        raise kind(
-            f"timm cannot open the dataset {name!r} in {root} ({type(error).__name__}: {str(error).strip()}); name its "
-            f"place with --data-dir FOLDER, or type --dataset digits, which needs no download"
-        ) from error
 
 
 def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Image.Image], Any]:
     """Timm's transforms, with our policies and cutout between them; no colour jitter."""
     common: dict[str, Any] = {"input_size": (info.in_chans, info.img_size, info.img_size), "mean": info.mean}
     common |= {"std": info.std, "interpolation": options.interpolation}
-    # torchvision's datasets hand out what they store, and the policies need RGB; grey comes after them.
+    # The policies need RGB; grey comes after them.
     rgb = operator.methodcaller("convert", "RGB")
     mode = operator.methodcaller("convert", "L" if info.in_chans == 1 else "RGB")
     if not options.train:
-        return transforms.Compose([mode, create_transform(crop_pct=options.crop_pct, **common)])
-    common |= {"scale": options.scale, "hflip": 0.5 if options.hflip is None else options.hflip, "color_jitter": None}
+        return transforms.Compose([eight_bits, mode, create_transform(crop_pct=options.crop_pct, **common)])
+    common |= {
+        "scale": options.scale,
+        "ratio": options.ratio,
+        "hflip": 0.5 if options.hflip is None else options.hflip,
+        "color_jitter": None,
+    }
     common |= {"re_prob": options.reprob, "re_mode": options.remode}
     primary, _, final = create_transform(is_training=True, separate=True, **common)
-    steps = [rgb if options.auto_augment else mode, primary]
+    steps = [eight_bits, rgb if options.auto_augment else mode, primary]
     if options.auto_augment:
         steps += [_policy(options.auto_augment, info.img_size, info.mean), mode]
     if options.cutout:
@@ -900,7 +941,7 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
 
 
 class _SeededItems(torch.utils.data.Dataset):
-    """Makes a sample a function of (seed, epoch, index), whichever worker loads it."""
+    """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
@@ -908,17 +949,16 @@ class _SeededItems(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         with _seeded("item", self.seed, *key):
-            return self.dataset[key[1]]
+            try:
+                return self.dataset[key[1]]
+            except ValueError as error:
+                return error
 
 
-def _labels_of(dataset: Any) -> Tensor:
-    """All labels, without reading an image."""
-    reader = getattr(dataset, "reader", dataset)
-    if hasattr(reader, "iter_targets"):
-        return torch.tensor(list(reader.iter_targets()))
-    if hasattr(reader, "targets"):
-        return torch.as_tensor(reader.targets)
-    return torch.tensor([sample[1] for sample in reader.samples])
+def _collated(items: list[Any]) -> tuple[Any, list[ValueError]]:
+    """A batch of those samples that could be read, and the errors of the others."""
+    good = [item for item in items if not isinstance(item, ValueError)]
+    return torch.utils.data.default_collate(good) if good else None, [i for i in items if isinstance(i, ValueError)]
 
 
 class TimmLoader(_BaseLoader):
@@ -929,12 +969,18 @@ class TimmLoader(_BaseLoader):
     """
 
     def __init__(self, dataset: Any, info: DatasetInfo, options: LoaderOptions) -> None:
-        if options.train and options.roll:
-            refuse("roll", options.roll, "0 for datasets that timm reads", 0)
-        info = replace(info, num_classes=len(_classes_of(dataset)) or options.num_classes or 0)
-        super().__init__(len(dataset), lambda: _labels_of(dataset), info, options)
+        for name in ("roll", "translate"):
+            if options.train and getattr(options, name):
+                refuse(name, getattr(options, name), "0 for datasets that timm reads", 0)
+        if options.train and (options.views or options.alternating_flip):
+            raise ValueError("views and alternating_flip are for data held in memory: leave them out for timm's.")
+        names = names_of(dataset)
+        info = replace(info, num_classes=len(names) or options.num_classes or 0, label_names=names)
+        super().__init__(len(dataset), lambda: labels_of(dataset), info, options)
         dataset.transform = _timm_transform(self.info, options)
+        dataset.replace_damaged = options.train
         self.dataset = dataset
+        self.facts = {"crop_pct": options.crop_pct or DEFAULT_CROP_PCT, "interpolation": options.interpolation}
 
     def _batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
         options, count = self.options, self.options.batch_size
@@ -944,13 +990,22 @@ class TimmLoader(_BaseLoader):
             batch_sampler=[keys[i * count : (i + 1) * count] for i in range(start_batch, len(self))],
             num_workers=options.num_workers,
             pin_memory=self.device.type == "cuda",
+            collate_fn=_collated,
             # Its own generator: torch would draw the workers' seed from the global one.
             generator=_generator("workers", options.seed, epoch, options.rank),
         )
-        for batch, (images, labels) in enumerate(loader, start_batch):
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
-            yield self._finish(images, labels, epoch, batch)
+        left_out = 0
+        for batch, (samples, faults) in enumerate(loader, start_batch):
+            if faults and not options.skip_damaged:
+                raise faults[0]
+            for fault in faults:
+                _logger.warning("%s; it is left out.", fault)
+            if faults:
+                left_out += len(faults)
+                self.facts["left_out"] = left_out
+            if samples is not None:
+                images, labels = (tensor.to(self.device, non_blocking=True) for tensor in samples)
+                yield self._finish(images, labels, epoch, batch)
 
 
 def create_loader(name: str, split: str, **options: Any) -> Loader:
@@ -978,7 +1033,13 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
     if is_event_dataset(name):
         how: dict[str, Any] = {"frames_by": chosen.frames_by or "number", "duration_us": chosen.duration_us}
         recordings = open_events(name, split, data_dir=chosen.data_dir, T=chosen.T, download=chosen.download, **how)
-        return EventLoader(recordings, dataset_info(name, chosen.data_dir), chosen)
+        info = dataset_info(name, chosen.data_dir)
+        if not chosen.train and (names := shared_names(recordings.classes, chosen.label_names, name)):
+            numbers = number_classes(recordings.classes, names, name, "the model")
+            labels = torch.tensor([numbers[recordings.classes[label]] for label in recordings.labels.tolist()])
+            recordings = replace(recordings, labels=labels, classes=list(names))
+            info = replace(info, num_classes=len(names), label_names=names)
+        return EventLoader(recordings, info, chosen)
     if chosen.frames_by or chosen.duration_us:
         refuse("frames_by", chosen.frames_by, f"left out for {name}, which holds images", "--dataset nmnist")
     if name in _INFOS or name.startswith("npz:"):
@@ -988,4 +1049,5 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
     _check_timm_name(name)
     # The loader counts the classes of the dataset it has opened, so nothing is scanned twice here.
     info = replace(dataset_info("imagenet"), name=name)
-    return TimmLoader(_open_timm(name, split, chosen), info, chosen)
+    names = () if chosen.train else tuple(chosen.label_names)
+    return TimmLoader(open_images(name, split, chosen.data_dir, chosen.download, names), info, chosen)

@@ -1,12 +1,17 @@
 """What a dataset is to a model and to the rest of the package: its description, its loader's protocol, its folder."""
 
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from spikezoo.checks import nearest
+
+_logger = logging.getLogger("spikezoo")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -89,3 +94,39 @@ def subfolders(folder: Path) -> dict[str, Path]:
             kept[path.name] = path
         seen.add(real)
     return kept
+
+
+def number_classes(found: Iterable[str], known: Sequence[str], place: object, whose: str) -> dict[str, int]:
+    """The number of each class of a dataset, by the names that somebody knows.
+
+    Args:
+        found: Names of the classes that there are.
+        known: Names in the order of their numbers.
+        place: Where they were found, for the message.
+        whose: Who knows the names, likewise.
+
+    Raises:
+        ValueError: A class that is not known.
+    """
+    if unknown := [name for name in found if name not in known]:
+        raise ValueError(
+            f"{place} has the class {unknown[0]!r}, which {whose} does not have. {nearest(unknown[0], known)} Rename "
+            f"its folder, or take it out"
+        )
+    return {name: number for number, name in enumerate(known)}
+
+
+def shared_names(own: Sequence[str], known: Sequence[str], place: object) -> tuple[str, ...]:
+    """The names that a model has for its classes; none, and a warning, where a dataset has only others."""
+    if set(own) & set(known):
+        return tuple(known)
+    if known:
+        _logger.warning(
+            "%s: the model has other names for its classes (%s) than the data (%s); both are taken in order.",
+            place, _listed(known), _listed(own),
+        )  # fmt: skip
+    return ()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

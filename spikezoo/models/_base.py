@@ -16,6 +16,7 @@ the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -390,6 +391,27 @@ class SpikingModel(nn.Module):
         }
 
     @torch.jit.ignore
+    def summary(self) -> str:
+        """One line: name, time steps, code, neurons, parameters and recipe."""
+        config: Any = getattr(self, "pretrained_cfg", None) or {}
+        name = config.get("architecture", type(self).__name__)
+        made = ", ".join(name for name, _ in getattr(self, "recipe", ()))
+        return (
+            f"{name}, T={self.T}, encoding={self.encoding}, neuron={self.neuron_config.kind}, "
+            f"{sum(weights.numel() for weights in self.parameters()):,} parameters{', made by ' if made else ''}{made}"
+        )
+
+    def __repr__(self) -> str:
+        # Not as extra_repr, by which a saved model is held against what its arguments make.
+        name, bracket, tree = super().__repr__().partition("(\n")
+        return f"{name}{bracket}  {self.summary()}\n{tree}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line of :meth:`summary`, which unfolds to the modules."""
+        return (
+            f"<details><summary>{html.escape(self.summary())}</summary><pre>{html.escape(repr(self))}</pre></details>"
+        )
+
     def no_weight_decay(self) -> set[str]:
         """Parameters of neurons: membrane norms and learned time constants."""
         return {

@@ -41,24 +41,32 @@ def draw_accuracy(top1: Sequence[float], ann: float, path: str | Path, title: st
 
 
 def draw_rates(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], threshold: float, path: str | Path, title: str = ""
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    threshold: float,
+    path: str | Path,
+    title: str = "",
+    reactivated: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Draw the firing rates of single neurons before and after some were removed: sorted, and how many have which.
 
     Args:
         before: Rates of every layer, see :func:`spikezoo.transforms.dynsnn.neuron_rates`.
-        after: Rates of the neurons that are left, of every layer.
+        after: Rates of the neurons that are left, measured without the others, of every layer.
         threshold: Below it neurons were removed.
         path: Picture file; the suffix names the format.
         title: Title of the picture.
+        reactivated: Rates of the net that was trained with reactivation.
 
     Raises:
         ValueError: A file name without a known suffix, or matplotlib is missing.
     """
     figure = check_picture(path)(figsize=(9, 3.5), layout="constrained")
     ranked, binned = figure.subplots(1, 2)
-    highest = max(threshold, *(float(rate.max()) for rate in before.values())) or 1.0
-    for label, color, rates in (("before", "C7", before), ("after", "C3", after)):
+    shown = [("before", "C7", before), ("reactivated", "C0", reactivated or {}), ("after", "C3", after)]
+    shown = [entry for entry in shown if entry[2]]
+    highest = max(threshold, *(float(rate.max()) for *_, rates in shown for rate in rates.values() if len(rate))) or 1.0
+    for label, color, rates in shown:
         row = torch.cat([rate.flatten().cpu() for rate in rates.values()]).sort(descending=True).values.numpy()
         ranked.plot(range(1, len(row) + 1), row, color=color, label=f"{label}: {len(row):,}, mean {row.mean():.3f}")
         binned.hist(row, bins=40, range=(0, highest), color=color, alpha=0.6, label=label)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spikezoo.checks import nearest
 from spikezoo.neurons import ReLU, Sign, SpikingNeuron
+from spikezoo.observe import outputs
 from spikezoo.pictures.figure import bare, check_picture, event_pixels, write
 
 __all__ = ["activation_maps", "caption", "draw_activations", "draw_events", "draw_patches"]
@@ -88,12 +89,11 @@ def draw_patches(pixels: Tensor, mask: Tensor, path: str | Path, title: str = ""
     write(figure, path)
 
 
-@torch.no_grad()
 def activation_maps(model: nn.Module, image: Tensor, layer: str | None = None) -> tuple[str, Tensor]:
     """Output of one layer for one image, averaged over the time steps.
 
     Args:
-        model: The model; it is run in evaluation mode.
+        model: The model; observed in evaluation mode.
         image: ``[C, H, W]`` as the model takes it.
         layer: Name of a module; of a sequence its last one is taken. None takes the neuron in the middle of those whose
             output is a map.
@@ -110,18 +110,7 @@ def activation_maps(model: nn.Module, image: Tensor, layer: str | None = None) -
         raise ValueError(f"layer={layer!r} is no layer of this {type(model).__name__}. {nearest(layer, named)}")
     while layer is not None and isinstance(named[layer], nn.Sequential):  # a stage runs its blocks, not itself
         layer = f"{layer}.{len(named[layer]) - 1}"
-    found: dict[str, Tensor] = {}
-    handles = [
-        named[name].register_forward_hook(lambda _module, _inputs, out, name=name: found.update({name: out}))
-        for name in {*neurons, *([] if layer is None else [layer])}
-    ]
-    training = model.training
-    try:
-        model.eval()(image[None])
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    found = outputs(model, image[None], {*neurons, *([] if layer is None else [layer])})
     maps = [name for name in neurons if name in found and found[name].dim() == 5 and min(found[name].shape[3:]) > 1]
     if layer is None:
         if not maps:

@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from spikezoo.checks import nearest
 from spikezoo.neurons import SpikingNeuron
+from spikezoo.observe import outputs
 from spikezoo.pictures.figure import check_picture, write
 
 __all__ = ["draw_raster", "spikes_over_time"]
 
 
-@torch.no_grad()
 def spikes_over_time(
     model: nn.Module, image: Tensor, layer: str | None = None
 ) -> tuple[str, Tensor, dict[str, list[float]]]:
     """Every spike of one layer for one input, and the firing rates of all layers.
 
     Args:
-        model: The model; it is run in evaluation mode.
+        model: The model; observed in evaluation mode.
         image: ``[C, H, W]``, or event frames ``[T, 2, H, W]``, as the model takes it.
         layer: Name of a module, of whose neurons the last are taken. None takes those in the middle of the model.
 
@@ -42,18 +42,7 @@ def spikes_over_time(
     if not inside:
         raise ValueError(f"layer={layer!r} has no spiking neurons. {nearest(str(layer), neurons)}")
     chosen = neurons[len(neurons) // 2] if layer is None else inside[-1]
-    found: dict[str, Tensor] = {}
-    handles = [
-        named[name].register_forward_hook(lambda _module, _inputs, out, name=name: found.update({name: out}))
-        for name in neurons
-    ]
-    training = model.training
-    try:
-        model.eval()(image[None])
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+    found = outputs(model, image[None], neurons)
     spikes = {name: out[:, 0].flatten(1).float().cpu() for name, out in found.items()}
     return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
 

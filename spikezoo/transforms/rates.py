@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikezoo.checks import choice, number
 from spikezoo.neurons import Maskable, SpikingNeuron
+from spikezoo.observe import evaluating, observing_copy
 
 PER = ("unit", "channel")
 
@@ -48,21 +49,6 @@ def check_threshold(value: Any) -> float:
     return float(number("threshold", value, 0, 1, "[]", expected=wanted))
 
 
-@contextmanager
-def evaluating(model: nn.Module, hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Evaluation mode and forward hooks for the length of a block; nothing of them survives it."""
-    modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        model.eval()
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-
-
 @torch.no_grad()
 def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = None) -> dict[str, Tensor]:
     """Firing rate of every hidden neuron: spikes over time steps, averaged over samples.
@@ -85,6 +71,7 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
     """
     if per is not None:
         choice("per", per, PER)
+    model = observing_copy(model)  # threads may measure one model at once
     neurons = hidden_neurons(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: dict[str, Tensor] = {}

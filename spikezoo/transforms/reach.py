@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikezoo.neurons import Maskable
-from spikezoo.transforms.rates import evaluating
+from spikezoo.observe import evaluating
 
 
 class Reach:
