@@ -28,7 +28,7 @@ from typing import Any
 from torch import nn
 
 from spikezoo.checks import UnknownArgumentError, nearest
-from spikezoo.transforms import dynsnn_training
+from spikezoo.transforms import dynsnn_training, ticket_start
 from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
@@ -68,6 +68,9 @@ TRANSFORMS: dict[str, Transform] = {
         ticket,
         flag="train a lottery ticket: kind=mpslt (lt, slt, mplt) sparsity=0.4 (the fraction removed) scope=layer ...",
         default={},
+        flags=ticket_start.FLAGS,
+        check_flags=ticket_start.check_flags,
+        initialise=ticket_start.initialise,
         at_epoch=set_epoch,
         deliver=_delivered,
     ),

@@ -17,19 +17,23 @@ class Training(Protocol):
 
     Attributes:
         model: The model that is trained, transformed.
-        ema: The model of averaged weights, or None.
         optimizer: Its ``param_groups`` and ``state`` hold what belongs to the parameters of ``model``.
         epoch: Epochs that are done.
-        epochs: Epochs that the run has.
         seed: The run's seed.
     """
 
     model: Any
-    ema: Any
     optimizer: Any
     epoch: int
-    epochs: int
     seed: int
+
+    @property
+    def ema(self) -> Any:
+        """The model of averaged weights, or None."""
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the run has."""
 
     def images(self, most: int) -> Iterable[tuple[Tensor, Tensor]]:
         """Batches of at most so many training images, classes balanced, without augmentation, and their labels."""
@@ -53,10 +57,12 @@ class Transform:
         flag: What ``--NAME K=V`` of training says of itself in its help; '' where the transform is not for training.
             The same name is an argument of :func:`spikezoo.create_model` then.
         default: What the flag holds where it is not given, which means: no transform.
-        flags: Further flags of training, with what ``argparse`` is told of them.
+        flags: Further flags of training, with what ``argparse`` is told of them. They say what ``initialise`` starts
+            from: a run that goes on does not look at them.
+        check_flags: Called with the parsed flags; raises where they do not go together.
+        initialise: Called with the fresh model and the parsed flags, before anything else.
         start: Called once when a run is built, with the :class:`Training` and the transform's arguments; raises where
             they do not fit the run.
-        initialise: Called with the fresh model and the parsed flags, before anything else.
         at_epoch: Called with the model before every epoch with its number, and with infinity before the model is
             evaluated or delivered.
         after_epoch: Called after every epoch with the :class:`Training` and the arguments; returns columns of
@@ -69,8 +75,9 @@ class Transform:
     flag: str = ""
     default: Mapping[str, Any] | None = None
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    start: Callable[[Training, Mapping[str, Any]], None] | None = None
+    check_flags: Callable[[Any], None] | None = None
     initialise: Callable[[nn.Module, Any], None] | None = None
+    start: Callable[[Training, Mapping[str, Any]], None] | None = None
     at_epoch: Callable[[nn.Module, float], None] | None = None
     after_epoch: Callable[[Training, Mapping[str, Any]], Mapping[str, Any]] | None = None
     deliver: Callable[[nn.Module], nn.Module] | None = None
