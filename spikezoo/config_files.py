@@ -34,8 +34,9 @@ class _Loader(yaml.SafeLoader):
         text = self.construct_scalar(node)
         if ":" in text or re.fullmatch("[-+]?0[0-9_]+", text):
             kind = "a number in base 60" if ":" in text else "an octal number"
+            other = ", or a space behind the colon of a mapping {16: 0.5}" if ":" in text else ", or quote it"
             raise ValueError(
-                f"line {node.start_mark.line + 1}: YAML reads {text} as {kind}. Write a plain number, or quote it."
+                f"line {node.start_mark.line + 1}: YAML reads {text} as {kind}. Write a plain number{other}."
             )
         make = self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float
         return make(node)
