@@ -55,8 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import spikezoo
-from spikezoo import sparse
-from spikezoo.checkpoint import atomic, write_checkpoint
+from spikezoo.checkpoint import atomic, sparse, write_checkpoint
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, EightBit, has_compiler
 from spikezoo.evaluate import environment, write_rows

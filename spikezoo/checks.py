@@ -26,7 +26,9 @@ def nearest(name: object, names: Iterable[str]) -> str:
         names: What would have been valid.
     """
     valid = sorted(names)
-    close = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
+    # Capitals are no difference, or 't' would be nearer to 'tau' than to 'T'.
+    folded = {item.lower(): item for item in valid}
+    close = [folded[item] for item in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.5)]
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Valid: {', '.join(valid)}."
 
 
@@ -42,6 +44,8 @@ def choice(name: str, value: Any, valid: Iterable[str]) -> str:
         ValueError: Another value; the message names the nearest valid ones.
     """
     valid = list(valid)
+    if not isinstance(value, str):
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, valid))}.")
     if value not in valid:
         raise ValueError(f"{name}={value!r} does not exist. {nearest(value, valid)}")
     return value

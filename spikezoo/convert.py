@@ -22,10 +22,10 @@ from torch.nn.utils import parametrize
 
 from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
+from spikezoo.factory import create_model
 from spikezoo.graph import Node, trace
-from spikezoo.hub import describe
 from spikezoo.neurons import Maskable, ReLU, Sign, SpikingNeuron
-from spikezoo.registry import create_model
+from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, replay
 
 __all__ = ["convert"]

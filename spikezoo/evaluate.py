@@ -25,8 +25,8 @@ from tqdm import tqdm
 from spikezoo.checkpoint import atomic, find_weights, read_config
 from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
+from spikezoo.factory import create_model, is_reference, locate, model_info
 from spikezoo.observe import WithRates, evaluating
-from spikezoo.registry import create_model, is_reference, locate, model_info
 
 __all__ = [
     "accuracy_over_time",

@@ -39,8 +39,8 @@ from torch import Tensor, nn
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
 from spikezoo.graph import Node, trace
-from spikezoo.hub import describe
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
+from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, fold_mpbn
 from spikezoo.transforms.tickets import tickets
 

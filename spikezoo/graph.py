@@ -293,11 +293,12 @@ def _without_numbers(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     """Follow the signals through a model.
 
     Args:
         model: A model of this library, with stem, stages and head; it stays as it is, in any mode, on any device.
+        shape: Of one sample; None takes the model's ``input_shape``.
 
     Returns:
         Its graph, whose nodes refer to the model's own modules.
@@ -315,7 +316,7 @@ def trace(model: nn.Module) -> Graph:
         )
     copied = _without_numbers(model)
     recorder = _Recorder(model, copied)
-    x = torch.zeros(3, *copied.input_shape, device="meta")
+    x = torch.zeros(3, *(copied.input_shape if shape is None else shape), device="meta")
     try:
         frames, T = copied.encode(x)
         recorder.add(frames, 2, "input", "input", "Input", "", ())

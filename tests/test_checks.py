@@ -46,8 +46,10 @@ def test_number():
 
 def test_choice_and_switch():
     assert choice("reset", "soft", ("hard", "soft")) == "soft" and switch("on", True) and not switch("on", False)
-    for value in ("sofd", ["soft"], None):
-        with pytest.raises(ValueError, match=re.escape(f"reset={value!r} does not exist. ")):
+    with pytest.raises(ValueError, match=re.escape("reset='sofd' does not exist. Did you mean 'soft'?")):
+        choice("reset", "sofd", ("hard", "soft"))
+    for value in (["soft"], None, True):
+        with pytest.raises(ValueError, match=re.escape(f"reset={value!r}: expected one of 'hard', 'soft'.")):
             choice("reset", value, ("hard", "soft"))
     for value in ("false", 0, 1, None):
         with pytest.raises(ValueError, match=re.escape(f"on={value!r}: expected True or False.")):
@@ -56,4 +58,5 @@ def test_choice_and_switch():
 
 def test_nearest():
     assert nearest("sofd", ("soft", "hard")) == "Did you mean 'soft'?"
+    assert nearest("t", ("tau", "T", "threshold")) == "Did you mean 'T' or 'tau'?"
     assert nearest("xyz", {"soft", "hard"}) == "Valid: hard, soft."

@@ -12,11 +12,11 @@ from torch import nn
 
 import spikezoo
 from spikezoo import deploy as _deploy_function
+from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit, ExactNorm, deploy
 from spikezoo.layers import ConvNormNeuron, TernaryConv2d
 from spikezoo.neurons import MembraneNorm
 from spikezoo.observe import firing_rates
-from spikezoo.sparse import round_to_levels
 
 TICKET = {"kind": "mpslt", "sparsity": 0.4}
 

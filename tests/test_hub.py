@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard, constants
 
 import spikezoo
 from spikezoo import cli, registry
-from spikezoo import hub as spikezoo_hub
 from spikezoo.checkpoint import file_hash, read_config
-from spikezoo.hub import HubError, describe, pull, write_card
+from spikezoo.hub import HubError, client, pull, write_card
+from spikezoo.saving import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {
@@ -307,11 +307,11 @@ def test_a_dead_hub_is_told_within_seconds(hub):
 def test_a_hub_that_hangs(hub, monkeypatch):
     hub.add_repo("org/net", {"config.json": b"{}", "model.safetensors": b""})
     hub.delay("/api/", 60)
-    monkeypatch.setattr(spikezoo_hub, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.3)
     started = time.monotonic()
     with pytest.raises(HubError, match="no answer within"):
         pull("org/net")
-    assert time.monotonic() - started < 5 and spikezoo_hub.TIMEOUT_S == 0.3
+    assert time.monotonic() - started < 5 and client.TIMEOUT_S == 0.3
 
 
 @pytest.mark.parametrize(("status", "advice"), [(500, "try again later"), (503, "try again later"), (429, "Too many")])

@@ -245,8 +245,8 @@ def without_norms(monkeypatch):
                 parameter.mul_(2)  # so that neurons fire without norms
         return model
 
-    monkeypatch.setattr("spikezoo.hub._check_rebuilds", lambda *_: None)  # which would refuse to save such a net
-    monkeypatch.setattr(spikezoo, "create_model", create_model)
+    monkeypatch.setattr("spikezoo.saving._check_rebuilds", lambda *_: None)  # which would refuse to save such a net
+    monkeypatch.setattr("spikezoo.train.build.create_model", create_model)
     return create_model
 
 

@@ -42,7 +42,7 @@ from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
 from spikezoo.evaluate import write_rows
 from spikezoo.flags import Parser, add_flags, leave
-from spikezoo.hub import portable_command, portable_place
+from spikezoo.hub.provenance import portable_command, portable_place
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "main", "read_claims", "read_rows"]
 

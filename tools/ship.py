@@ -15,7 +15,9 @@ import spikezoo
 from spikezoo.checkpoint import read_config
 from spikezoo.cli import validate
 from spikezoo.evaluate import open_model
-from spikezoo.hub import check_shipping, describe, ship, training_facts
+from spikezoo.hub.provenance import training_facts
+from spikezoo.hub.ship import check_shipping, ship
+from spikezoo.saving import describe
 from spikezoo.transforms.tickets import tickets
 
 __all__ = ["main"]

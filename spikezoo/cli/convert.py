@@ -19,7 +19,8 @@ from spikezoo.cli.common import add_data, batches, device_of, open_net
 from spikezoo.convert import convert
 from spikezoo.evaluate import accuracy_over_time, check_results_file, environment, evaluate, write_rows
 from spikezoo.flags import Parser, add_flags, whole_flags
-from spikezoo.hub import save_checkpoint, training_facts
+from spikezoo.hub.provenance import training_facts
+from spikezoo.saving import save_checkpoint
 
 __all__ = ["main"]
 

@@ -31,10 +31,13 @@ from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
+from spikezoo.factory import is_reference, locate
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
-from spikezoo.hub import check_repo_id, describe, portable_command, push_folder, push_to_hub, training_facts
+from spikezoo.hub import check_repo_id, push_folder, push_to_hub
+from spikezoo.hub.provenance import portable_command, training_facts
 from spikezoo.observe import WithRates
-from spikezoo.registry import is_reference, list_models, locate
+from spikezoo.registry import list_models
+from spikezoo.saving import describe
 
 # Points of top-1 accuracy between a measurement and the record of the same weights: of float32, whose sums machines
 # order differently, and of everything that rounds more.

@@ -17,7 +17,7 @@ the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,7 @@ class SpikingModel(nn.Module):
         **neuron_arguments: Any,
     ) -> None:
         super().__init__()
+        self.pretrained_cfg: dict[str, Any] = {}  # timm's, of a model that is made by name
         self.num_classes = whole("num_classes", num_classes, 0)
         self.in_chans = whole("in_chans", in_chans)
         sizes = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
@@ -121,7 +122,8 @@ class SpikingModel(nn.Module):
                 f"encoding={encoding!r} with in_chans=2: event frames are their own encoding. Use encoding='direct'."
             )
         self.encoding, self.encoding_seed = encoding, whole("encoding_seed", encoding_seed, 0)
-        self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
+        norms = ("none", "channel", "element")
+        self.mpbn = None if mpbn in (None, False, "none", "None", "") else choice("mpbn", mpbn, norms)
         number("drop_rate", drop_rate, 0, 1)
         number("neuron_drop", neuron_drop, 0, 1)
         _check_pool(global_pool, num_classes)
@@ -129,7 +131,7 @@ class SpikingModel(nn.Module):
         self.grad_checkpointing = False
         self.recipe: list[tuple[str, dict[str, Any]]] = []  # the transforms applied, in order
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)  # type: ignore[arg-type]
+        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)
         self._global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
         self.min_img_size = 1  # the total stride, set by the subclass
@@ -182,6 +184,16 @@ class SpikingModel(nn.Module):
         return [index % count for index in wanted]
 
     # ------------------------------------------------------------------------------------------------ forward
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Mean and std that the images were normalised with in training, and of events what cut the frames; or {}."""
+        return dict(self.pretrained_cfg.get("inputs") or {})
+
+    @inputs.setter
+    def inputs(self, inputs: Mapping[str, Any]) -> None:
+        known = {key: inputs[key] for key in ("mean", "std")}
+        self.pretrained_cfg = {**self.pretrained_cfg, **known, "inputs": dict(inputs)}
 
     @property
     def compile_options(self) -> dict[str, Any]:

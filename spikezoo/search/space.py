@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 from spikezoo.checks import is_number, is_whole, nearest, whole
-from spikezoo.registry import create_model
+from spikezoo.factory import create_model
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from spikezoo.checkpoint import read_weights
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import input_options
-from spikezoo.registry import create_model
+from spikezoo.factory import create_model
 from spikezoo.train.initial import initial_model, model_arguments
 from spikezoo.train.length import check_sizes
 from spikezoo.train.start import fresh_membrane_norms, preserve_function

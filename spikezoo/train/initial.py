@@ -8,8 +8,8 @@ from typing import Any
 
 from spikezoo.checkpoint import load_weights, read_config, read_weights
 from spikezoo.data import dataset_info
+from spikezoo.factory import create_model
 from spikezoo.neurons import ANALOG, SpikingNeuron
-from spikezoo.registry import create_model
 from spikezoo.transforms import FLAGS, TRANSFORMS, apply, replay
 
 

@@ -12,7 +12,8 @@ from timm.utils import update_summary
 
 from spikezoo.checkpoint import atomic
 from spikezoo.evaluate import environment
-from spikezoo.hub import push_folder, save_checkpoint
+from spikezoo.hub import push_folder
+from spikezoo.saving import save_checkpoint
 from spikezoo.train.curves import plot
 
 if TYPE_CHECKING:

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from spikezoo.evaluate import evaluate
 from spikezoo.flags import choose_device
-from spikezoo.hub import describe
 from spikezoo.observe import WithRates
 from spikezoo.precision import fast_bfloat16
+from spikezoo.saving import describe
 from spikezoo.train import output, state
 from spikezoo.train.build import Batches, build_model, build_teacher
 from spikezoo.train.flags import seconds

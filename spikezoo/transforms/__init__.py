@@ -10,6 +10,7 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     multisp     a ticket in the patch embedding, and only the strongest patches for the blocks (MultiSp, PEPSp)
     dynsnn      a mask of the neurons, to remove those that hardly fire (DynSNN)
     bake        tickets into plain weights; exact
+    release     layers of a baked ticket become ordinary, for other classes or channels
     tune        baked tickets with their zeros fixed, to train the other weights
     compact     channels whose neurons are masked, out of the weights; equal up to rounding
 
@@ -34,7 +35,7 @@ from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
 from spikezoo.transforms.multisp import multisp
 from spikezoo.transforms.record import Training, Transform
-from spikezoo.transforms.tickets import bake, set_epoch, ticket, tickets, tune
+from spikezoo.transforms.tickets import bake, release, set_epoch, ticket, tickets, tune
 
 __all__ = [
     "FLAGS",
@@ -49,12 +50,14 @@ __all__ = [
     "fold_mpbn",
     "multisp",
     "register_transform",
+    "release",
     "replay",
     "set_epoch",
     "ticket",
     "tune",
 ]
 
+<<<<<<< HEAD
 
 def _delivered(model: nn.Module) -> nn.Module:
     """The model with its tickets baked: the logits stay, bit for bit, and the file shrinks thirty times."""
@@ -92,6 +95,18 @@ TRANSFORMS: dict[str, Transform] = {
     "bake": Transform(bake),
     "tune": Transform(tune),
     "compact": Transform(compact),
+=======
+TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
+    "fold_mpbn": fold_mpbn,
+    "fold_bn": fold_bn,
+    "ticket": ticket,
+    "multisp": multisp,
+    "dynsnn": dynsnn,
+    "bake": bake,
+    "tune": tune,
+    "release": release,
+    "compact": compact,
+>>>>>>> main
 }
 # What create_model takes as arguments, to apply them to what it made.
 FLAGS = [name for name, transform in TRANSFORMS.items() if transform.flag]

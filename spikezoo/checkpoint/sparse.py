@@ -444,15 +444,28 @@ def encode(
     return stored, {METADATA_KEY: json.dumps({**facts, "sha256": _digest(facts, stored)})}
 
 
-def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+def _check_size(codes: Mapping[str, Any], stored: Mapping[str, Tensor], most: int | None) -> None:
+    """Raise where the coded tensors ask for more numbers than there can be: masks of zeros stand for very many."""
+    places = (f"{name}.{part}" for name in codes for part in ("shape", "levels.shape"))
+    shapes = [stored[place].tolist() for place in places if place in stored and stored[place].dim() == 1]
+    asked = sum(abs(math.prod(shape)) for shape in shapes)
+    if most is None:  # a net of a thousandth of its weights has about 200 a byte
+        most = 2**26 + 2**8 * sum(tensor.nbytes for tensor in stored.values())
+    if asked > most:
+        raise ValueError(f"Its masks ask for {asked:,} numbers, where at most {most:,} are expected.")
+
+
+def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str], *, most: int | None = None) -> dict[str, Tensor]:
     """Decode what :func:`encode` made.
 
     Args:
         stored: Tensors of the file.
         metadata: Its metadata.
+        most: How many numbers the coded tensors may have; None allows what their bytes make plausible.
 
     Raises:
-        ValueError: An unknown version, parts that do not fit each other, or bytes that are not those written.
+        ValueError: An unknown version, parts that do not fit each other, more numbers than ``most``, or bytes that are
+            not those written.
     """
     try:
         facts = json.loads(metadata[METADATA_KEY])
@@ -465,6 +478,7 @@ def decode(stored: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[st
         raise ValueError(f"It has format version {version!r}; this spikezoo reads version {VERSION}. Update spikezoo.")
     if not well_formed or digest != _digest(facts, stored):
         raise ValueError("Its content is not what was written: the sha256 of names, types, shapes and bytes differs.")
+    _check_size(codes, stored, most)
     state = {}
     rest = dict(stored)
     for name, code in codes.items():
