@@ -57,7 +57,6 @@ __all__ = [
     "tune",
 ]
 
-<<<<<<< HEAD
 
 def _delivered(model: nn.Module) -> nn.Module:
     """The model with its tickets baked: the logits stay, bit for bit, and the file shrinks thirty times."""
@@ -94,19 +93,8 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "bake": Transform(bake),
     "tune": Transform(tune),
+    "release": Transform(release),
     "compact": Transform(compact),
-=======
-TRANSFORMS: dict[str, Callable[..., nn.Module]] = {
-    "fold_mpbn": fold_mpbn,
-    "fold_bn": fold_bn,
-    "ticket": ticket,
-    "multisp": multisp,
-    "dynsnn": dynsnn,
-    "bake": bake,
-    "tune": tune,
-    "release": release,
-    "compact": compact,
->>>>>>> main
 }
 # What create_model takes as arguments, to apply them to what it made.
 FLAGS = [name for name, transform in TRANSFORMS.items() if transform.flag]
