@@ -967,9 +967,9 @@ def test_two_processes(tmp_path, capsys):
     results = json.loads((tmp_path / "whole" / "run" / "config.json").read_text())["spikezoo"]["results"]
     assert results["samples"] == 7  # 4 and 3, none twice
     load("validate").main(
-        ["--checkpoint", str(tmp_path / "whole" / "run"), "--dataset", f"npz:{tmp_path / 'small.npz'}"]
+        ["--checkpoint", str(tmp_path / "whole" / "run"), "--dataset", f"npz:{tmp_path / 'small.npz'}", "--json"]
     )
-    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    row = json.loads(capsys.readouterr().out)
     for key in ("top1", "top5", "loss", "firing_rate"):
         assert row[key] == pytest.approx(results[key], abs=1e-4), key
 

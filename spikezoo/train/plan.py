@@ -135,8 +135,7 @@ def read_plan(
     for number, row in enumerate(rows, 1):
         own = dict(row)
         grid, config = own.pop("grid", {}), own.pop("config", None)
-        beside = path.parent / config if config else None
-        source = find_config(config) if beside and not beside.is_file() else beside
+        source = path.parent / config if config else None
         name = str(own.pop("name", None) or (source.stem if source else own.get("model", f"run{number}")))
         where = f"{path}, row {number} ({name})"
         axes = (
@@ -150,6 +149,7 @@ def read_plan(
             if full in runs or not full or full != Path(full).name or full.startswith("."):
                 raise ValueError(f"{where}: the name {full!r} is taken, or no name of a folder. Give 'name:'.")
             try:
+                source = find_config(source) if source else None
                 argv = [*(["--config", str(source)] if source else []), *to_flags(settings, source), *more]
                 argv += ["--output", str(Path(output) / path.stem), "--experiment", full, "--resume", "auto"]
                 args = parse_args(argv, prog)
