@@ -40,6 +40,8 @@ process takes whole runs. Its YAML:
         model_kwargs.decay: 0.5          # a dot reaches into a mapping
         grid: {model_kwargs.threshold: [0.5, 1.0], T: [1, 4]}   # every combination
         seeds: [1, 2, 3]
+        paper: {at: [VGG-9, SNN], top1: 85.3}            # what its table prints there, for its results
+      - {name: tuned, config: base.yaml, initial_checkpoint: run:fast}   # what that run of this plan wrote
     plot: {x: model_kwargs.threshold, y: top1, by: T}
 """
 # timm's, without plateau, whose state it does not save: a resumed run would differ.
