@@ -136,6 +136,14 @@ def _augmentation(group: argparse._ArgumentGroup) -> None:
         default=False,
         help="mirror an image in every other epoch, half of them from the first on, instead of at random",
     )
+    group.add_argument(
+        "--scale", type=float, nargs=2, metavar="X", help="area of random resized crops of image files: 0.08 1"
+    )
+    group.add_argument("--ratio", type=float, nargs=2, metavar="X", help="and their width by their height: 0.75 1.33")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="part of an image file that is evaluated (default: the model's)"
+    )
+    group.add_argument("--interpolation", help="of their resizing: bicubic, bilinear ... (default: the model's)")
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
     group.add_argument(
         "--translate",
