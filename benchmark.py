@@ -64,7 +64,7 @@ from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer
 from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron
 from spikezoo.observe import firing_rates
-from spikezoo.pictures import check_picture
+from spikezoo.pictures import check_picture, plain_ticks
 from spikezoo.transforms.dynsnn import masks_of
 
 Row = dict[str, Any]
@@ -1332,6 +1332,7 @@ def draw_growth(rows: Sequence[Row], varied: Sequence[str], path: str | Path) ->
     axes.set_title(f"{ours[0]['model']}, {ours[0]['mode']}, {form}", fontsize="medium")
     axes.set_xticks(x, [str(value) for value in x])
     axes.set_xticks([], minor=True)
+    plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     with atomic(path) as temporary:
