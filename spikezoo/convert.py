@@ -185,6 +185,19 @@ def _activations(ann: nn.Module, data: Tensor | Iterable[Any], mode: str | float
     return units
 
 
+def _folded(ann: nn.Module) -> Any:
+    """A copy in evaluation mode without norms."""
+    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
+    plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"Layer {name!r}: a {type(module).__name__} that stands behind no layer of its own cannot be folded, "
+                "and has no spiking form. Put it behind the convolution or linear layer that it normalises."
+            )
+    return plain
+
+
 def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
     """The unit of every QCFS activation, its learned threshold: its name -> a positive number."""
     units = {name: float(module.threshold) for name, module in ann.named_modules() if isinstance(module, QCFS)}
@@ -259,16 +272,10 @@ def convert(
         raise ValueError("A ReLU network needs data to measure its activations on, and T: convert(ann, images, T=64).")
     if levels and mode != "max":
         raise ValueError(f"mode={mode!r} would do nothing: a QCFS network has learned what a spike stands for.")
-    normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
-    plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
-    for name, module in plain.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"Layer {name!r}: a {type(module).__name__} that stands behind no layer of its own cannot be folded, "
-                "and has no spiking form. Put it behind the convolution or linear layer that it normalises."
-            )
+    plain = _folded(ann)
     neuron = {"neuron": "if", "reset": "soft", "threshold": 1.0, "v_reset": 0.0, "firing": ">=", "mpbn": "none"}
-    neuron |= {"v_init": 0.5 if half_threshold or levels else 0.0, "encoding": encoding, "T": T or max(levels)}
+    neuron |= {"v_init": 0.5 if half_threshold or levels else 0.0, "encoding": encoding}
+    neuron["T"] = max(levels) if T is None else T
     arguments = {name: value for name, value in facts["model_args"].items() if name != "qcfs_levels"}
     model: Any = create_model(facts["architecture"], **{**arguments, **neuron})
     model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])

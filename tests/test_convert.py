@@ -356,6 +356,19 @@ def test_command(tmp_path, capsys):
     assert config["spikezoo"]["results"]["precision"] == "bfloat16"
 
 
+def test_command_of_a_quantised_twin(tmp_path, capsys):
+    ann = quantised("test_mpbn_vgg", in_chans=1, img_size=8, qcfs_levels=3).float()
+    ann.pretrained_cfg |= {"inputs": {"mean": [0.0], "std": [1.0]}}
+    spikezoo.save_checkpoint(ann, tmp_path / "ann", {"dataset": "digits"})
+    words = ["convert", "--checkpoint", str(tmp_path / "ann"), "--images", "20"]
+    assert main([*words, "--output", str(tmp_path / "snn")]) == 0
+    assert "QCFS network" in capsys.readouterr().out
+    config = read_config(tmp_path / "snn")
+    assert config["model_args"]["T"] == 3 and "qcfs_levels" not in config["model_args"]
+    assert config["spikezoo"]["results"]["conversion"]["mode"] == "qcfs"
+    assert main([*words, "--mode", "0.9"]) == 2 and "mode=0.9 would do nothing" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """Folder of a ReLU twin."""
