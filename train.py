@@ -82,7 +82,7 @@ import spikezoo
 from spikezoo.checkpoint import atomic, load_state, load_weights, read_config, read_weights, save_state
 from spikezoo.checks import nearest
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.evaluate import environment, evaluate, input_options, write_rows
+from spikezoo.evaluate import dataset_arguments, environment, evaluate, input_options, write_rows
 from spikezoo.hub import check_repo_id
 from spikezoo.neurons import ANALOG, SpikingNeuron
 from spikezoo.observe import WithRates
@@ -222,6 +222,14 @@ def build_parser() -> argparse.ArgumentParser:
         default=False,
         help="mirror an image in every other epoch, half of them from the first on, instead of at random",
     )
+    group.add_argument(
+        "--scale", type=float, nargs=2, metavar="X", help="area of random resized crops of image files: 0.08 1"
+    )
+    group.add_argument("--ratio", type=float, nargs=2, metavar="X", help="and their width by their height: 0.75 1.33")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="part of an image file that is evaluated (default: the model's)"
+    )
+    group.add_argument("--interpolation", help="of their resizing: bicubic, bilinear ... (default: the model's)")
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
     group.add_argument(
         "--translate",
@@ -748,9 +756,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of create_model; classes, channels and size come from the dataset unless given."""
     info = dataset_info(args.dataset, args.data_dir)
     arguments = {
-        "num_classes": args.num_classes or info.num_classes,
-        "in_chans": args.in_chans or info.in_chans,
-        "img_size": args.img_size or info.img_size,
+        **dataset_arguments(args.model, info),
+        **{key: getattr(args, key) for key in ("num_classes", "in_chans", "img_size") if getattr(args, key)},
         "T": args.T,
         "mpbn": args.mpbn,
         "neuron": args.neuron,
@@ -843,6 +850,9 @@ class Run:
         random_seed(args.seed, args.rank)
 
         size = model.img_size[0]
+        given = (args.mean, args.std, args.frames_by, args.duration_us, args.crop_pct, args.interpolation)
+        seen = input_options(model, args.dataset, *given)
+        seen.pop("label_names", None)  # classes have the numbers that this data gives them
         loader = functools.partial(
             create_loader,
             args.dataset,
@@ -856,7 +866,7 @@ class Run:
             in_chans=model.in_chans,
             channels_last=args.channels_last,
             num_workers=args.workers,
-            **input_options(model, args.dataset, args.mean, args.std, args.frames_by, args.duration_us),
+            **seen,
         )
         soft = bool(args.mixup or args.cutmix)
         self.train_loader = loader(
@@ -865,6 +875,7 @@ class Run:
             batch_size=args.batch_size,
             subset=args.subset,
             hflip=args.hflip,
+            **{key: tuple(getattr(args, key)) for key in ("scale", "ratio") if getattr(args, key)},
             crop_padding=args.crop_padding,
             translate=args.translate,
             alternating_flip=args.alternating_flip,
@@ -1478,6 +1489,11 @@ class Run:
             **environment(),
         }
         model.pretrained_cfg |= {"mean": self.inputs["mean"], "std": self.inputs["std"], "inputs": self.inputs}
+        seen = {
+            key: self.val_loader.facts[key] for key in ("crop_pct", "interpolation") if key in self.val_loader.facts
+        }
+        names = self.val_loader.info.label_names
+        model.pretrained_cfg |= seen | {"label_names": list(names) if len(names) == model.num_classes else None}
         spikezoo.save_checkpoint(model, self.folder, results)
         pictures = plot(self.folder, final["layer_firing_rates"])
         rate = final["firing_rate"]

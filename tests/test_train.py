@@ -661,8 +661,8 @@ def test_output_folder(train, tmp_path, capsys):
 
     # What was measured in training is what validate.py finds in the folder.
     validate = load("validate")
-    validate.main(["--checkpoint", str(folder)])
-    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    validate.main(["--checkpoint", str(folder), "--json"])
+    row = json.loads(capsys.readouterr().out)
     assert row["loss"] == pytest.approx(results["spikezoo"]["results"]["loss"], abs=1e-5)
     assert row["top1"] == pytest.approx(results["spikezoo"]["results"]["top1"], abs=1e-3)
 
