@@ -647,7 +647,7 @@ def test_output_folder(train, tmp_path, capsys):
     assert top1[best] == max(top1)
 
     metadata = json.loads((folder / "metadata.json").read_text())
-    assert metadata["seed"] == 42 and metadata["command"].startswith("python train.py --model test_mpbn_vgg")
+    assert metadata["seed"] == 42 and metadata["command"].startswith("spikezoo train --model test_mpbn_vgg")
     assert {"commit", "python", "torch", "timm", "spikezoo-snn", "machine", "date"} <= metadata.keys()
     results = json.loads((folder / "config.json").read_text())
     assert results["architecture"] == "test_mpbn_vgg" and results["spikezoo"]["results"]["samples"] == 360
