@@ -393,12 +393,14 @@ def create_from(name: str, path: str | Path, **arguments: Any) -> SpikingModel:
     """
     path = Path(path).expanduser()
     config, (architecture, tag) = Config.read(path), split_name(name)
-    same = config.architecture in ("", architecture)
-    if same and not (config.model_args.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG):
+    same, stored = config.architecture in ("", architecture), config.model_args
+    other_neurons = stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG
+    other_norms = arguments.get("mpbn", stored.get("mpbn")) != stored.get("mpbn")
+    if same and not (other_neurons or other_norms):
         return create_model(name, checkpoint_path=path, **arguments)
     # Of another layout's name no argument is meant for this one; of the twin's all but those of its neurons.
     own = ("neuron", "mpbn", "T", "encoding")
-    kept = {key: value for key, value in config.model_args.items() if same and key not in own}
+    kept = {key: value for key, value in stored.items() if same and key not in own}
     source = _Source(architecture, tag, path, config, kept, foreign=True)
     return cast(SpikingModel, _make(source, arguments))
 

@@ -11,8 +11,8 @@ from test_models import fill
 import spikezoo
 from spikezoo.checkpoint import (
     Config,
+    furthest_state,
     load_state,
-    newest_state,
     read_weights,
     save_state,
     stored_numbers,
@@ -274,16 +274,16 @@ def test_the_newest_intact_state_is_taken_and_said(tmp_path, caplog):
     paths = [tmp_path / name for name in ("last.safetensors", "recovery-2-5.safetensors", "recovery-2-9.safetensors")]
     for path, batch in zip(paths, (0, 5, 9), strict=True):
         save_state(path, state_of(2, batch))
-    assert newest_state(paths)[0] == paths[2] and not caplog.text
+    assert furthest_state(paths)[0] == paths[2] and not caplog.text
     paths[2].write_bytes(paths[2].read_bytes()[:-1])
-    path, state = newest_state(paths, "architecture")
+    path, state = furthest_state(paths, "architecture")
     assert path == paths[1] and state == {"architecture": NET, "epoch": 2, "batch": 5}
     assert "recovery-2-9.safetensors" in caplog.text and "recovery-2-5.safetensors is taken" in caplog.text
     for path in paths:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="No state is intact"):
-        newest_state(paths)
-    assert newest_state([]) is None
+        furthest_state(paths)
+    assert furthest_state([]) is None
 
 
 def test_a_config_of_anything_reads(folder):

@@ -23,6 +23,7 @@ import spikezoo
 from spikezoo.checkpoint import load_state
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
+from spikezoo.factory import create_from
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 
 ROOT = Path(__file__).parents[1]
@@ -839,13 +840,13 @@ def test_initial_checkpoint(fast, tmp_path, monkeypatch):
     assert_same_weights(runs[0].model.state_dict(), tensors(tmp_path / "run" / "model.safetensors"))
 
 
-def test_initial_checkpoint_of_the_relu_twin(fast, tmp_path):
+def test_initial_checkpoint_of_the_relu_twin(tmp_path):
     twin = spikezoo.create_model("spiking_resnet20", neuron="relu", num_classes=5)
     with torch.no_grad():
         for weight in twin.parameters():
             weight.uniform_(0.5, 1.5)
     spikezoo.save_checkpoint(twin, tmp_path / "relu")
-    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), {"num_classes": 5, "T": 2})
+    new = create_from("mpbn_resnet20", tmp_path / "relu", num_classes=5, T=2)
     assert new.T == 2 and any(isinstance(module, spikezoo.neurons.LIF) for module in new.modules())
     untouched = spikezoo.create_model("mpbn_resnet20", num_classes=5, T=2).state_dict()
     state, theirs = new.state_dict(), twin.state_dict()
@@ -854,11 +855,11 @@ def test_initial_checkpoint_of_the_relu_twin(fast, tmp_path):
     assert norms and all(".neuron.norm." in name for name in norms)
     assert all(torch.equal(state[name], untouched[name]) for name in norms)
     with pytest.raises(ValueError, match=r"does not fit .*: \d+ missing, \d+ unexpected"):
-        fast.initial_model("spiking_conv4", str(tmp_path / "relu"), {})
+        create_from("spiking_conv4", tmp_path / "relu")
 
 
 @pytest.mark.parametrize("name", ["spiking_resnet20", "mpbn_resnet20"])
-def test_initial_checkpoint_of_a_pruned_twin_for_other_neurons(fast, tmp_path, name):
+def test_initial_checkpoint_of_a_pruned_twin_for_other_neurons(tmp_path, name):
     # The twin of the same name, too: its neurons have neither norms nor time constants.
     twin = spikezoo.create_model(name, neuron="relu", num_classes=5, dynsnn={"per": "channel"})
     inputs = {"mean": [0.25, 0.5, 0.75], "std": [2.0, 2.0, 2.0]}
@@ -868,7 +869,7 @@ def test_initial_checkpoint_of_a_pruned_twin_for_other_neurons(fast, tmp_path, n
         mask[::3] = False
     spikezoo.save_checkpoint(twin, tmp_path / "relu")
     arguments = {"num_classes": 4, "neuron": "plif", "mpbn": "channel", "T": 2}
-    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), arguments)
+    new = create_from("mpbn_resnet20", tmp_path / "relu", **arguments)
     state = new.state_dict()
     assert masks and all(torch.equal(state[key], value) for key, value in masks.items())
     assert torch.equal(state["stem.0.conv.weight"], twin.state_dict()["stem.0.conv.weight"])
@@ -877,10 +878,10 @@ def test_initial_checkpoint_of_a_pruned_twin_for_other_neurons(fast, tmp_path, n
     assert [entry[0] for entry in new.recipe] == ["dynsnn"]
 
 
-def test_transforms_come_after_the_weights_of_another_network(fast, tmp_path):
+def test_transforms_come_after_the_weights_of_another_network(tmp_path):
     twin = spikezoo.create_model("spiking_resnet20", neuron="relu")
     spikezoo.save_checkpoint(twin, tmp_path / "relu")
-    new = fast.initial_model("mpbn_resnet20", str(tmp_path / "relu"), {"dynsnn": {"threshold": 0.1}})
+    new = create_from("mpbn_resnet20", tmp_path / "relu", dynsnn={"threshold": 0.1})
     assert [entry[0] for entry in new.recipe] == ["dynsnn"] and new.stem[0].neuron.mask.all()
     assert torch.equal(new.head.fc.weight, twin.head.fc.weight)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikezoo.checkpoint.files import atomic, open_tensors, write_tensors
 
-__all__ = ["is_state", "load_state", "newest_state", "save_state"]
+__all__ = ["furthest_state", "is_state", "load_state", "save_state"]
 
 _logger = logging.getLogger("spikezoo")
 
@@ -134,7 +134,7 @@ def is_state(path: Path) -> bool:
         return _KEY in metadata or "tree" in metadata
 
 
-def newest_state(paths: Iterable[str | Path], *keys: str) -> tuple[Path, dict[str, Any]] | None:
+def furthest_state(paths: Iterable[str | Path], *keys: str) -> tuple[Path, dict[str, Any]] | None:
     """The training state that is furthest and intact, by epoch and batch; what is damaged is named in a warning.
 
     Args:

@@ -33,7 +33,7 @@ from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
 from spikezoo.factory import is_reference, locate
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
-from spikezoo.hub import check_repo_id, push_folder, push_to_hub
+from spikezoo.hub import check_push, push_folder, push_to_hub
 from spikezoo.hub.provenance import portable_command, training_facts
 from spikezoo.observe import WithRates
 from spikezoo.registry import list_models
@@ -353,7 +353,7 @@ def check_args(args: argparse.Namespace) -> None:
             "--torchcompile and --layer-rates out."
         )
     if args.push_to_hub:
-        check_repo_id(args.push_to_hub)
+        check_push(args.push_to_hub)
         if args.val_subset:
             raise ValueError(
                 f"--push-to-hub {args.push_to_hub} publishes what the whole split gives, not --val-subset."

@@ -14,8 +14,8 @@ from torch import Tensor
 from spikezoo.checkpoint import read_weights
 from spikezoo.data import create_loader, dataset_info
 from spikezoo.evaluate import input_options
-from spikezoo.factory import create_model
-from spikezoo.train.initial import initial_model, model_arguments
+from spikezoo.factory import create_from, create_model
+from spikezoo.train.initial import model_arguments
 from spikezoo.train.length import check_sizes
 from spikezoo.train.start import fresh_membrane_norms, preserve_function
 from spikezoo.train.teacher import weights_digest
@@ -33,7 +33,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> Any:
     """
     arguments = model_arguments(args)
     if args.initial_checkpoint:
-        model = initial_model(args.model, args.initial_checkpoint, arguments)
+        model: Any = create_from(args.model, args.initial_checkpoint, **arguments)
     else:
         model = create_model(args.model, args.pretrained, **arguments)
     for transform in TRANSFORMS.values():

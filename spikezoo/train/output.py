@@ -109,7 +109,7 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
         "seed": args.seed,
         **environment(),
     }
-    model.pretrained_cfg |= {"mean": run.inputs["mean"], "std": run.inputs["std"], "inputs": run.inputs}
+    model.inputs = run.inputs
     facts, names = run.val_loader.facts, run.val_loader.info.label_names
     seen = {key: facts[key] for key in ("crop_pct", "interpolation") if key in facts}
     model.pretrained_cfg |= seen | {"label_names": list(names) if len(names) == model.num_classes else None}

@@ -22,7 +22,7 @@ from timm.utils import (
     world_info_from_env,
 )
 
-from spikezoo.checkpoint import load_state, read_config
+from spikezoo.checkpoint import Config, load_state
 from spikezoo.checks import nearest
 from spikezoo.config_files import find_config, read_yaml
 from spikezoo.evaluate import write_rows
@@ -68,7 +68,7 @@ class Planned(NamedTuple):
         """
         if not (self.folder / "config.json").is_file():
             return None
-        results = read_config(self.folder)["spikezoo"]["results"]
+        results = Config.read(self.folder).results
         last = self.folder / "last.safetensors"
         if last.is_file() and load_state(last, "epoch")["epoch"] != results.get("epochs"):
             return None  # it was started anew since

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from spikezoo.evaluate import evaluate
 from spikezoo.flags import choose_device
+from spikezoo.hub import check_push
 from spikezoo.observe import WithRates
 from spikezoo.precision import fast_bfloat16
 from spikezoo.saving import describe
@@ -89,6 +90,8 @@ class Run:
         args.device = str(choose_device(args.device))
         self.device = init_distributed_device(args)
         self.main = args.rank == 0
+        if self.main and args.push_to_hub:
+            check_push(args.push_to_hub)  # or the training would be over before somebody hears of a wrong token
         random_seed(args.seed, 0)  # the same initial weights on every rank
         self.model = model = build_model(args, self.device)
         # What was made, with what a checkpoint brought along: it must be made the same way by whoever loads it.

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import yaml
 from timm.utils import CheckpointSaver, get_outdir, trim_summary
 
-from spikezoo.checkpoint import atomic, load_state, save_state
+from spikezoo.checkpoint import atomic, furthest_state, load_state, save_state
 from spikezoo.evaluate import environment
 from spikezoo.train.flags import known_flags, recipe_flags
 from spikezoo.train.output import write_json
@@ -91,12 +91,8 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 def newest_state(folder: Path) -> Path | None:
     """The state of a run that is furthest: last.safetensors or a later mid-epoch recovery."""
-    found: list[tuple[int, int, Path]] = []
-    for path in folder.glob("*.safetensors"):
-        if path.name == "last.safetensors" or path.name.startswith("recovery-"):
-            state = load_state(path, "epoch", "batch")
-            found.append((state["epoch"], state["batch"], path))
-    return max(found)[2] if found else None
+    found = furthest_state([*folder.glob("last.safetensors"), *folder.glob("recovery-*.safetensors")])
+    return found[0] if found else None
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
