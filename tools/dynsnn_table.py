@@ -34,7 +34,7 @@ def table(folder: str) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"No {path}: run train.py --plan configs/dynsnn/... first.")
     found: dict[str, dict[str, list[dict[str, str]]]] = {}
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             case, _, stage = row["name"].partition("-")
             found.setdefault(case, {}).setdefault(stage.partition("-")[0], []).append(row)

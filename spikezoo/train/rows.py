@@ -67,7 +67,7 @@ def read_yaml(path: Path, kind: str) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"No {kind} at {path}. The configs and plans that come with spikezoo are in configs/.")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     content = {} if content is None else content  # an empty file
