@@ -52,6 +52,7 @@ ALLOWED = {
         "registry",
         "saving",
         "search",
+        "train",
         "transforms",
     },
     "search": {"checks", "factory", "neurons", "checkpoint", "data", "evaluate", "search"},

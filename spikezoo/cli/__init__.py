@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "main"]
 # In the order of the help.
 COMMANDS = (
     "validate",
+    "results",
     "list",
     "count",
     "convert",
