@@ -23,7 +23,7 @@ from spikezoo.cli import main
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
-from spikezoo.transforms import bake, dynsnn, replay
+from spikezoo.transforms import bake, dynsnn, dynsnn_training, replay
 from spikezoo.transforms.dynsnn import (
     dynsnn_report,
     fade,
@@ -633,13 +633,13 @@ def flags(output, *more):
 def test_training_reactivates_and_prunes(fast, tmp_path, monkeypatch, capsys):
     seen = []
     for name in ("reactivate", "prune"):
-        original = getattr(fast, name)
+        original = getattr(dynsnn_training, name)
 
         def spy(model, *args, name=name, original=original):
             seen.append((name, model.training, model.num_classes))
             return original(model, *args)
 
-        monkeypatch.setattr(fast, name, spy)
+        monkeypatch.setattr(dynsnn_training, name, spy)
     fast.main(flags(tmp_path))
     assert [name for name, *_ in seen] == ["reactivate", "prune"]
     told = capsys.readouterr().out
@@ -672,16 +672,15 @@ def test_resume_is_bit_identical(fast, tmp_path, monkeypatch, call):
 def test_resume_after_sigkill_while_neurons_are_removed(fast, tmp_path):
     argv = flags(tmp_path / "parts", "--resume", "auto")
     code = f"""
-        import importlib.util, os, signal
-        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
-        train = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(train)
-        original = train.prune
+        import os, signal
+        from spikezoo.train import main
+        from spikezoo.transforms import dynsnn_training as training
+        original = training.prune
         def prune(*args):
             original(*args)
             os.kill(os.getpid(), signal.SIGKILL)
-        train.prune = prune
-        train.main({argv!r})
+        training.prune = prune
+        main({argv!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -731,11 +730,9 @@ def test_runs_that_make_no_sense(fast, tmp_path):
 def trained(tmp_path_factory, train):
     folder = tmp_path_factory.mktemp("trained")
     run = "--model test_spiking_vgg --T 2 --dataset digits --subset 320 -b 16 --epochs 4 --lr 0.1 --experiment run"
-    plot, train.plot = train.plot, lambda *_: []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])
         train.main([*run.split(), "--output", str(folder)])
-    finally:
-        train.plot = plot
     return folder / "run"
 
 

@@ -56,9 +56,9 @@ def loader(folder):
 
 @pytest.fixture(scope="module")
 def train():
-    module = load("train")
-    module.plot = lambda *_: []  # takes longer than the training of a micro-model
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])  # takes longer than the training
+        yield load("train")
 
 
 @pytest.fixture(scope="module")

@@ -427,9 +427,9 @@ def test_wrong_order():
 
 @pytest.fixture(scope="module")
 def train():
-    module = load("train")
-    module.plot = lambda *_: []
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])
+        yield load("train")
 
 
 def test_two_stages_of_training(train, tmp_path):

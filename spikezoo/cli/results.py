@@ -51,7 +51,7 @@ def table(rows: Sequence[PlanRow], found: Mapping[str, Mapping[str, str]]) -> li
     cells: dict[tuple[str, str, str], list[PlanRow]] = {}
     for row in rows:
         line, column = row.cell or (row.row, "")
-        for measure in row.paper or {"top1": None}:
+        for measure in row.paper or ("top1",):
             cells.setdefault((line, column, measure), []).append(row)
     lines = list(dict.fromkeys(line for line, *_ in cells))
     columns = list(dict.fromkeys((column, measure) for _, column, measure in cells))
