@@ -299,7 +299,7 @@ def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         processor = lines[0].partition(":")[2].strip() if lines else processor
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
@@ -333,7 +333,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ValueError: Another suffix.
     """
     suffix = check_results_file(path)
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if suffix == ".json":
             json.dump(list(rows), file, indent=2)
             file.write("\n")
