@@ -418,8 +418,10 @@ def pruned(model):
 
 def mask_a_channel(model):
     """Prune one channel of every layer that compact can take it out of."""
+    part = {"test_sew_resnet": "branch.0.", "test_ms_resnet": "conv1."}.get(model.pretrained_cfg["architecture"])
+    part = part or ("fc1" if hasattr(model, "has_patches") else "")
     for name, module in model.named_modules():
-        if isinstance(module, SpikingNeuron) and (not hasattr(model, "has_patches") or "fc1" in name):
+        if isinstance(module, SpikingNeuron) and part in name:
             module.mask = torch.arange(module.shape[0]) != 1
 
 

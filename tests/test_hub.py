@@ -495,7 +495,7 @@ def test_train_and_validate_publish_what_they_measured(hub, tmp_path, capsys):
     config = json.loads(hub.file("org/trained", "config.json"))
     assert config["spikezoo"]["dataset"] == "digits" and config["model_args"]["T"] == 2
     text = hub.file("org/trained", "README.md").decode()
-    assert "train.py --model test_spiking_vgg" in text and "curves.png" in text
+    assert "spikezoo train --model test_spiking_vgg" in text and "curves.png" in text
     assert hub.file("org/trained", "model.safetensors") == (tmp_path / "run" / "model.safetensors").read_bytes()
 
     argv = ["--model", "hf-hub:org/trained", "--count", "--count-images", "2", "--push-to-hub", "org/validated"]
