@@ -35,6 +35,7 @@ __all__ = [
     "evaluate",
     "input_options",
     "open_model",
+    "write_layer_rates",
     "write_rows",
 ]
 
@@ -308,6 +309,27 @@ def check_results_file(path: str | Path) -> str:
     if suffix not in (".csv", ".json"):
         raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
     return suffix
+
+
+def write_layer_rates(path: str | Path, epoch: int, rates: Mapping[str, float]) -> dict[str, list[float]]:
+    """Add the firing rates of an epoch to a table of epochs by layers, whose later epochs give way to a resumed run.
+
+    Args:
+        path: A .csv file, new or written by this function.
+        epoch: Number of the epoch.
+        rates: Layer -> spikes per neuron and time step.
+
+    Returns:
+        Layer -> rates of all epochs in the file, as :func:`spikezoo.pictures.draw_layer_rates` takes them.
+    """
+    rows: list[dict[str, Any]] = []
+    if Path(path).is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    rows.append({"epoch": epoch, **rates})
+    write_rows(path, rows)
+    # Transforms may take layers away and add others.
+    return {name: [float(row.get(name) or "nan") for row in rows] for name in rates}
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
