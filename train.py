@@ -20,6 +20,8 @@ process takes whole runs. Its YAML:
         ticket.kind: mpslt               # a dot reaches into a mapping
         grid: {ticket.sparsity: [0.2, 0.4], T: [1, 4]}   # every combination
         seeds: [1, 2, 3]
+        paper: {at: [VGG-9, BinW-SLT], top1: 85.35}      # what its table prints there, for spikezoo results
+      - {name: tuned, config: base.yaml, initial_checkpoint: run:ticket}   # what that run of this plan wrote
     plot: {x: ticket.sparsity, y: top1, by: T}
 """
 
@@ -87,6 +89,7 @@ from spikezoo.observe import WithRates
 from spikezoo.precision import fast_bfloat16
 from spikezoo.saving import describe
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
+from spikezoo.train.rows import PlanRow, read_rows, read_yaml, share_out
 from spikezoo.train.start import fresh_membrane_norms, preserve_function, warm_scores
 from spikezoo.train.teacher import TeacherCache, weights_digest
 from spikezoo.transforms import FLAGS, replay
@@ -454,25 +457,6 @@ def convert(action: argparse.Action, key: str, value: Any) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"Config key {key!r}: {value!r} does not exist. {nearest(value, action.choices)}")
     return converted
-
-
-def read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    """Read the mapping in a config or a plan.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: No YAML, or no mapping.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"No {kind} at {path}. The configs and plans that come with spikezoo are in configs/.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    content = {} if content is None else content  # an empty file
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected 'key: value' lines.")
-    return content
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -1523,6 +1507,7 @@ class Planned(NamedTuple):
     row: str
     settings: dict[str, Any]
     args: argparse.Namespace
+    plan: PlanRow
 
     @property
     def folder(self) -> Path:
@@ -1556,7 +1541,8 @@ class Planned(NamedTuple):
             raise ValueError(f"{self.folder} holds a finished run of other flags: {'; '.join(changed)}. Move it away.")
         with open(self.folder / "summary.csv", newline="") as file:
             seconds = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
-        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results}
+        paper = {f"paper_{measure}": number for measure, number in self.plan.paper.items()}
+        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results, **paper}
 
 
 def seconds(text: str, flag: str = "--time-budget") -> float:
@@ -1607,42 +1593,22 @@ def read_plan(path: Path, output: str, more: Sequence[str]) -> tuple[list[Planne
         FileNotFoundError: No such plan or config.
         ValueError: Unknown keys, values of another type, two runs of one name.
     """
-    plan = read_yaml(path, "plan")
-    rows, chart = plan.pop("runs", None), plan.pop("plot", None)
-    if plan or not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected 'runs', a list of rows, and perhaps 'plot'; other keys: {sorted(plan)}.")
-    known = {"x", "y", "by"}
-    if chart is not None and not (isinstance(chart, dict) and {"x", "y"} <= chart.keys() <= known):
-        raise ValueError(f"{path}: plot={chart!r}, expected for instance {{x: ticket.sparsity, y: top1, by: neuron}}.")
+    rows, chart = read_rows(path)
     if chart is not None and chart["y"] not in MEASURES:
         raise ValueError(f"{path}: plot.y={chart['y']!r} is not measured. {nearest(chart['y'], MEASURES)}")
-    runs: dict[str, Planned] = {}
-    for number, row in enumerate(rows, 1):
-        own = dict(row)
-        grid, config = own.pop("grid", {}), own.pop("config", None)
-        source = path.parent / config if config else None
-        name = str(own.pop("name", None) or (source.stem if source else own.get("model", f"run{number}")))
-        where = f"{path}, row {number} ({name})"
-        axes = (
-            {**grid, **({"seed": own.pop("seeds")} if "seeds" in own else {})} if isinstance(grid, dict) else {"": ""}
-        )
-        if not all(isinstance(values, list) and values for values in axes.values()):
-            raise ValueError(f"{where}: grid={grid!r} and seeds: expected lists of values, {{T: [1, 2, 4]}}, [1, 2].")
-        for values in itertools.product(*axes.values()):
-            settings = {**own, **dict(zip(axes, values, strict=True))}
-            full = "-".join([name, *(f"{str(k).rpartition('.')[2]}{v}" for k, v in zip(axes, values, strict=True))])
-            if full in runs or not full or full != Path(full).name or full.startswith("."):
-                raise ValueError(f"{where}: the name {full!r} is taken, or no name of a folder. Give 'name:'.")
-            try:
-                argv = [*(["--config", str(source)] if source else []), *to_flags(settings, source), *more]
-                argv += ["--output", str(Path(output) / path.stem), "--experiment", full, "--resume", "auto"]
-                args = parse_args(argv)
-                if not spikezoo.is_model(args.model) and ":" not in args.model:
-                    raise ValueError(f"Unknown model {args.model!r}. {nearest(args.model, spikezoo.list_models())}")
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"{where}: {error}") from error
-            runs[full] = Planned(full, name, settings, args)
-    return list(runs.values()), chart
+    folder, runs = Path(output) / path.stem, []
+    for row in rows:
+        try:
+            config = ["--config", str(row.source)] if row.source else []
+            argv = [*config, *to_flags(row.placed(folder), row.source), *more]
+            argv += ["--output", str(folder), "--experiment", row.name, "--resume", "auto"]
+            args = parse_args(argv)
+            if not spikezoo.is_model(args.model) and ":" not in args.model:
+                raise ValueError(f"Unknown model {args.model!r}. {nearest(args.model, spikezoo.list_models())}")
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{row.where}: {error}") from error
+        runs.append(Planned(row.name, row.row, row.settings, args, row))
+    return runs, chart
 
 
 def write_results(folder: Path, runs: Sequence[Planned], chart: Mapping[str, str] | None) -> None:
@@ -1718,8 +1684,10 @@ def run_plan(argv: Sequence[str]) -> int:
     runs, chart = read_plan(Path(own.plan), own.output, more)
     folder = Path(own.output) / Path(own.plan).stem
     failed, left = 0, []
-    for number, planned in enumerate(runs[rank::world], 1):
-        told = f"[{number}/{len(runs[rank::world])}] {planned.name}"
+    share = share_out([run.plan for run in runs], world)[rank]
+    mine = [run for run in runs if run.name in share]
+    for number, planned in enumerate(mine, 1):
+        told = f"[{number}/{len(mine)}] {planned.name}"
         try:
             if planned.result():
                 print(f"{told}: finished before.", flush=True)
@@ -1746,7 +1714,7 @@ def run_plan(argv: Sequence[str]) -> int:
     if left:
         print(f"Time is over, {len(left)} left: {', '.join(left)}. Give the same command again to go on.", flush=True)
     if failed:
-        print(f"{failed} of {len(runs[rank::world])} runs failed.", flush=True)
+        print(f"{failed} of {len(mine)} runs failed.", flush=True)
     print(f"Results         {folder / 'results.csv'}", flush=True)
     if world > 1:  # torchrun would end the others with the first process that fails
         os.environ.update({name: value for name, value in launched.items() if value is not None})

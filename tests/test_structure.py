@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoint": {"checks", "checkpoint"},
     "data": {"checks", "data"},
     "precision.py": set(),
-    "train": {"checkpoint", "data", "neurons", "precision", "train", "transforms"},
+    "train": {"checks", "checkpoint", "data", "neurons", "precision", "train", "transforms"},
     "layers.py": {"neurons"},
     "graph.py": {"layers", "neurons"},
     "registry.py": {"checks", "neurons", "checkpoint", "factory lazily"},
