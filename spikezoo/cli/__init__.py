@@ -20,6 +20,7 @@ COMMANDS = (
     "validate",
     "list",
     "count",
+    "compare",
     "convert",
     "dynsnn",
     "search",
