@@ -21,6 +21,7 @@ COMMANDS = (
     "list",
     "count",
     "convert",
+    "fold",
     "dynsnn",
     "search",
     "export",
