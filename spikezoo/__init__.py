@@ -26,3 +26,4 @@ from spikezoo.transforms import bake as bake
 from spikezoo.transforms import compact as compact
 from spikezoo.transforms import fold_bn as fold_bn
 from spikezoo.transforms import fold_mpbn as fold_mpbn
+from spikezoo.transforms import register_transform as register_transform

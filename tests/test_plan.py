@@ -26,9 +26,9 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def train():
-    module = load("train")
-    module.plot = lambda *_: []  # of single runs, which takes longer than they do
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])  # takes longer than the runs
+        yield load("train")
 
 
 def write(folder, plan, base=BASE):
@@ -132,18 +132,16 @@ def test_killed_at_any_moment(train, tmp_path):
     argv = write(tmp_path / "killed", THREE)
     # In the middle of writing the first epoch of the second run, after its recovery file of batch 2.
     code = f"""
-        import importlib.util, os, signal
-        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
-        train = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(train)
-        original = train.save_state
-        def save(path, state):
-            if "/b/" in str(path) and state["epoch"] == 1:
+        import os, signal
+        from spikezoo.train import main, output, state
+        original = state.save_state
+        def save(path, content):
+            if "/b/" in str(path) and content["epoch"] == 1:
                 open(str(path) + ".tmp", "w").write("half")
                 os.kill(os.getpid(), signal.SIGKILL)
-            original(path, state)
-        train.save_state, train.plot = save, lambda *_: []
-        train.main({[*argv, "--recovery-interval", "2"]!r})
+            original(path, content)
+        state.save_state, output.plot = save, lambda *_: []
+        main({[*argv, "--recovery-interval", "2"]!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spikezoo.checks import is_number, nearest
+from spikezoo.config_files import read_yaml
 
-__all__ = ["PlanRow", "read_rows", "read_yaml", "share_out"]
+__all__ = ["PlanRow", "read_rows", "share_out"]
 
 REFERENCE = "run:"  # in front of the name of another run of the plan, in place of the folder that it writes
 
@@ -57,25 +56,6 @@ class PlanRow:
         return {key: place(key, value) for key, value in self.settings.items()}
 
 
-def read_yaml(path: Path, kind: str) -> dict[str, Any]:
-    """Read the mapping in a config or a plan.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: No YAML, or no mapping.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"No {kind} at {path}. The configs and plans that come with spikezoo are in configs/.")
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    content = {} if content is None else content  # an empty file
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected 'key: value' lines.")
-    return content
-
-
 def _paper(value: Any, where: str) -> tuple[dict[str, float], tuple[str, str] | None]:
     """What ``paper:`` says: a number is top1; a mapping has measures, and ``at`` the row and column of a table."""
     numbers = dict(value) if isinstance(value, Mapping) else {} if value is None else {"top1": value}
@@ -97,12 +77,12 @@ def read_rows(path: Path) -> tuple[list[PlanRow], dict[str, str] | None]:
         FileNotFoundError: No such plan.
         ValueError: Unknown keys, values of another type, two runs of one name, a start from a run that comes later.
     """
-    plan = read_yaml(path, "plan")
+    plan = read_yaml(path)
     rows, chart = plan.pop("runs", None), plan.pop("plot", None)
     if plan or not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected 'runs', a list of rows, and perhaps 'plot'; other keys: {sorted(plan)}.")
     if chart is not None and not (isinstance(chart, dict) and {"x", "y"} <= chart.keys() <= {"x", "y", "by"}):
-        raise ValueError(f"{path}: plot={chart!r}, expected for instance {{x: ticket.sparsity, y: top1, by: neuron}}.")
+        raise ValueError(f"{path}: plot={chart!r}, expected for instance {{x: lr, y: top1, by: neuron}}.")
     runs: dict[str, PlanRow] = {}
     for number, row in enumerate(rows, 1):
         own = dict(row)
