@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import spikezoo
-from spikezoo.cli import main
 from spikezoo.checkpoint import read_config
+from spikezoo.cli import main
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron
 from spikezoo.neurons import IF, LIF, PLIF, FoldedThreshold, MembraneNorm, NeuronConfig, NeuronFactory, SpikingNeuron
 from spikezoo.transforms import TRANSFORMS, apply, fold_bn, fold_mpbn, replay
@@ -413,8 +413,8 @@ def test_command(tmp_path, capsys):
         assert [name for name, _ in folded.recipe] == recipe
         with torch.no_grad():
             torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0 if flags else 1e-3)
-        results = read_config(output)["spikezoo"]["results"]
-        assert results["dataset"] == "digits" and results["seed"] == 3
+        stored = read_config(output)["spikezoo"]
+        assert stored["dataset"] == "digits" and stored["results"]["seed"] == 3
         # What is folded is not folded again, and nothing is written.
         assert main(["fold", str(output), *flags, "--output", str(tmp_path / "again")]) == 2
         assert "Nothing to fold" in capsys.readouterr().err and not (tmp_path / "again").exists()
