@@ -25,6 +25,7 @@ COMMANDS = (
     "count",
     "compare",
     "convert",
+    "fold",
     "dynsnn",
     "search",
     "export",
