@@ -498,16 +498,26 @@ def test_train_and_validate_publish_what_they_measured(hub, tmp_path, capsys):
     assert "spikezoo train --model test_spiking_vgg" in text and "curves.png" in text
     assert hub.file("org/trained", "model.safetensors") == (tmp_path / "run" / "model.safetensors").read_bytes()
 
-    argv = ["--model", "hf-hub:org/trained", "--count", "--count-images", "2", "--push-to-hub", "org/validated"]
+    argv = [
+        "--model",
+        "hf-hub:org/trained",
+        "--count",
+        "--count-images",
+        "2",
+        "--json",
+        "--push-to-hub",
+        "org/validated",
+    ]
     assert validate.main(argv) == 0
-    row = json.loads(capsys.readouterr().out.partition("\n{")[2].join(["{", ""]))
+    out = capsys.readouterr().out
+    row = json.loads(out[out.index("{") :])
     assert row["model"] == "test_spiking_vgg" and row["dataset"] == "digits" and row["T"] == 2
     assert row["published"] == f"{hub.endpoint}/org/validated"
     assert row["checkpoint_sha256"] == config["spikezoo"]["sha256"]["model.safetensors"]
     results = json.loads(hub.file("org/validated", "config.json"))["spikezoo"]["results"]
     assert results["top1"] == row["top1"] and results["macs"] == row["macs"] and results["train_command"]
     text = hub.file("org/validated", "README.md").decode()
-    assert f"{row['top1']:.2f} %" in text and "validate.py" in text and "train.py" in text
+    assert f"{row['top1']:.2f} %" in text and "spikezoo validate" in text and "spikezoo train" in text
 
     # Other arguments are another model, which is stored as what was measured.
     argv = ["--checkpoint", str(tmp_path / "run"), "--T", "3", "--push-to-hub", "org/three"]
