@@ -32,6 +32,8 @@ COMMANDS = (
     "activations",
     "events",
     "raster",
+    "curves",
+    "landscape",
 )
 
 

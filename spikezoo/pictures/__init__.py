@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikezoo.pictures.costs import draw_energies, draw_operations, draw_zoo, pareto_front, place_labels
-from spikezoo.pictures.curves import draw_accuracy, draw_rates, draw_thresholds
+from spikezoo.pictures.curves import draw_accuracy, draw_curves, draw_rates, draw_thresholds
 from spikezoo.pictures.figure import check_picture, event_pixels, plain_ticks, to_pixels
 from spikezoo.pictures.maps import activation_maps, caption, draw_activations, draw_events, draw_patches
 from spikezoo.pictures.spikes import answer_of, draw_raster, spikes_over_time
@@ -15,6 +15,7 @@ __all__ = [
     "check_picture",
     "draw_accuracy",
     "draw_activations",
+    "draw_curves",
     "draw_energies",
     "draw_events",
     "draw_operations",

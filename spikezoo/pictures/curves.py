@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikezoo.pictures.figure import check_picture, write
 
-__all__ = ["draw_accuracy", "draw_rates", "draw_thresholds"]
+__all__ = ["draw_accuracy", "draw_curves", "draw_rates", "draw_thresholds"]
 
 
 def draw_accuracy(top1: Sequence[float], ann: float, path: str | Path, title: str = "") -> None:
@@ -37,6 +37,30 @@ def draw_accuracy(top1: Sequence[float], ann: float, path: str | Path, title: st
     axes.set(xlabel="time steps", ylabel="top-1 accuracy in %", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    write(figure, path)
+
+
+def draw_curves(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: str | Path, xlabel: str, ylabel: str
+) -> None:
+    """Draw lines over one axis.
+
+    Args:
+        curves: Label -> places and values.
+        path: Picture file; the suffix names the format.
+        xlabel: What the places are.
+        ylabel: What the values are.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure = check_picture(path)(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for label, (places, values) in curves.items():
+        axes.plot(places, values, "o-", markersize=3, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     write(figure, path)
 
 
