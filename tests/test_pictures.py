@@ -206,15 +206,15 @@ def test_energies_side_by_side(bars, tmp_path):
 
 def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr(pictures, "draw_curves", lambda *given: drawn.append(given))
+    monkeypatch.setattr(pictures, "draw_measure", lambda *given: drawn.append(given))
     for name, last in (("a", 50.0), ("b", 60.0)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.csv").write_text(f"epoch,eval_top1,eval_late\n1,40.0,\n2,{last},7\n")
     runs, picture = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "curves.png")
     assert main(["curves", *runs, "--plot", picture]) == 0
-    assert drawn[0][0] == {"a": ([1, 2], [40, 50]), "b": ([1, 2], [40, 60])} and drawn[0][2:] == ("epoch", "eval_top1")
+    assert drawn[0][:3] == ({"a": {1: [40], 2: [50]}, "b": {1: [40], 2: [60]}}, "epoch", "eval_top1")
     assert main(["curves", *runs, "--plot", picture, "--measure", "eval_late"]) == 0
-    assert drawn[1][0]["a"] == ([2], [7])
+    assert drawn[1][0]["a"] == {2: [7]}
     capsys.readouterr()
     assert main(["curves", *runs, "--plot", picture, "--measure", "eval_top"]) == 2
     assert "Did you mean 'eval_top1'" in capsys.readouterr().err
@@ -242,3 +242,23 @@ def test_loss_along_a_direction():
     for loss, logit in ((low, 6.0), (own, 3.0), (high, 0.0)):
         assert loss == pytest.approx(math.log(1 + math.exp(-logit)), rel=1e-4)
     assert net[1].weight.flatten().tolist() == [3, 0]
+
+
+def test_curves_show_what_there_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    made, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: made.append(self) or write(self, *a, **kw))
+    rows = [{"epoch": str(e), "train_loss": "2", "eval_loss": "", "eval_top1": "99.9", "lr": ""} for e in range(3)]
+    pictures.draw_training(rows, tmp_path / "curves.png")
+    loss, accuracy = made[0].axes  # no empty panels
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3]] and loss.get_ylabel() == "loss"
+    assert accuracy.get_ylim()[1] <= 100
+    assert all(tick == int(tick) for axis in made[0].axes for tick in axis.get_xticks())
+    pictures.draw_training([], tmp_path / "none.png")
+    pictures.draw_layer_rates({"one": [0.1, 0.2], "two": [0.5, 0.0]}, tmp_path / "rates.png")
+    labels = made[2].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["one", "two (dead)"] and labels[1].get_color() == "C3"
+    pictures.draw_measure({"a": {None: [1, 3], 2: [4, 6], 1: [5]}}, "T", "top1", tmp_path / "measure.png")
+    level, line = made[3].axes[0].lines[:2]
+    assert list(level.get_ydata()) == [2, 2] and (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [5, 5])

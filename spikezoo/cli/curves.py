@@ -30,8 +30,8 @@ def build_parser() -> Parser:
     return parser
 
 
-def read_curve(folder: Path, measure: str) -> tuple[list[float], list[float]]:
-    """Epochs, and a column of summary.csv in those that have it.
+def read_curve(folder: Path, measure: str) -> dict[float, list[float]]:
+    """A column of summary.csv by epoch, where it has one.
 
     Raises:
         FileNotFoundError: No summary.csv there.
@@ -44,8 +44,7 @@ def read_curve(folder: Path, measure: str) -> tuple[list[float], list[float]]:
         rows = list(csv.DictReader(file))
     if rows and measure not in rows[0]:
         raise ValueError(f"{path} has no column {measure!r}. {nearest(measure, rows[0])}")
-    rows = [row for row in rows if row[measure]]
-    return [float(row["epoch"]) for row in rows], [float(row[measure]) for row in rows]
+    return {float(row["epoch"]): [float(row[measure])] for row in rows if row[measure]}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,9 +53,10 @@ def run(args: argparse.Namespace) -> int:
     folders = [Path(folder) for folder in args.runs]
     curves = {str(folder): read_curve(folder, args.measure) for folder in folders}
     named = {folder.name: curves[str(folder)] for folder in folders}
-    pictures.draw_curves(named if len(named) == len(curves) else curves, args.plot, "epoch", args.measure)
-    for name, (epochs, values) in curves.items():
-        print(f"{name}: {len(epochs)} epochs" + (f", the last {values[-1]:g}" if values else ""))
+    pictures.draw_measure(named if len(named) == len(curves) else curves, "epoch", args.measure, args.plot)
+    for name, curve in curves.items():
+        last = "".join(f", the last {value:g}" for value in list(curve.values())[-1]) if curve else ""
+        print(f"{name}: {len(curve)} epochs{last}")
     print(f"Wrote {args.plot}")
     return 0
 

@@ -77,15 +77,16 @@ def run(args: argparse.Namespace) -> int:
     if args.points < 3 or args.points % 2 == 0:
         raise ValueError(f"points={args.points}: expected an odd number from 3, with the net itself in the middle.")
     places = torch.linspace(-args.radius, args.radius, args.points).tolist()
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+    curves: dict[str, dict[float, list[float]]] = {}
     for path in args.checkpoints:
         _, model, dataset, _ = open_net(args, {}, args.dataset, checkpoint=path)
         loader = batches(args, dataset, model, args.batch_size, subset=args.images)
         losses = loss_along(model, loader, places, args.seed)
-        curves[path if Path(path).name in curves else Path(path).name] = places, losses
+        label = path if Path(path).name in curves else Path(path).name
+        curves[label] = {place: [loss] for place, loss in zip(places, losses, strict=True)}
         centre = losses[args.points // 2]
         print(f"{path}: loss {centre:.4f}, mean over the line {sum(losses) / len(losses):.4f}")
-    pictures.draw_curves(curves, args.plot, "step, in sizes of the filters", f"loss, {dataset}/{args.split}")
+    pictures.draw_measure(curves, "step, in sizes of the filters", f"loss, {dataset}/{args.split}", args.plot)
     print(f"Wrote {args.plot}")
     return 0
 
