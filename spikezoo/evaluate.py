@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -22,15 +23,17 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import atomic, find_weights, read_config
-from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
+from spikezoo.checkpoint import Config, atomic, find_weights
+from spikezoo.checks import finite
+from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
+from spikezoo.factory import create_model, is_reference, locate, model_info
 from spikezoo.observe import WithRates, evaluating
-from spikezoo.registry import create_model, is_reference, locate, model_info
 
 __all__ = [
     "accuracy_over_time",
     "check_results_file",
+    "dataset_arguments",
     "environment",
     "evaluate",
     "input_options",
@@ -73,7 +76,7 @@ def evaluate(
     started = mark = time.perf_counter()
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
-            images, labels = images.to(device), labels.to(device)
+            images, labels = finite(images.to(device)), labels.to(device)
             full = full or len(images)
             run = compiled if compiled is not None and len(images) == full else probed
             with autocast():
@@ -144,7 +147,7 @@ def accuracy_over_time(
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             with autocast():
-                logits, rates = probed(images.to(device))
+                logits, rates = probed(finite(images.to(device)))
             # Of the sum and of the mean, the largest is the same one.
             right = logits.float().cumsum(0).argmax(2) == labels.to(device)
             hits += right.sum(1).cpu()
@@ -189,27 +192,40 @@ def open_model(
     """
     if is_reference(name):
         checkpoint = locate(name)
-        name = read_config(checkpoint).get("architecture", name)
-    config = read_config(checkpoint) if checkpoint else {}
+        name = Config.read(checkpoint).architecture or name
+    config = Config.read(checkpoint) if checkpoint else Config()
     info = model_info(name)
-    given = {**config.get("model_args", {}), **arguments}
-    dataset = dataset or (config.get("spikezoo", {}).get("dataset") if checkpoint else info.dataset)
+    given = {**config.model_args, **arguments}
+    dataset = dataset or (config.dataset if checkpoint else info.dataset)
     if dataset is None:
         size = given.get("img_size", info.input_size[1])
         chans, classes = given.get("in_chans", info.input_size[0]), given.get("num_classes", info.num_classes)
         dataset = natural_dataset(size if isinstance(size, int) else size[0], chans, classes)
     pretrained = not checkpoint and (pretrained or bool(info.pretrained))
     if not checkpoint and not pretrained and dataset != "none":
-        facts = dataset_info(dataset, data_dir)  # random weights fit any data
-        for key in ("num_classes", "in_chans", "img_size"):
-            if getattr(facts, key):
-                given.setdefault(key, getattr(facts, key))
+        given = {**dataset_arguments(name, dataset_info(dataset, data_dir)), **given}  # random weights fit any data
     random_seed(seed)
     if checkpoint:
         model: Any = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
         return model, dataset, str(find_weights(checkpoint))
     model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
+
+
+def dataset_arguments(name: str, info: DatasetInfo) -> dict[str, int]:
+    """The arguments of ``create_model`` that a dataset sets: classes, channels and size.
+
+    Files of images are resized to what a net takes, so a net of fixed size, or a checkpoint, keeps its own.
+
+    Args:
+        name: Architecture, with or without tag, or the place of a checkpoint.
+        info: The dataset.
+    """
+    own = {"num_classes": info.num_classes, "in_chans": info.in_chans, "img_size": info.img_size}
+    cfg = None if is_reference(name) else timm.get_pretrained_cfg(name)
+    if is_read_by_timm(info.name) and (cfg is None or cfg.fixed_input_size):
+        del own["img_size"]
+    return {key: value for key, value in own.items() if value}
 
 
 def input_options(
@@ -238,7 +254,7 @@ def input_options(
         interpolation: Of its resizing.
     """
     cfg = model.pretrained_cfg
-    stored = dict(cfg.get("inputs", {}))
+    stored = model.inputs
     own = {}
     if is_read_by_timm(dataset):
         own = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation") if cfg.get(key) is not None}
@@ -283,7 +299,7 @@ def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         processor = lines[0].partition(":")[2].strip() if lines else processor
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
@@ -317,7 +333,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ValueError: Another suffix.
     """
     suffix = check_results_file(path)
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if suffix == ".json":
             json.dump(list(rows), file, indent=2)
             file.write("\n")

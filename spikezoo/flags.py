@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +16,7 @@ from timm.utils import ParseKwargs
 
 from spikezoo.checks import nearest
 
-__all__ = ["KeyValue", "Parser", "Switch", "add_flags", "choose_device", "leave", "whole_flags"]
+__all__ = ["KeyValue", "Parser", "Switch", "add_flags", "choose_device", "import_files", "leave", "whole_flags"]
 
 # --amp, and --no-amp where a config has it: the command line wins.
 Switch = argparse.BooleanOptionalAction
@@ -40,6 +42,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str | None, **options: Any) -> None:
         super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument(
+            "--import",
+            dest="imports",
+            action="append",
+            metavar="FILE",
+            help="run a Python file of yours first, which registers models or transforms; again for more",
+        )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse; the result's ``command`` is the line that was typed."""
@@ -168,6 +177,37 @@ def whole_flags(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected an integer >= 1.")
+
+
+def import_files(argv: Sequence[str]) -> None:
+    """Run the Python files of ``--import``, each once, as modules of their names.
+
+    Args:
+        argv: Words of a command line.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A file of a name that a module has.
+    """
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--import", dest="imports", action="append", default=[])
+    for name in own.parse_known_args(argv)[0].imports:
+        path = Path(name).expanduser().resolve()
+        if not path.is_file():
+            raise FileNotFoundError(f"--import {name}: no such file.")
+        loaded = sys.modules.get(path.stem)
+        if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+            continue
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if loaded is not None or not path.stem.isidentifier() or spec is None or spec.loader is None:
+            raise ValueError(f"--import {name}: {path.stem!r} is a module already, or no name of one. Rename the file.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module  # registries look a class's module up by its name
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[path.stem]
+            raise
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -24,7 +24,7 @@ Kinds of nodes:
     layer     convolution or linear layer
     norm      batch norm
     pool      pooling; ``pooling`` is torch's module of it
-    neuron    spiking neuron, or its twin ReLU or Sign
+    neuron    spiking neuron, or its twin ReLU, Sign or QCFS
     join      sum of two signals
     flatten   a map becomes features, channel by channel
     average   mean over a map
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, TernaryConv2d, TernaryLinear
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron
+from spikezoo.neurons import QCFS, ReLU, Sign, SpikingNeuron
 
 __all__ = ["Graph", "Node", "trace"]
 
@@ -55,7 +55,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "layer": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TernaryConv2d, TernaryLinear),
     "norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "pool": (Pool, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
-    "neuron": (SpikingNeuron, ReLU, Sign),
+    "neuron": (SpikingNeuron, ReLU, Sign, QCFS),
     "pass": (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath),
 }
 _ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}
@@ -293,11 +293,12 @@ def _without_numbers(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def trace(model: nn.Module) -> Graph:
+def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     """Follow the signals through a model.
 
     Args:
         model: A model of this library, with stem, stages and head; it stays as it is, in any mode, on any device.
+        shape: Of one sample; None takes the model's ``input_shape``.
 
     Returns:
         Its graph, whose nodes refer to the model's own modules.
@@ -315,7 +316,7 @@ def trace(model: nn.Module) -> Graph:
         )
     copied = _without_numbers(model)
     recorder = _Recorder(model, copied)
-    x = torch.zeros(3, *copied.input_shape, device="meta")
+    x = torch.zeros(3, *(copied.input_shape if shape is None else shape), device="meta")
     try:
         frames, T = copied.encode(x)
         recorder.add(frames, 2, "input", "input", "Input", "", ())

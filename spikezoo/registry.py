@@ -1,9 +1,8 @@
-"""The registry, on timm's own: named rows become timm models, and spikezoo's functions find and create them."""
+"""The registry, on timm's own: named rows become timm models, and lists of them and of their weights."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,40 +14,29 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import nn
 
-from spikezoo.checks import UnknownArgumentError, nearest
-from spikezoo.neurons import ANALOG, NeuronConfig
+from spikezoo.checkpoint import WEIGHTS_NAME, Config
+from spikezoo.checks import nearest
+from spikezoo.neurons import ANALOG
 
 __all__ = [
-    "FACTORY_ARGUMENTS",
-    "ModelInfo",
+    "SHIPPED",
+    "Filter",
     "ModelRow",
     "Pretrained",
-    "create_model",
+    "class_of",
+    "family",
     "is_model",
-    "is_reference",
     "list_models",
     "list_pretrained",
-    "locate",
-    "model_info",
     "register_rows",
+    "row_of",
     "shipped_folder",
+    "split_name",
+    "weights_filter",
 ]
 
-# What every model takes besides its constructor's own arguments: timm's construction switches.
-FACTORY_ARGUMENTS = {
-    "cache_dir",
-    "feature_cls",
-    "features_only",
-    "out_indices",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-}
 # Checkpoints that come with the package: one folder each, called architecture.tag.
 SHIPPED = Path(__file__).parent / "weights"
-_NEURON_ARGUMENTS = set(NeuronConfig.__dataclass_fields__) - {"kind"}
-
-
 _CFG_FIELDS = set(PretrainedCfg.__dataclass_fields__)
 
 
@@ -83,39 +71,6 @@ class ModelRow:
     fixed_input_size: bool = False
     first_conv: str = "stem.0.conv"
     weights: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What :func:`model_info` tells about a name: of a name with tag the model of those weights, else the paper's.
-
-    Attributes:
-        name: Architecture.
-        family: File that defines it.
-        parameters: Trainable parameters.
-        T: Time steps.
-        neuron: Kind of neuron.
-        mpbn: Membrane normalisation, or None.
-        num_classes: Classes.
-        input_size: Channels, height and width.
-        pretrained: Names with tag of all its weights, the default first.
-        dataset: What the weights, those of the default tag if none is named, were trained on, or None.
-        paper: Where the layout comes from.
-        note: What to know about the name.
-    """
-
-    name: str
-    family: str
-    parameters: int
-    T: int
-    neuron: str
-    mpbn: str | None
-    num_classes: int
-    input_size: tuple[int, int, int]
-    pretrained: list[str]
-    dataset: str | None
-    paper: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -160,8 +115,6 @@ def _levels(arguments: Mapping[str, Any]) -> int:
 
 
 def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> Callable[..., nn.Module]:
-    filter_fn = getattr(sys.modules[module], "checkpoint_filter_fn", None)
-
     def create(pretrained: bool = False, model: nn.Module | None = None, **kwargs: Any) -> nn.Module:
         arguments = {**row.arguments, **kwargs}
         # timm wraps features_only models in a net that would take the batch for time; the getter goes through the
@@ -179,7 +132,10 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
                     arguments.pop(key, None)
         cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and cfg.file and Path(cfg.file).is_relative_to(SHIPPED):
-            # timm alone would neither check the file nor rebuild the model that it belongs to.
+            # timm alone would neither check the file nor rebuild the model that it belongs to. The one import upwards:
+            # timm's door to a name, which stands here, leads through the factory.
+            from spikezoo.factory import create_model
+
             own = {key: value for key, value in kwargs.items() if not key.startswith("pretrained_cfg")}
             return create_model(f"{name}.{cfg.tag}", True, **own)
         if not pretrained and not kwargs.get("pretrained_cfg"):
@@ -197,7 +153,7 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
             name,
             pretrained,
             feature_cfg=feature_cfg,
-            pretrained_filter_fn=functools.partial(_plain_weights, filter_fn),
+            pretrained_filter_fn=functools.partial(_plain_weights, weights_filter(name)),
             **arguments,
         )
 
@@ -217,6 +173,21 @@ def _plain_weights(filter_fn: Filter | None, weights: dict[str, Any], model: nn.
     return filter_fn(weights, model) if filter_fn else weights
 
 
+def row_of(architecture: str) -> ModelRow:
+    """The row of an architecture."""
+    return _rows[architecture]
+
+
+def class_of(architecture: str) -> type[nn.Module]:
+    """The class of an architecture's models."""
+    return _classes[architecture]
+
+
+def weights_filter(architecture: str) -> Filter | None:
+    """What translates other names of a family's weights, such as its authors', or None."""
+    return getattr(sys.modules[_classes[architecture].__module__], "checkpoint_filter_fn", None)
+
+
 def shipped_folder(name: str) -> Path:
     """Where the checkpoint ``architecture.tag`` is, or would be, that comes with the package."""
     return SHIPPED / name
@@ -228,19 +199,17 @@ def _shipped(name: str) -> dict[str, dict[str, Any]]:
     for path in sorted(SHIPPED.glob(f"{name}.*/config.json")):
         try:
             # Read without checks, which wait until somebody asks for the weights: importing must not fail.
-            config = json.loads(path.read_text())
-            block, cfg = config["spikezoo"], config["pretrained_cfg"]
-            facts = {key: cfg[key] for key in ("input_size", "num_classes", "mean", "std") if key in cfg}
-            facts = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()
-            }  # as timm's
-            facts |= {"dataset": block.get("dataset"), "top1": block.get("results", {}).get("top1")}
-            file = path.with_name("model.safetensors")
+            config = Config.of(json.loads(path.read_text(encoding="utf-8")))
+            file = path.with_name(WEIGHTS_NAME)
             size = file.stat().st_size
-        except (KeyError, TypeError, ValueError, OSError):
+        except (AttributeError, TypeError, ValueError, OSError):
             continue
-        arguments = config.get("model_args", {})
-        found[path.parent.name.partition(".")[2]] = {**facts, "file": str(file), "size": size, "arguments": arguments}
+        facts: dict[str, Any] = {
+            key: config.facts[key] for key in ("input_size", "num_classes", "mean", "std") if key in config.facts
+        }
+        facts |= {"dataset": config.dataset, "top1": config.results.get("top1")}
+        facts |= {"file": str(file), "size": size, "arguments": config.model_args}
+        found[path.parent.name.partition(".")[2]] = facts
     return found
 
 
@@ -296,13 +265,17 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
     return dict(default_cfgs)
 
 
-def _family(architecture: str) -> str:
+def family(architecture: str) -> str:
     """The file whose table holds the row; its class may come from another file."""
     return timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Check a name and split it into architecture and tag."""
+def split_name(name: str) -> tuple[str, str]:
+    """Check a name and split it into architecture and tag.
+
+    Raises:
+        ValueError: Unknown; the message names the nearest.
+    """
     if not isinstance(name, str):
         raise ValueError(f"Model name {name!r}: expected a string such as 'mpbn_resnet20'.")
     architecture, _, tag = name.partition(".")
@@ -320,202 +293,6 @@ def _split(name: str) -> tuple[str, str]:
     return architecture, tag
 
 
-def _check_arguments(architecture: str, arguments: Mapping[str, Any], transforms: Sequence[str] = ()) -> None:
-    # A family hands on what it does not take itself, so its base's arguments are its own too.
-    constructors = [vars(cls)["__init__"] for cls in _classes[architecture].__mro__ if "__init__" in vars(cls)]
-    parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
-    layout = set(_rows[architecture].arguments) - {"mpbn"}
-    known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = (known - {"self"}) | _NEURON_ARGUMENTS | FACTORY_ARGUMENTS | set(transforms)
-    for name in arguments:
-        if name not in known:
-            valid = known - layout - {"neuron_defaults"}
-            raise UnknownArgumentError(f"Model {architecture!r} has no argument {name!r}. {nearest(name, valid)}")
-
-
-def _pretrained_reference(architecture: str, tag: str) -> str:
-    """Where the weights of a tag are: a path, or 'hf-hub:' and a repository."""
-    weights = _rows[architecture].weights
-    if not weights:
-        others = ", ".join(row.name for row in list_pretrained()) or "none yet"
-        raise ValueError(
-            f"Model {architecture!r} has no pretrained weights. Tags that exist: {others}. "
-            "Use pretrained=False, or checkpoint_path= for weights of your own."
-        )
-    fields = weights[tag or next(iter(weights))]
-    return str(fields["file"]) if "file" in fields else f"hf-hub:{fields['hf_hub_id']}"
-
-
-def create_model(
-    name: str | Pretrained,
-    pretrained: bool = False,
-    *,
-    num_classes: int | None = None,
-    in_chans: int | None = None,
-    img_size: int | Sequence[int] | None = None,
-    T: int | None = None,
-    mpbn: str | bool | None = None,
-    checkpoint_path: str | Path | None = None,
-    use_ema: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """Create a model by name, with weights where asked for.
-
-    Weights come with what made their model: its arguments, T included, are the defaults in place of the name's own,
-    and the transforms that were applied to it are applied again before the weights are loaded strictly. With other
-    ``num_classes`` or ``in_chans`` than theirs the classifier starts afresh and the first convolution is fitted, and
-    a warning says so.
-
-    Args:
-        name: ``architecture`` or ``architecture.tag``, see :func:`list_models`, or a row of
-            :func:`list_pretrained`; ``local-dir:FOLDER`` for a
-            checkpoint; ``hf-hub:ORG/NAME`` or ``hf-hub:ORG/NAME@REVISION`` for one on the Hugging Face Hub, which is
-            taken from the cache without any request where it is there.
-        pretrained: Load weights; of a plain name those that this project trained, or an error where there are none.
-        num_classes: Classes of the head; 0 leaves it out.
-        in_chans: Input channels.
-        img_size: Height and width of the images.
-        T: Time steps.
-        mpbn: Membrane normalisation: 'channel', 'element' or 'none'. None takes the model's default.
-        checkpoint_path: A checkpoint file (safetensors) or a folder that holds one.
-        use_ema: Take the averaged weights, where ``checkpoint_path`` is a training state.
-        **kwargs: ``neuron``, ``decay``, ``tau``, ``threshold``, ``v_reset``, ``reset``, ``firing``, ``surrogate``,
-            ``surrogate_alpha``, ``detach_reset``, ``global_pool``, ``drop_rate``, ``device``, ``dtype``,
-            ``features_only``, ``out_indices``, ``cache_dir`` (of the Hub); and transforms with their arguments, applied
-            last: ``ticket=dict(kind='mpslt', sparsity=0.4)``, ``multisp=dict(patch_ratio=0.3)``,
-            ``dynsnn=dict(per='channel')``.
-
-    Returns:
-        The model, in training mode; in evaluation mode where a transform that ends training was applied.
-
-    Raises:
-        ValueError: An unknown name, argument or value, and the message names the nearest valid ones; weights that do
-            not fit or are damaged in any bit.
-        FileNotFoundError: No checkpoint at ``checkpoint_path``.
-        OSError: The Hub does not answer or does not have it.
-
-    Example:
-        >>> model = spikezoo.create_model('mpbn_resnet20', T=2, num_classes=100)
-    """
-    from spikezoo.checkpoint import find_weights, load_weights, read_config, read_weights
-    from spikezoo.transforms import FLAGS, apply, replay
-
-    name = name.name if isinstance(name, Pretrained) else name
-    path: Path | None = None
-    config: dict[str, Any] = {}
-    cache_dir = kwargs.get("cache_dir")
-    if use_ema and checkpoint_path is None and not (pretrained and is_reference(name)):
-        raise ValueError("use_ema=True: averaged weights are in a training state, so give checkpoint_path=.")
-    if is_reference(name):
-        if checkpoint_path is not None:
-            raise ValueError(f"name={name!r} and checkpoint_path={str(checkpoint_path)!r}: give one of them.")
-        path = locate(name, cache_dir)
-        config = read_config(path)
-        if not isinstance(config.get("architecture"), str):
-            raise ValueError(
-                f"{name} has no config.json that names its architecture: give the name of the model, and "
-                f"checkpoint_path={str(path)!r}."
-            )
-        architecture, tag = _split(config["architecture"])
-        path = path if pretrained else None
-    else:
-        architecture, tag = _split(name)
-        if checkpoint_path is not None:
-            path = Path(checkpoint_path)
-            config = read_config(path)
-            own = config.get("architecture", architecture)
-            if own != architecture:
-                raise ValueError(
-                    f"{path} is a checkpoint of {own!r} and was asked to load into {architecture!r}: create {own!r}."
-                )
-        elif pretrained and "pretrained_cfg_overlay" not in kwargs:
-            path = locate(_pretrained_reference(architecture, tag), cache_dir)
-            config = read_config(path)
-        elif tag:
-            config = {"model_args": _rows[architecture].weights[tag].get("arguments", {})}
-    stored = dict(config.get("model_args", {}))
-    if foreign := sorted(stored.keys() & (FACTORY_ARGUMENTS | {"device", "dtype"})):
-        raise ValueError(
-            f"{path or name}: model_args holds {', '.join(foreign)}, which say where a model is made and not what it "
-            "is. Was this config.json written by spikezoo.save_checkpoint?"
-        )
-    # Read, and checked for damage, before anything is made of what the config says.
-    weights = read_weights(path, use_ema) if path is not None else None
-    given = {
-        "num_classes": num_classes,
-        "in_chans": in_chans,
-        "img_size": img_size,
-        "T": T,
-        "mpbn": "none" if mpbn is False else mpbn,
-        **kwargs,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
-    _check_arguments(architecture, given, FLAGS)
-    flags = {key: given.pop(key) for key in FLAGS if key in given}
-    for flag, value in flags.items():
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{flag}={value!r}: expected the arguments of the transform, such as {flag}={{}}.")
-    changed = [key for key in ("num_classes", "in_chans") if key in given]
-    features = {key: given.pop(key) for key in ("features_only", "out_indices") if key in given}
-    merged = _merge(stored, given)
-    _check_arguments(architecture, merged)
-    # Weights of ours are loaded here, checked and after the transforms; timm loads only what an overlay asks for.
-    overlay = pretrained and "pretrained_cfg_overlay" in kwargs and path is None
-    full = f"{architecture}.{tag}" if tag else architecture
-    if not config and path is None and not flags:
-        return timm.create_model(full, pretrained=overlay, **merged, **features)
-    model: Any = timm.create_model(full, pretrained=overlay, **merged)
-    model = replay(model, config.get("spikezoo", {}).get("recipe", []))
-    if path is not None:
-        filter_fn: Filter | None = getattr(sys.modules[_classes[architecture].__module__], "checkpoint_filter_fn", None)
-        load_weights(model, path, weights=weights, changed=changed, filter_fn=filter_fn)
-        model.pretrained_cfg = {**model.pretrained_cfg, "file": str(find_weights(path))}
-        inputs = config.get("spikezoo", {}).get("inputs")
-        if inputs and stored.get("in_chans") == model.in_chans:  # what is said of other channels does not fit
-            model.pretrained_cfg |= {"mean": inputs["mean"], "std": inputs["std"], "inputs": inputs}
-    for flag, value in flags.items():
-        model = apply(model, flag, **value)
-    if features.get("features_only"):
-        return timm.model_entrypoint(architecture)(model=model, **features)
-    return model
-
-
-def _merge(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a checkpoint under those of the user, who may choose another form of the same thing."""
-    merged = {**stored, **given}
-    for one, other in (("decay", "tau"), ("tau", "decay")):
-        if one in given and other not in given:
-            merged.pop(other, None)
-    if merged.get("neuron") in ANALOG and given.get("neuron") in ANALOG:
-        # The twin has no time and no potential: what the checkpoint says of them is not meant for it.
-        for key in ("T", "mpbn", "encoding", "encoding_seed", *_NEURON_ARGUMENTS):
-            if key not in given:
-                merged.pop(key, None)
-    return merged
-
-
-_SCHEMES = ("local-dir", "hf-hub", "hf_hub")
-
-
-def is_reference(name: object) -> bool:
-    """Whether a name says where a checkpoint is: ``local-dir:FOLDER`` or ``hf-hub:ORG/NAME``."""
-    return isinstance(name, str) and name.partition(":")[0] in _SCHEMES and ":" in name
-
-
-def locate(reference: str, cache_dir: str | Path | None = None) -> Path:
-    """The folder or file of a reference, fetched where it is on the Hub; a path stands for itself."""
-    scheme, colon, rest = reference.partition(":")
-    if colon and scheme in ("hf-hub", "hf_hub"):
-        from spikezoo.hub import pull
-
-        return pull(rest, cache_dir=cache_dir)
-    if not is_reference(reference):
-        return Path(reference)
-    if not rest:
-        raise ValueError(f"{reference!r}: expected a folder after the colon, as in 'local-dir:output/quickstart'.")
-    return Path(rest)
-
-
 def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, module: str = "") -> list[str]:
     """Names of spikezoo's models.
 
@@ -524,7 +301,7 @@ def list_models(filter: str | Sequence[str] = "", *, pretrained: bool = False, m
         pretrained: Only models with weights, with their tags.
         module: Only one family's file, for instance ``'spiking_vgg'``.
     """
-    modules = set(map(_family, _rows))
+    modules = set(map(family, _rows))
     if module and module not in modules:
         raise ValueError(f"Unknown module {module!r}. {nearest(module, modules)}")
     found = timm.list_models(filter, module=module, pretrained=pretrained)
@@ -554,32 +331,3 @@ def list_pretrained(filter: str | Sequence[str] = "") -> list[Pretrained]:
 def is_model(name: str) -> bool:
     """Whether spikezoo has a model of that name."""
     return isinstance(name, str) and name.partition(".")[0] in _rows
-
-
-def model_info(name: str) -> ModelInfo:
-    """Facts about a named model: parameters, time steps, neuron, paper and what to know about the name.
-
-    Args:
-        name: Architecture, with or without tag.
-
-    Raises:
-        ValueError: Unknown name.
-    """
-    architecture, tag = _split(name)
-    row = _rows[architecture]
-    model: Any = create_model(name, device="meta")
-    tag = tag or next(iter(row.weights), "")
-    return ModelInfo(
-        name=architecture,
-        family=_family(architecture),
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        T=model.T,
-        neuron=model.neuron_config.kind,
-        mpbn=model.mpbn,
-        num_classes=model.num_classes,
-        input_size=(model.in_chans, *model.img_size),
-        pretrained=[f"{architecture}.{tag}" for tag in row.weights],
-        dataset=row.weights[tag].get("dataset") if tag else None,
-        paper=row.paper,
-        note=row.note,
-    )

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -15,12 +16,17 @@ import torch
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ("build", "flags", "initial", "length", "objective", "output", "plan", "run", "state")
 
 
 def load(name):
-    """A command as a module: train, a script of the repository's root, or validate."""
+    """What stands behind a command: validate as its module, train with the names of all of its modules."""
     if name == "validate":
         return importlib.import_module("spikezoo.cli.validate")
+    if name == "train":
+        parts = [importlib.import_module(f"spikezoo.train.{part}") for part in TRAIN]
+        names = {key: value for part in parts for key, value in vars(part).items() if not key.startswith("__")}
+        return types.SimpleNamespace(**names, main=importlib.import_module("spikezoo.train").main)
     spec = importlib.util.spec_from_file_location(name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -36,7 +42,7 @@ def train():
 @pytest.fixture
 def fast(train, monkeypatch):
     """The script without its pictures, which take longer than the training of a micro-model."""
-    monkeypatch.setattr(train, "plot", lambda *_: [])
+    monkeypatch.setattr("spikezoo.train.output.plot", lambda *_: [])
     return train
 
 

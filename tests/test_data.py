@@ -10,6 +10,7 @@ import struct
 import tarfile
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +18,18 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from spikezoo import data
+import spikezoo
 from spikezoo.data import (
     Loader,
+    augmentation,
     create_loader,
     dataset_info,
     list_datasets,
     load_arrays,
+    loaders,
     natural_dataset,
 )
+from spikezoo.evaluate import input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedReader:ResourceWarning")
@@ -243,7 +247,7 @@ def test_crop_against_loop(padding):
     images = torch.randint(1, 256, (9, 3, 8, 10), dtype=torch.uint8)
     top = torch.randint(2 * padding + 1, (9,))
     left = torch.randint(2 * padding + 1, (9,))
-    got = data._crop(images, padding, top, left)
+    got = augmentation.crop(images, padding, top, left)
     assert got.dtype == torch.uint8
     for i in range(9):
         padded = torch.zeros(3, 8 + 2 * padding, 10 + 2 * padding, dtype=torch.uint8)
@@ -263,7 +267,7 @@ def test_crop_against_loop(padding):
 )
 def test_cutout_hole(size, row, column, rows, columns):
     images = torch.full((1, 2, 10, 10), 7, dtype=torch.uint8)
-    got = data._cutout(images, size, torch.tensor([row]), torch.tensor([column]))
+    got = augmentation.cutout(images, size, torch.tensor([row]), torch.tensor([column]))
     wanted = images.clone()
     wanted[:, :, rows.start : rows.stop, columns.start : columns.stop] = 0
     assert torch.equal(got, wanted)
@@ -273,7 +277,7 @@ def test_cutout_hole(size, row, column, rows, columns):
 @pytest.mark.parametrize("magnitude", range(11))
 def test_policies_work_at_every_magnitude(magnitude):
     # The Spikformer recipes reach magnitude 10 by chance, where timm posterizes to 0 bits and Pillow raises.
-    policy = data._policy(f"rand-m{magnitude}-inc1-p1.0", 8, (0.5, 0.5, 0.5))
+    policy = augmentation.policy(f"rand-m{magnitude}-inc1-p1.0", 8, (0.5, 0.5, 0.5))
     image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
     ops = policy.transforms[0].ops
     assert len(ops) == 15
@@ -285,17 +289,77 @@ def test_policies_work_at_every_magnitude(magnitude):
             assert np.array_equal(np.array(out), np.array(image) & mask)
 
 
+def _by_sample(loader, epoch):
+    """The delivered images by the number of their sample."""
+    loader.set_epoch(epoch)
+    numbers = [loader.numbers(epoch, batch) for batch in range(len(loader))]
+    return dict(zip(torch.cat(numbers).tolist(), torch.cat([images for images, _ in loader]), strict=True))
+
+
+PLAIN = {"train": True, "mean": (0.0,), "std": (1.0,), "batch_size": 10}
+
+
+def test_translation_mirrors_the_border(npz):
+    stored, _ = load_arrays(npz, "train")
+    seen = set()
+    for number, image in _by_sample(create_loader(npz, "train", translate=2, hflip=0.0, **PLAIN), 0).items():
+        # numpy's reflection, and every window of it
+        padded = np.pad(stored[number].numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+        windows = {(y, x): padded[:, y : y + 16, x : x + 16] for y in range(5) for x in range(5)}
+        found = [place for place, window in windows.items() if np.array_equal(window, (image * 255).round().numpy())]
+        assert found
+        seen.add(found[0])
+    assert len(seen) > 10
+    with pytest.raises(ValueError, match="left out beside crop_padding=4"):
+        create_loader(npz, "train", translate=2, crop_padding=4, **PLAIN)
+
+
+def test_alternating_flip_takes_turns(npz):
+    loader = create_loader(npz, "train", alternating_flip=True, crop_padding=0, **PLAIN)
+    stored, _ = load_arrays(npz, "train")
+    epochs = [_by_sample(loader, epoch) for epoch in range(3)]
+    mirrored = [{n: torch.equal((i * 255).round(), stored[n].flip(2).float()) for n, i in e.items()} for e in epochs]
+    assert all(mirrored[0][n] != mirrored[1][n] and mirrored[0][n] == mirrored[2][n] for n in range(len(stored)))
+    assert 0.2 < sum(mirrored[0].values()) / len(stored) < 0.8
+
+
+def test_views_come_again_whatever_the_order_and_the_batch(npz):
+    given = {"views": 2, "translate": 2, "alternating_flip": True, "cutout": 3, "roll": 1}
+    small, large = (create_loader(npz, "train", **given, **PLAIN | {"batch_size": size}) for size in (10, 20))
+    first, second, third = (_by_sample(small, epoch) for epoch in range(3))
+    other = _by_sample(large, 4)
+    alone = small.load(torch.tensor([7]), 0)[0]
+    assert all(torch.equal(first[n], third[n]) and torch.equal(first[n], other[n]) for n in first)
+    assert torch.equal(alone, first[7])
+    assert not all(torch.equal(first[n], second[n]) for n in first)
+    for option in ({"mixup": 0.2}, {"reprob": 0.5}, {"auto_augment": "trivial"}):
+        with pytest.raises(ValueError, match=f"left out beside {next(iter(option))}"):
+            create_loader(npz, "train", views=2, **option, **PLAIN)
+
+
+def test_holdout_and_its_rest_are_the_split(npz):
+    parts = [create_loader(npz, "train", holdout=8, held_out=held, seed=seed) for held in (0, 1) for seed in (1, 2)]
+    assert parts[0].samples.equal(parts[1].samples) and parts[2].samples.equal(parts[3].samples)
+    assert sorted(torch.cat([parts[0].samples, parts[2].samples]).tolist()) == list(range(40))
+    labels = torch.cat([labels for _, labels in parts[2]])
+    assert labels.bincount().tolist() == [2, 2, 2, 2]
+    few = create_loader(npz, "train", holdout=8, subset=12, seed=3)
+    assert few.num_samples == 12 and set(few.samples.tolist()) <= set(parts[0].samples.tolist())
+    with pytest.raises(ValueError, match="holdout=40 is not possible: it must be below 40"):
+        create_loader(npz, "train", holdout=40)
+
+
 def test_loader_augments_like_a_loop(npz):
     """Repeats a whole augmented batch image by image from the same random numbers."""
     images, labels = load_arrays(npz, "train")
     loader = create_loader(npz, "train", train=True, batch_size=8, seed=5, cutout=4, crop_padding=3)
     loader.set_epoch(2)
-    order = torch.randperm(40, generator=data._generator("order", 5, 2))
+    order = torch.randperm(40, generator=augmentation.seeded_generator("order", 5, 2))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (loader.info.mean, loader.info.std))
     for batch, (got, targets) in enumerate(loader):
         chosen = order[batch * 8 : batch * 8 + 8]
         assert torch.equal(targets, labels[chosen])
-        generator = data._generator("augment", 5, 2, batch, 0)
+        generator = augmentation.seeded_generator("augment", 5, 2, batch, 0)
         top = torch.randint(7, (8,), generator=generator)
         left = torch.randint(7, (8,), generator=generator)
         flip = torch.rand(8, generator=generator) < 0.5
@@ -494,7 +558,7 @@ def test_subset(npz):
 
 def test_subset_of_uneven_classes():
     labels = torch.tensor([5] * 20 + [2] * 3 + [9])
-    chosen = data._balanced(labels, 8, 0)
+    chosen = loaders.balanced(labels, 8, 0)
     assert chosen.tolist() == sorted(set(chosen.tolist()))
     counts = {c: (labels[chosen] == c).sum().item() for c in (2, 5, 9)}
     assert counts == {2: 3, 5: 4, 9: 1}
@@ -642,6 +706,53 @@ def test_damaged_npz(tmp_path):
                 call()
 
 
+@pytest.mark.parametrize("keys", [("x_train", "y_train", "x_test", "y_test"), tuple(_arrays())])
+@pytest.mark.parametrize("column", [False, True])
+def test_other_layouts_of_npz(tmp_path, keys, column):
+    arrays = _arrays()
+    wanted = arrays["test_labels"].tolist()
+    if column:  # as MedMNIST has them
+        arrays |= {name: arrays[name][:, None] for name in ("train_labels", "test_labels")}
+    np.savez(tmp_path / "a.npz", **dict(zip(keys, arrays.values(), strict=True)))
+    name = f"npz:{tmp_path / 'a.npz'}"
+    images, labels = load_arrays(name, "test")
+    assert labels.tolist() == wanted and np.array_equal(images.permute(0, 2, 3, 1), arrays["test_images"])
+    assert (dataset_info(name).num_classes, dataset_info(name).img_size) == (4, 16)
+
+
+@pytest.mark.parametrize(("label", "asked"), [(107, False), (108, True), (255, True), (1_000_000, True)])
+def test_a_lone_high_label_is_asked_about(tmp_path, label, asked):
+    # Of 4 classes and one label above them, 5 different ones occur: up to 2 * 5 + 100 classes are taken.
+    arrays = _arrays()
+    arrays["train_labels"][5] = label + 2
+    name = f"npz:{tmp_path / 'a.npz'}"
+    np.savez(tmp_path / "a.npz", **arrays)
+    if asked:
+        with pytest.raises(ValueError, match=rf"labels go up to {label + 2}, but only 5 .* num_classes={label + 3}"):
+            dataset_info(name)
+        np.savez(tmp_path / "a.npz", **arrays, num_classes=label + 3)
+    assert dataset_info(name).num_classes == label + 3
+
+
+def test_names_in_an_npz(tmp_path):
+    name = f"npz:{tmp_path / 'a.npz'}"
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=["ant", "bee", "cat", "dog", "eel"])
+    info = dataset_info(name)
+    assert (info.num_classes, info.label_names) == (5, ("ant", "bee", "cat", "dog", "eel"))
+    plain = torch.cat([labels for _, labels in create_loader(name, "test")])
+    model = ("eel", "dog", "cat", "bee", "ant")
+    loader = create_loader(name, "test", label_names=model)
+    assert torch.equal(torch.cat([labels for _, labels in loader]), 4 - plain) and loader.info.label_names == model
+    loader = create_loader(name, "train", train=True, label_names=model, batch_size=40)
+    assert loader.info.label_names == info.label_names  # a training takes the data's
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=["ant", "bee"])
+    with pytest.raises(ValueError, match="there are 2 classes, but the label 3"):
+        dataset_info(name)
+    np.savez(tmp_path / "a.npz", **_arrays(), label_names=np.array(["ant", None], dtype=object))
+    with pytest.raises(ValueError, match=r"a.npz: label_names are wanted as texts"):
+        dataset_info(name)
+
+
 @pytest.mark.parametrize("name", ["npz:", "npz:no/such/file.npz"])
 def test_missing_npz(name):
     with pytest.raises(FileNotFoundError, match="--dataset npz:PATH"):
@@ -727,7 +838,7 @@ def test_download_lands_in_place(tmp_path, monkeypatch):
     def download(self):
         if not self._check_exists():
             assert self.root != str(tmp_path)
-            _write_mnist(data.Path(self.root))
+            _write_mnist(Path(self.root))
 
     monkeypatch.setattr(datasets.MNIST, "download", download)
     assert len(load_arrays("mnist", "train", str(tmp_path))[0]) == 7
@@ -1102,9 +1213,59 @@ def test_bad_crops(folder, kwargs, said):
 def test_crops_of_a_training(folder):
     """With the whole area and the images' own ratio, a random resized crop is a plain resizing."""
     kwargs = {"train": True, "hflip": 0, "scale": (1, 1), "ratio": (1.2, 1.2), "mean": (0,), "std": (1,)}
-    order = torch.randperm(12, generator=data._generator("order", 42, 0))
+    order = torch.randperm(12, generator=augmentation.seeded_generator("order", 42, 0))
     got = torch.cat([images for images, _ in _folder(folder, batch_size=12, seed=42, **kwargs)])
     files = sorted(f"{label}/{i}" for label in ("apple", "bird") for i in range(6))
     for image, index in zip(got, order.tolist(), strict=True):
         plain = Image.open(f"{folder}/train/{files[index]}.png").resize((16, 16), Image.Resampling.BICUBIC)
         torch.testing.assert_close(image, torch.from_numpy(np.array(plain)).permute(2, 0, 1).float() / 255)
+
+
+# --- a checkpoint's view of image files ----------------------------------------------------------
+
+
+def test_checkpoint_says_how_image_files_are_seen(tmp_path, train):
+    """Trained on a folder with a view and names of its own, evaluated on another whose classes are fewer."""
+    colours = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
+    for split in ("train", "val"):
+        for label, colour in colours.items():
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            Image.new("RGB", (28, 28), colour).save(folder / "0.png")
+    words = ["--model", "test_spiking_vgg", "--dataset", "folder", "--data-dir", str(tmp_path / "images"), "-b", "3"]
+    words += ["--epochs", "1", "--device", "cpu", "--workers", "0", "--output", str(tmp_path), "--experiment", "run"]
+    words += ["--crop-pct", "0.7", "--interpolation", "bilinear", "--scale", "0.5", "1", "--ratio", "1", "1"]
+    train.main(words)
+    model, dataset, _ = open_model("local-dir:" + str(tmp_path / "run"), {})
+    own = spikezoo.create_model("test_spiking_vgg")
+    assert model.img_size == own.img_size and model.num_classes == 3  # not the 224 of larger nets, which do not fit
+    cfg = model.pretrained_cfg
+    assert (cfg["crop_pct"], cfg["interpolation"], list(cfg["label_names"])) == (0.7, "bilinear", ["ant", "bee", "cat"])
+    options = input_options(model, dataset)
+    assert (options["crop_pct"], options["interpolation"]) == (0.7, "bilinear")
+    assert input_options(model, dataset, crop_pct=1.0)["crop_pct"] == 1.0
+    assert "crop_pct" not in input_options(model, "cifar10")
+    shutil.rmtree(tmp_path / "images" / "train")
+    shutil.rmtree(tmp_path / "images" / "val" / "ant")
+    loader = _folder(str(tmp_path / "images"), "val", **{**options, "img_size": 32})
+    assert torch.cat([labels for _, labels in loader]).tolist() == [1, 2]
+    assert loader.facts == {"crop_pct": 0.7, "interpolation": "bilinear"}
+
+
+def test_a_folder_of_arrays_is_seen_as_the_arrays(tmp_path):
+    """The same pixels as an .npz file and as PNG files give the same images to a net of their size."""
+    arrays = _arrays(size=32)
+    np.savez(tmp_path / "a.npz", **arrays)
+    for i, (pixels, label) in enumerate(zip(arrays["test_images"], arrays["test_labels"], strict=True)):
+        folder = tmp_path / "val" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    model = spikezoo.create_model("test_spiking_vgg", num_classes=4)
+    options = input_options(model, "folder")
+    ((plain, labels),) = create_loader(
+        f"npz:{tmp_path / 'a.npz'}", "test", mean=options["mean"], std=options["std"], batch_size=13
+    )
+    got = list(_folder(str(tmp_path), "val", **{**options, "img_size": 32, "batch_size": 13}))
+    order = labels.argsort(stable=True)
+    assert torch.equal(got[0][1], labels[order])
+    torch.testing.assert_close(got[0][0], plain[order])

@@ -12,11 +12,11 @@ from torch import nn
 
 import spikezoo
 from spikezoo import deploy as _deploy_function
+from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit, ExactNorm, deploy
 from spikezoo.layers import ConvNormNeuron, TernaryConv2d
 from spikezoo.neurons import MembraneNorm
 from spikezoo.observe import firing_rates
-from spikezoo.sparse import round_to_levels
 
 TICKET = {"kind": "mpslt", "sparsity": 0.4}
 
@@ -394,6 +394,17 @@ def test_bad_models():
 def test_int8_is_for_spikes(neuron):
     with pytest.raises(ValueError, match="keeps spikes as bytes and this model has none: use precision='bf16'"):
         deploy(create("test_spiking_vgg", T=None, neuron=neuron), "int8")
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_inputs_that_are_not_finite(precision, value):
+    fast, x = deploy(create("test_spiking_vgg"), precision), torch.randn(4, 3, 32, 32)
+    x[2, 1, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite in 1 of 4 samples, the first at 2"):
+        fast(x)
+    assert fast(x[:2]).isfinite().all()
 
 
 @pytest.mark.usefixtures("eager")

@@ -23,7 +23,7 @@ from spikezoo.cli import main
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options
 from spikezoo.neurons import IF, LIF, NeuronConfig, SpikingNeuron
-from spikezoo.transforms import bake, dynsnn, replay
+from spikezoo.transforms import bake, dynsnn, dynsnn_training, replay
 from spikezoo.transforms.dynsnn import (
     dynsnn_report,
     fade,
@@ -38,7 +38,6 @@ from spikezoo.transforms.dynsnn import (
     without,
 )
 from spikezoo.transforms.reach import Reach
-from tools import dynsnn_table
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -634,13 +633,13 @@ def flags(output, *more):
 def test_training_reactivates_and_prunes(fast, tmp_path, monkeypatch, capsys):
     seen = []
     for name in ("reactivate", "prune"):
-        original = getattr(fast, name)
+        original = getattr(dynsnn_training, name)
 
         def spy(model, *args, name=name, original=original):
             seen.append((name, model.training, model.num_classes))
             return original(model, *args)
 
-        monkeypatch.setattr(fast, name, spy)
+        monkeypatch.setattr(dynsnn_training, name, spy)
     fast.main(flags(tmp_path))
     assert [name for name, *_ in seen] == ["reactivate", "prune"]
     told = capsys.readouterr().out
@@ -673,16 +672,15 @@ def test_resume_is_bit_identical(fast, tmp_path, monkeypatch, call):
 def test_resume_after_sigkill_while_neurons_are_removed(fast, tmp_path):
     argv = flags(tmp_path / "parts", "--resume", "auto")
     code = f"""
-        import importlib.util, os, signal
-        spec = importlib.util.spec_from_file_location("train", {str(ROOT / "train.py")!r})
-        train = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(train)
-        original = train.prune
+        import os, signal
+        from spikezoo.train import main
+        from spikezoo.transforms import dynsnn_training as training
+        original = training.prune
         def prune(*args):
             original(*args)
             os.kill(os.getpid(), signal.SIGKILL)
-        train.prune = prune
-        train.main({argv!r})
+        training.prune = prune
+        main({argv!r})
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -732,11 +730,9 @@ def test_runs_that_make_no_sense(fast, tmp_path):
 def trained(tmp_path_factory, train):
     folder = tmp_path_factory.mktemp("trained")
     run = "--model test_spiking_vgg --T 2 --dataset digits --subset 320 -b 16 --epochs 4 --lr 0.1 --experiment run"
-    plot, train.plot = train.plot, lambda *_: []
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])
         train.main([*run.split(), "--output", str(folder)])
-    finally:
-        train.plot = plot
     return folder / "run"
 
 
@@ -803,37 +799,33 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_table(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"train\.py --plan"):
-        dynsnn_table.main([str(tmp_path)])
+def test_table_of_a_plan(tmp_path, capsys):
+    plan = ROOT / "configs" / "dynsnn" / "table1.yaml"
+    assert main(["results", str(plan), "--results", str(tmp_path / "results.csv")]) == 2
+    assert "training with --plan" in capsys.readouterr().err
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
-    rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
-    rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
-    with open(tmp_path / "results.csv", "w", newline="") as file:
+    rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("bp_stdp-baseline-seed1", 50.0, ""), ("other-seed1", 1.0, "")]
+    (tmp_path / "table1").mkdir()
+    with open(tmp_path / "table1" / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
-    assert dynsnn_table.main([str(tmp_path)]) == 0
-    first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
-    # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
-    assert first.split() == [
-        "snn_t",
-        "98.00",
-        "±1.41",
-        "97.9",
-        "-",
-        "98.00",
-        "±0.71",
-        "98.0",
-        "0.00",
-        "-0.10",
-        "54.50",
-        "±0.71",
-        "53.71",
-    ]
-    assert second.split() == ["other", "50.00", "±0.00", "-", "-", "nan", "-"]
-    # Nets with one baseline.
-    cells = ["99.00", "±0.00", "99.25", "-", "98.50", "±0.00", "99.23", "0.50", "0.02", "57.50", "±0.00", "57.4"]
-    assert shared.split() == ["fc3_57", *cells]
+    for more in (["--output", str(tmp_path)], ["--results", str(tmp_path / "table1" / "results.csv")]):
+        assert main(["results", str(plan), *more]) == 0
+        told, _, header, *lines = capsys.readouterr().out.splitlines()
+        assert told.startswith("table1: 5 of 27 runs")
+        assert header.split() == ["baseline", "pruned", "pruned", "neurons_removed", "reactivated"]
+        # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.0, 53.71 and 98.3.
+        first = "SNN-T 98.00 ±1.41 (97.9) 98.00 ±0.71 (98) 54.50 ±0.71 (53.71) (98.3)"
+        assert [" ".join(line.split()) for line in lines] == [
+            first,
+            "STiDi-BP (97.4) (97.7) (62.33) (98.1)",
+            "BP-STDP 50.00 (96.6) (96.9) (64.81) (97.2)",
+        ]
+    # A plan that nobody ran is its paper's table, and rows without a place in one are lines.
+    assert main(["results", str(plan), "--output", str(tmp_path / "none")]) == 0
+    assert "0 of 27 runs" in capsys.readouterr().out
+    assert main(["results", str(plan.parent.parent / "tickets" / "sparsity.yaml")]) == 0
+    assert "snn" in capsys.readouterr().out
 
 
 def test_relu_twins_have_rates_masks_and_compact_forms():

@@ -19,9 +19,9 @@ from huggingface_hub import ModelCard, constants
 
 import spikezoo
 from spikezoo import cli, registry
-from spikezoo import hub as spikezoo_hub
 from spikezoo.checkpoint import file_hash, read_config
-from spikezoo.hub import HubError, describe, pull, write_card
+from spikezoo.hub import HubError, check_push, client, pull, write_card
+from spikezoo.saving import describe
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = {
@@ -260,6 +260,26 @@ def test_private_and_gated(hub, monkeypatch):
         spikezoo.push_to_hub(make(), "org/other")
 
 
+def test_a_push_is_asked_for_at_the_start(hub, monkeypatch):
+    check_push("org/net")
+    assert not hub.repos  # asked, not done
+    with pytest.raises(ValueError, match="is no repository name"):
+        check_push("net")
+    with pytest.raises(HubError, match="your token is owner's and may push to owner, org, me, not to others"):
+        check_push("others/net")
+    monkeypatch.setattr(hub, "role", "read")
+    with pytest.raises(HubError, match="may only read"):
+        check_push("org/net")
+    for token, message in ((hub.stranger, "may push to stranger, not to org"), ("hf_wrong", r"401.*Log in with")):
+        monkeypatch.setattr(hub, "role", "write")
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(HubError, match=message):
+            check_push("org/net")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="there is no token"):
+        check_push("org/net")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -307,11 +327,11 @@ def test_a_dead_hub_is_told_within_seconds(hub):
 def test_a_hub_that_hangs(hub, monkeypatch):
     hub.add_repo("org/net", {"config.json": b"{}", "model.safetensors": b""})
     hub.delay("/api/", 60)
-    monkeypatch.setattr(spikezoo_hub, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT_S", 0.3)
     started = time.monotonic()
     with pytest.raises(HubError, match="no answer within"):
         pull("org/net")
-    assert time.monotonic() - started < 5 and spikezoo_hub.TIMEOUT_S == 0.3
+    assert time.monotonic() - started < 5 and client.TIMEOUT_S == 0.3
 
 
 @pytest.mark.parametrize(("status", "advice"), [(500, "try again later"), (503, "try again later"), (429, "Too many")])

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import spikezoo
-from spikezoo import evaluate, registry
+from spikezoo import evaluate, factory, registry
 from spikezoo.checks import UnknownArgumentError
 from spikezoo.models.spiking_vgg import SpikingVGG
 from spikezoo.registry import _rows, register_rows
@@ -190,10 +190,10 @@ def test_layout_is_not_advertised_as_an_argument():
 def test_pretrained_without_weights_raises(monkeypatch):
     monkeypatch.setitem(registry._rows, MICRO, replace(_rows[MICRO], weights={}))
     there = registry.Pretrained("mpbn_resnet20.some_tag", "package", None, None, None, None)
-    monkeypatch.setattr(registry, "list_pretrained", lambda: [there])
+    monkeypatch.setattr(factory, "list_pretrained", lambda: [there])
     with pytest.raises(ValueError, match=r"'test_mpbn_vgg' has no pretrained weights.*exist: mpbn_resnet20.some_tag"):
         spikezoo.create_model(MICRO, pretrained=True)
-    monkeypatch.setattr(registry, "list_pretrained", list)
+    monkeypatch.setattr(factory, "list_pretrained", list)
     with pytest.raises(ValueError, match=r"Tags that exist: none yet. Use pretrained=False, or checkpoint_path="):
         spikezoo.create_model(MICRO, pretrained=True)
 
@@ -300,8 +300,8 @@ def test_a_tag_brings_its_classes_its_dataset_and_its_weights(tmp_path, monkeypa
     monkeypatch.setattr(registry, "_rows", dict(registry._rows))
     registry.register_rows("spiking_tagged", SpikingVGG, {"spiking_tagged": row})
     try:
-        assert registry.model_info("spiking_tagged").dataset == "npz:z10.npz"  # the first tag is the default
-        info = registry.model_info("spiking_tagged.a5")
+        assert spikezoo.model_info("spiking_tagged").dataset == "npz:z10.npz"  # the first tag is the default
+        info = spikezoo.model_info("spiking_tagged.a5")
         assert (info.num_classes, info.dataset) == (5, "npz:a5.npz")
         assert info.pretrained == ["spiking_tagged.z10", "spiking_tagged.a5"]
         for name, tag in (("spiking_tagged", "z10"), ("spiking_tagged.a5", "a5")):
@@ -311,7 +311,7 @@ def test_a_tag_brings_its_classes_its_dataset_and_its_weights(tmp_path, monkeypa
             stored = load_file(tmp_path / f"{tag}.safetensors")
             assert all(torch.equal(value, stored[key]) for key, value in model.state_dict().items())
         with pytest.raises(ValueError, match="Unknown tag"):
-            registry.model_info("spiking_tagged.b7")
+            spikezoo.model_info("spiking_tagged.b7")
     finally:
         from timm.models import _registry
 

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import spikezoo
 from spikezoo import cli, registry
-from spikezoo import hub as spikezoo_hub
 from spikezoo.checkpoint import copy_checkpoint, file_hash, read_config
+from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.data import create_loader
-from spikezoo.hub import portable_command, training_facts
-from spikezoo.sparse import round_to_levels
+from spikezoo.hub.provenance import portable_command, training_facts
+from spikezoo.hub.ship import ship as shipping
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "test_spiking_vgg"
@@ -150,7 +150,7 @@ def test_nothing_half_written_stays(validate, trained, shelf, monkeypatch):
     def breaks(*_, **__):
         raise KeyboardInterrupt
 
-    for target, name in ((load("validate"), "evaluate"), (spikezoo_hub, "write_card")):
+    for target, name in ((load("validate"), "evaluate"), (shipping, "write_card")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, breaks)
             for more in (["digits", "--overwrite"], ["other"]):
@@ -158,12 +158,12 @@ def test_nothing_half_written_stays(validate, trained, shelf, monkeypatch):
                     validate.main([*argv, *more])
         assert {path: (shelf / path).read_bytes() for path in on(shelf) if (shelf / path).is_file()} == before
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="together more than 1,000"):
-        patch.setattr(spikezoo_hub, "MOST_SHIPPED_BYTES", 1000)
+        patch.setattr(shipping, "MOST_SHIPPED_BYTES", 1000)
         validate.main([*argv, "other"])
     assert len(on(shelf)) == 4
     # Of its own size only: it takes its own place.
     size = sum(len(content) for content in before.values())
-    monkeypatch.setattr(spikezoo_hub, "MOST_SHIPPED_BYTES", int(1.2 * size))
+    monkeypatch.setattr(shipping, "MOST_SHIPPED_BYTES", int(1.2 * size))
     other = ["--checkpoint", str(trained / "ticket"), "--count-images", "1", "--ship", "digits", "--overwrite"]
     validate.main(other)
     assert len(on(shelf)) == 4 and read_config(shelf / f"{NAME}.digits")["spikezoo"]["recipe"]

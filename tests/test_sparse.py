@@ -1,4 +1,4 @@
-"""spikezoo.sparse: every bit comes back, every code is right by hand, and what does not fit together is refused."""
+"""The sparse code: every bit comes back, every code is right by hand, and what does not fit together is refused."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spikezoo import sparse
-from spikezoo.sparse import METADATA_KEY, decode, encode, levels_of, round_to_levels, seeded_signs
+from spikezoo.checkpoint import sparse
+from spikezoo.checkpoint.sparse import METADATA_KEY, decode, encode, levels_of, round_to_levels, seeded_signs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)

@@ -508,9 +508,9 @@ def test_gradients_of_two_halves_add_up():
 
 @pytest.fixture(scope="module")
 def train():
-    module = load("train")
-    module.plot = lambda *_: []
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])
+        yield load("train")
 
 
 FLAGS = (

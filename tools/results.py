@@ -42,7 +42,7 @@ from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
 from spikezoo.evaluate import write_rows
 from spikezoo.flags import Parser, add_flags, leave
-from spikezoo.hub import portable_command, portable_place
+from spikezoo.hub.provenance import portable_command, portable_place
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "main", "read_claims", "read_rows"]
 
@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read_rows(docs / "results.csv") if (docs / "results.csv").is_file() else []
     written = [str(document(rows, papers, claims, docs / "results.md"))]
     if args.plot:
-        pictures.draw_zoo(rows, args.plot)
+        pictures.draw_zoo(rows, args.plot, {name: numbers["top1"] for name, numbers in papers.items()})
         written.append(args.plot)
     print(checkpoint_table(rows, papers))
     for claim in claims:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import spikezoo
-from spikezoo.checkpoint import read_config
+from spikezoo.checkpoint import Config
 from spikezoo.cli import validate
 from spikezoo.evaluate import open_model
-from spikezoo.hub import check_shipping, describe, ship, training_facts
+from spikezoo.hub.provenance import training_facts
+from spikezoo.hub.ship import check_shipping, ship
+from spikezoo.saving import describe
 from spikezoo.transforms.tickets import tickets
 
 __all__ = ["main"]
@@ -64,13 +66,13 @@ def put_on_shelf(name: str, args: argparse.Namespace, config: dict[str, Any]) ->
 
     def measured(folder: Path) -> dict[str, Any]:
         stored, _, weights = open_model(f"local-dir:{folder}", {}, dataset=dataset, data_dir=args.data_dir)
-        return validate.measure(name, stored, dataset, weights, args, read_config(folder))
+        return validate.measure(name, stored, dataset, weights, args, Config.read(folder))
 
     if tickets(model):
         model = spikezoo.bake(model)
     folder = ship(model, args.ship, measured, facts=training_facts(args.checkpoint), overwrite=args.overwrite)
     print(f"Shipped {folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
-    return dict(read_config(folder)["spikezoo"]["results"])
+    return Config.read(folder).results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,15 +12,19 @@ from collections.abc import Sequence
 
 from spikezoo._version import __version__
 from spikezoo.checks import nearest
+from spikezoo.flags import import_files
 
 __all__ = ["COMMANDS", "main"]
 
 # In the order of the help.
 COMMANDS = (
+    "train",
     "validate",
+    "results",
     "list",
     "count",
     "convert",
+    "fold",
     "dynsnn",
     "search",
     "export",
@@ -60,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"spikezoo: unknown command {argv[0]!r}. {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return 2
     try:
+        import_files(argv[1:])
         code: int = importlib.import_module(f"spikezoo.cli.{argv[0]}").main(argv[1:])
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

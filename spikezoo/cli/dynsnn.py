@@ -16,7 +16,8 @@ from spikezoo.cli.common import add_data, batches, open_net
 from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import environment, evaluate
 from spikezoo.flags import Parser, add_flags, whole_flags
-from spikezoo.hub import save_checkpoint, training_facts
+from spikezoo.hub.provenance import training_facts
+from spikezoo.saving import save_checkpoint
 from spikezoo.transforms import apply
 from spikezoo.transforms.dynsnn import (
     compacted,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from spikezoo.factory import model_info
 from spikezoo.flags import Parser
-from spikezoo.registry import list_models, list_pretrained, model_info
+from spikezoo.registry import list_models, list_pretrained
 
 __all__ = ["main"]
 

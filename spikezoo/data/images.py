@@ -20,7 +20,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from spikezoo.data.info import check_split, data_root, is_litter, number_classes, shared_names, subfolders
+from spikezoo.data.info import check_split, data_root, is_litter, number_classes, renumber, shared_names, subfolders
 
 FOLDER_NAMES = ("imagenet", "folder")
 TIMM_PREFIXES = ("torch/", "hfds/")
@@ -279,4 +279,8 @@ def open_images(name: str, split: str, data_dir: str | None, download: bool = Tr
         ) from error
     if (reader := getattr(dataset, "reader", None)) is None:
         return dataset
-    return Images(reader, sorted(reader.class_to_idx or {}, key=reader.class_to_idx.get))
+    found = Images(reader, sorted(reader.class_to_idx or {}, key=reader.class_to_idx.get))
+    if found.classes and known:
+        labels, found.classes = renumber(labels_of(found), names_of(found), known, name)
+        found.labels = labels.tolist()
+    return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from spikezoo.checks import nearest
@@ -126,6 +127,28 @@ def shared_names(own: Sequence[str], known: Sequence[str], place: object) -> tup
             place, _listed(known), _listed(own),
         )  # fmt: skip
     return ()
+
+
+def renumber(labels: Tensor, own: Sequence[str], known: Sequence[str], place: object) -> tuple[Tensor, tuple[str, ...]]:
+    """Give labels the numbers that a model has for the names of their classes, where it knows these names.
+
+    Args:
+        labels: int64 [N], numbers of ``own``.
+        own: Names of the dataset's classes.
+        known: Names of the model's.
+        place: The dataset, for messages.
+
+    Returns:
+        The labels, and the names in the order of their numbers.
+
+    Raises:
+        ValueError: The model knows some of the names, but not all.
+    """
+    names = shared_names(own, known, place)
+    if not names or names == tuple(own):
+        return labels, tuple(own)
+    numbers = number_classes(own, names, place, "the model")
+    return torch.tensor([numbers[name] for name in own])[labels], names
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ the logits of every step (``forward_steps``), at 1/T of the work. With 'max' the
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from spikezoo.checks import choice, number, whole
 from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory
+from spikezoo.neurons import NeuronConfig, NeuronFactory, SpikingNeuron
 
 __all__ = ["SpikingModel", "init_without_norms"]
 
@@ -95,6 +95,7 @@ class SpikingModel(nn.Module):
         **neuron_arguments: Any,
     ) -> None:
         super().__init__()
+        self.pretrained_cfg: dict[str, Any] = {}  # timm's, of a model that is made by name
         self.num_classes = whole("num_classes", num_classes, 0)
         self.in_chans = whole("in_chans", in_chans)
         sizes = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
@@ -121,7 +122,8 @@ class SpikingModel(nn.Module):
                 f"encoding={encoding!r} with in_chans=2: event frames are their own encoding. Use encoding='direct'."
             )
         self.encoding, self.encoding_seed = encoding, whole("encoding_seed", encoding_seed, 0)
-        self.mpbn = None if mpbn in (None, False, "none", "None", "") else mpbn
+        norms = ("none", "channel", "element")
+        self.mpbn = None if mpbn in (None, False, "none", "None", "") else choice("mpbn", mpbn, norms)
         number("drop_rate", drop_rate, 0, 1)
         number("neuron_drop", neuron_drop, 0, 1)
         _check_pool(global_pool, num_classes)
@@ -129,7 +131,7 @@ class SpikingModel(nn.Module):
         self.grad_checkpointing = False
         self.recipe: list[tuple[str, dict[str, Any]]] = []  # the transforms applied, in order
         self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)  # type: ignore[arg-type]
+        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)
         self._global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
         self.min_img_size = 1  # the total stride, set by the subclass
@@ -182,6 +184,16 @@ class SpikingModel(nn.Module):
         return [index % count for index in wanted]
 
     # ------------------------------------------------------------------------------------------------ forward
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Mean and std that the images were normalised with in training, and of events what cut the frames; or {}."""
+        return dict(self.pretrained_cfg.get("inputs") or {})
+
+    @inputs.setter
+    def inputs(self, inputs: Mapping[str, Any]) -> None:
+        known = {key: inputs[key] for key in ("mean", "std")}
+        self.pretrained_cfg = {**self.pretrained_cfg, **known, "inputs": dict(inputs)}
 
     @property
     def compile_options(self) -> dict[str, Any]:
@@ -303,7 +315,11 @@ class SpikingModel(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]``, averaged over the time steps."""
+        """Logits ``[B, num_classes]``, averaged over the time steps.
+
+        Inputs are not searched for NaN and infinity, which a neuron turns into silence: the logits would be finite, and
+        mean nothing. :func:`spikezoo.checks.finite` does that, where data come from outside.
+        """
         return self.forward_head(self.forward_features(x))
 
     def forward_steps(self, x: Tensor) -> Tensor:
@@ -371,8 +387,13 @@ class SpikingModel(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
+        """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''.
+
+        None keeps the pooling. Where there is none and classes are asked for, it is 'avg', as they need one.
+        """
         whole("num_classes", num_classes, 0)
+        if global_pool is None and num_classes and not self.head.global_pool.pool_type:
+            global_pool = "avg"
         _check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         like = next(self.parameters())  # a headless net has no layer that timm could copy these from
@@ -390,7 +411,6 @@ class SpikingModel(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
     def summary(self) -> str:
         """One line: name, time steps, code, neurons, parameters and recipe."""
         config: Any = getattr(self, "pretrained_cfg", None) or {}
@@ -412,14 +432,11 @@ class SpikingModel(nn.Module):
             f"<details><summary>{html.escape(self.summary())}</summary><pre>{html.escape(repr(self))}</pre></details>"
         )
 
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters of neurons: membrane norms and learned time constants."""
-        return {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if type(module).__name__ in ("PLIF", "MembraneNorm")
-            for name, _ in module.named_parameters(recurse=False)
-        }
+        neurons = [(path, module) for path, module in self.named_modules() if isinstance(module, SpikingNeuron)]
+        return {f"{path}.{name}" for path, neuron in neurons for name, _ in neuron.named_parameters()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

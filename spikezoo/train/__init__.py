@@ -1,1 +1,49 @@
-"""What training is made of besides the model: optimiser, length, teacher's logits, starts from other networks."""
+"""Training: one run after its flags, and plans of runs.
+
+Read ``run.py`` first: it is the loop. ``flags.py`` says what can be asked for, ``build.py`` makes model, batches and
+teacher, ``length.py`` the schedule, ``objective.py`` the loss, ``state.py`` what a run needs to go on, ``output.py``
+what it writes and says. No method of pruning has a name here: the hooks of :class:`spikezoo.transforms.Transform` are
+called.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from spikezoo.flags import import_files
+from spikezoo.train.flags import parse_args
+from spikezoo.train.plan import run_plan
+from spikezoo.train.run import Run
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "spikezoo train") -> int:
+    """Train what was asked for.
+
+    Args:
+        argv: Flags; None takes those of the process.
+        prog: The command that they stand behind.
+
+    Returns:
+        The exit code; of a plan how many of its runs failed.
+    """
+    logging.getLogger("timm").setLevel(logging.WARNING)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    import_files(argv)
+    if any(flag.partition("=")[0] == "--plan" for flag in argv):
+        return run_plan(argv, prog)
+    args = parse_args(argv, prog)
+    if args.time_budget:
+        raise ValueError("--time-budget is for --plan FILE; a single run saves with --recovery-interval N.")
+    try:
+        run = Run(args)
+        run.finish(run.train())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0

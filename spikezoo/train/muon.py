@@ -31,7 +31,7 @@ def normalised_weights(model: nn.Module) -> list[nn.Parameter]:
         model: A model whose modules are listed in the order of the data flow.
 
     Returns:
-        The weights, in that order; of tickets none, since their scores are no weights.
+        The weights, in that order; none whose weights are made of others by a parametrization.
     """
     leaves = [module for module in model.modules() if not list(module.children())]
     found: list[nn.Parameter] = []

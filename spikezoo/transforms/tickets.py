@@ -25,12 +25,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikezoo.checkpoint.sparse import seeded_signs
 from spikezoo.checks import choice, nearest, number, switch, whole
 from spikezoo.layers import set_ternary
-from spikezoo.sparse import seeded_signs
 from spikezoo.transforms.fold import _record
 
-__all__ = ["KINDS", "bake", "set_epoch", "ticket", "tune"]
+__all__ = ["KINDS", "bake", "release", "set_epoch", "ticket", "tune"]
 
 # Kind -> whether the weights are binary, and the neurons that it is for.
 KINDS = {
@@ -391,6 +391,31 @@ def bake(model: nn.Module) -> nn.Module:
 def set_final(model: nn.Module) -> None:
     """End the schedule of annealed tickets."""
     set_epoch(model, ANNEALED_EPOCHS)
+
+
+def release(model: nn.Module, layers: Sequence[str]) -> nn.Module:
+    """Make ordinary layers of some of a baked ticket, such as the head for other classes; the others stay as they are.
+
+    Args:
+        model: A baked model. It stays as it is.
+        layers: Names of layers, for instance ``['head.fc']``; what is no part of the ticket stays as it is.
+
+    Returns:
+        A copy with one more entry in its ``recipe``, in the mode of the model.
+
+    Raises:
+        ValueError: A name that is no layer.
+    """
+    copied = copy.deepcopy(model)
+    modules: dict[str, Any] = dict(copied.named_modules())
+    for name in layers:
+        if name not in modules:
+            raise ValueError(f"layers={layers!r}: {name!r} is no layer. {nearest(name, modules)}")
+        set_ternary(modules[name], False)
+        if getattr(modules[name], "baked", False):
+            modules[name].baked, modules[name].sign_seeds = False, {}
+            modules[name].requires_grad_(True)
+    return _record(copied, "release", layers=list(layers)).train(model.training)
 
 
 def tune(model: nn.Module, binary: bool = False) -> nn.Module:

@@ -1,0 +1,229 @@
+"""Eight bits: spikes as bytes times eight-bit weights, summed in 32 bits."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikezoo.checkpoint.sparse import levels_of, round_to_levels
+from spikezoo.graph import Graph, Node
+from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, TernaryConv2d, TernaryLinear, signs_and_gain
+from spikezoo.neurons import SpikingNeuron
+
+__all__ = ["EightBit", "to_int8", "whole_numbers"]
+
+
+def whole_numbers(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """Weights as whole numbers and what they are multiplied with, one for all or one a channel; None for others."""
+    if isinstance(layer, TernaryConv2d | TernaryLinear):
+        return signs_and_gain(layer.weight.detach())
+    return levels_of(layer.weight)
+
+
+# oneDNN's packed weights are opaque to a compiler, so its graph holds a key to them.
+_PACKED: weakref.WeakValueDictionary[int, EightBit] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+@torch.library.custom_op("spikezoo::eight_bit", mutates_args=())
+def _eight_bit(x: Tensor, weight: Tensor, key: int) -> Tensor:
+    """Sums of bytes times eight-bit weights, as float32."""
+    return _PACKED[key].sums(x)
+
+
+@_eight_bit.register_fake
+def _(x: Tensor, weight: Tensor, key: int) -> Tensor:
+    layer = _PACKED[key]
+    height, width = ((s + 2 * p - k) // d + 1 for s, p, k, d in zip(x.shape[2:], *layer.geometry, strict=True))
+    shape = (x.shape[0], weight.shape[0], height, width)
+    return x.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
+
+
+class EightBit(nn.Module):
+    """A convolution or linear layer on spikes: bytes times eight-bit weights, 32-bit sums, then the scale and the bias.
+
+    Args:
+        layer: The layer. Of a ternary one the weights are its signs, exactly; of another one they are rounded to 255
+            levels a channel, if they are not yet.
+        levels: What the input is multiplied with to become whole: 1 for spikes, 4 for averages of four.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, levels: int) -> None:
+        super().__init__()
+        self.levels, self.ternary = levels, isinstance(layer, TernaryConv2d | TernaryLinear)
+        weight = layer.weight.detach()
+        found = whole_numbers(layer) or levels_of(round_to_levels(weight))
+        if found is None:
+            raise ValueError(f"A weight of {layer} is not finite, or too large for eight-bit levels.")
+        whole, scale = found
+        self.linear = isinstance(layer, nn.Linear)
+        conv = None if isinstance(layer, nn.Linear) else layer
+        self.stride, self.padding = (conv.stride, conv.padding) if conv is not None else ((1, 1), (0, 0))
+        self.dilation, self.groups = (conv.dilation, conv.groups) if conv is not None else ((1, 1), 1)
+        self.register_buffer("weight", whole.to(torch.int8).view(*weight.shape, *[1] * (4 - weight.dim())))
+        self.register_buffer("scale", scale if self.linear or self.ternary else scale.view(-1, 1, 1))
+        self.bias = layer.bias
+        self.geometry: tuple[Any, ...] = (self.padding, self.weight.shape[2:], self.stride)
+        self._packed: Any = None
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_KEYS)
+        _PACKED[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._register()  # a copy has a key of its own
+
+    def sums(self, x: Tensor) -> Tensor:
+        """Map bytes ``[N, C, H, W]`` to ``[N, C', H', W']`` float32."""
+        op, channels = torch.ops.onednn, self.weight.shape[0]
+        ones = torch.ones(channels)
+        geometry: Any = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        if self._packed is None:
+            self._packed = op.qconv_prepack(self.weight, ones, 1.0, 0, *geometry, list(x.shape))
+        zeros = torch.zeros(channels, dtype=torch.int64)
+        return op.qconv2d_pointwise(
+            x, 1.0, 0, self._packed, ones, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer."""
+        if x.dtype != torch.uint8:
+            x = (x * self.levels if self.levels > 1 else x).to(torch.uint8)
+        y = _eight_bit(x[..., None, None] if self.linear else x, self.weight, self.key)
+        y = y.flatten(1) if self.linear else y
+        y = y / self.levels if self.levels > 1 else y  # a power of two: exact
+        y = y * self.scale
+        return y if self.bias is None else y + self.bias.view((-1,) if self.linear else (-1, 1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Which signals are whole numbers, and who may read them as bytes
+# --------------------------------------------------------------------------------------------------------------
+
+
+def _area(pool: nn.Module, size: Sequence[int]) -> int:
+    """By how many spikes a pooling of maps of a size divides, where that is a power of two; 0 for other fractions."""
+    if isinstance(pool, nn.MaxPool2d):
+        return 1
+    if not isinstance(pool, nn.AvgPool2d) or pool.padding not in (0, (0, 0)) or pool.divisor_override:
+        return 0
+    kernel, stride = (v if isinstance(v, tuple) else (v, v) for v in (pool.kernel_size, pool.stride))
+    if pool.ceil_mode and any((s - k) % d for s, k, d in zip(size, kernel, stride, strict=True)):
+        return 0  # windows at the border are smaller
+    area = kernel[0] * kernel[1]
+    return area if area & (area - 1) == 0 and area <= 64 else 0
+
+
+def _levels(graph: Graph) -> dict[Node, tuple[int, int]]:
+    """Nodes that put out whole numbers, or fractions of them.
+
+    Returns:
+        What a node's output must be multiplied with to become whole, a power of two, and the largest value before
+        that. Followed along the graph, not read from values: a silent layer would prove anything.
+    """
+    found: dict[Node, tuple[int, int]] = {}
+    for node in graph.nodes:
+        if isinstance(node.module, SpikingNeuron):
+            found[node] = (1, 1)
+        elif any(source not in found for source in node.inputs) or not node.inputs:
+            continue  # outputs of ReLU are not whole, those of Sign not positive
+        elif node.kind == "pool" and (area := _area(node.pooling, node.inputs[0].shape[-2:])):
+            level, largest = found[node.inputs[0]]
+            found[node] = (level * area, largest)
+        elif node.kind == "flatten":
+            found[node] = found[node.inputs[0]]
+        elif node.kind == "join":
+            sources = [found[source] for source in node.inputs]
+            found[node] = (max(level for level, _ in sources), sum(largest for _, largest in sources))
+    return found
+
+
+def _holder(model: nn.Module, node: Node) -> str | None:
+    """Name of what computes a node and nothing else: its layer of spikezoo.layers, or the part itself."""
+    owner = node.owner if node.module is None else node.name.rpartition(".")[0]
+    if isinstance(model.get_submodule(owner), ConvNormNeuron | LinearNormNeuron):
+        return owner
+    return None if node.module is None else node.name
+
+
+def _as_bytes(model: nn.Module, graph: Graph) -> list[SpikingNeuron]:
+    """Neurons whose spikes, and sums of them, are only read by who can read bytes or gets them as floats."""
+    reads: dict[Node, bool] = {}
+    sums = _levels(graph)
+    for node in reversed(graph.nodes):
+
+        def can(reader: Node) -> bool:
+            if reader.kind in ("layer", "pool", "head"):
+                return True
+            if reader.kind == "average":  # a part of a layer that gets floats
+                return _holder(model, reader) is not None
+            if reader.kind == "flatten":
+                return reads[reader]
+            # A current that is added makes floats of them.
+            return reader.kind == "join" and (reader not in sums or (sums[reader][1] <= 255 and reads[reader]))
+
+        reads[node] = all(can(reader) for reader in node.readers)
+    return [node.module for node in graph.of("neuron") if isinstance(node.module, SpikingNeuron) and reads[node]]
+
+
+class _InRows(nn.Module):
+    """A float32 convolution that rounds as the model's, which has no channels-last format; the layers around it do."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the convolution."""
+        return self.conv(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+class _Float(nn.Module):
+    """A module that cannot read bytes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
+        """As the module."""
+        return self.module(x.float(), *arguments)
+
+
+def to_int8(model: nn.Module, graph: Graph) -> str:
+    """Replace the layers on spikes and let neurons give bytes; say how many layers there are."""
+    whole = _levels(graph)
+    layers = [node for node in graph.of("layer") if node.name != "head.fc"]
+    eight: set[str] = set()
+    unread: dict[str, None] = {}  # who reads spikes and cannot read bytes
+    neurons = _as_bytes(model, graph)
+    for node in layers:
+        level, largest = whole.get(node.inputs[0], (0, 0))
+        if level and level * largest <= 255 and isinstance(node.module, nn.Conv2d | nn.Linear):
+            model.set_submodule(node.name, EightBit(node.module, level))
+            eight.add(node.name)
+        elif isinstance(node.module, nn.Conv2d):
+            model.set_submodule(node.name, _InRows(node.module))
+    for node in (*layers, *graph.of("pool")):
+        # Not even the largest of bytes, where torch takes maps of 255 places at most.
+        holder = _holder(model, node)
+        if holder and node.name not in eight and (node.kind == "layer" or holder == node.name):
+            unread[holder] = None
+    for neuron in neurons:
+        neuron.spike_dtype = torch.uint8
+    for name in unread if neurons else ():
+        model.set_submodule(name, _Float(model.get_submodule(name)))
+    return f"{len(eight)} of {len(layers)} convolutions and linear layers before the head in 8 bits"
