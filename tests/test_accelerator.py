@@ -13,8 +13,10 @@ import yaml
 
 import spikezoo
 from spikezoo.checkpoint import load_sparse_file, read_config, save_state
+from spikezoo.hub import training_facts
+from spikezoo.saving import describe
 from tools import accelerator
-from tools.accelerator import SUMS, Row, fit, main, makespan, read_rows
+from tools.accelerator import SUMS, Row, fit, main, makespan, rows_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,23 +119,26 @@ def write_plan(folder, *settings):
 
 
 def test_rows_know_what_they_need(tmp_path):
-    other = {"name": "b", "teacher": "local-dir:output/plan/a", "initial_checkpoint": "elsewhere/a", "config": "x.yaml"}
-    found = read_rows(write_plan(tmp_path, {"name": "a", "train_time": "2m"}, other))
+    (tmp_path / "x.yaml").write_text("lr: 0.1")
+    other = {"name": "b", "teacher": "run:a", "initial_checkpoint": "elsewhere/a", "config": "x.yaml"}
+    found = rows_of(write_plan(tmp_path, {"name": "a", "train_time": "2m"}, other))
     assert (found["a"].work, found["a"].needs, found["b"].needs) == (120, set(), {"a"})
-    assert found["b"].settings["config"] == str(tmp_path / "x.yaml")
+    assert found["b"].settings == {
+        **PLAN, **other, "teacher": "local-dir:output/plan/a", "config": str(tmp_path / "x.yaml")
+    }  # fmt: skip
     for row, message in (
-        ({"name": "a"}, r"row 2 \(a\): expected a name of its own"),
-        ({"name": "b", "seeds": [1]}, "no grid"),
-        ({"name": "b", "ticket_init": "output/plan/c"}, "ticket_init output/plan/c is of no row above it"),
-        ({"name": "b", "teacher": "output/plan/b"}, "of no row above it"),
-        ({"name": "b", "train_time": "soon"}, "b: train_time soon: expected a time such as 560s or 9m"),
+        ({"name": "b", "ticket_init": "run:c"}, "it starts from 'c', no run before it"),
+        ({"name": "b", "train_time": "soon"}, r"row 2 \(b\): train_time 'soon': expected a time such as"),
     ):
         with pytest.raises(ValueError, match=message):
-            read_rows(write_plan(tmp_path, {"name": "a"}, row))
+            rows_of(write_plan(tmp_path, {"name": "a"}, row))
+    (tmp_path / "plan.yaml").write_text("runs: [{name: a, epochs: 3}]")
+    with pytest.raises(ValueError, match=r"row 1 \(a\): it has no train_time, which could be scaled\."):
+        rows_of(tmp_path / "plan.yaml")
 
 
 def test_the_plan_of_the_zoo():
-    found = read_rows(ROOT / "configs" / "zoo_accelerator.yaml")
+    found = rows_of(ROOT / "configs" / "zoo_accelerator.yaml")
     assert found["mpbn_resnet20_t2"].needs == {"mpbn_resnet20", "ann_resnet20_cifar10"}
     assert not found["ann_resnet20_cifar10"].needs
     assert sum(row.work for row in found.values()) == 410
@@ -193,9 +198,9 @@ def test_rows_run_after_what_they_need(played, tmp_path):
     code, record = played(
         20,
         {"name": "a", "does": "ends", "progressive": {8: 0.5, 16: 0.5}},
-        {"name": "b", "does": "ends", "teacher": "local-dir:output/plan/a", "told": "--updates 30"},
+        {"name": "b", "does": "ends", "teacher": "run:a", "told": "--updates 30"},
         {"name": "c", "does": "fails"},
-        {"name": "d", "does": "ends", "initial_checkpoint": "output/plan/c"},
+        {"name": "d", "does": "ends", "initial_checkpoint": "run:c"},
     )
     assert code == 2 and [row["state"] for row in record.values()] == ["finished", "finished", "failed", "left out"]
     assert record["c"]["why"] == "[1/1] it: failed. ValueError: no." and record["d"]["why"] == "needs c"
@@ -217,7 +222,7 @@ def test_every_process_ends_in_time(played, capsys):
         4,
         {"name": "a", "does": "late", "train_time": "1s"},
         {"name": "b", "does": "deaf", "train_time": "1s"},
-        {"name": "c", "does": "ends", "teacher": "local-dir:output/plan/a", "train_time": "1s"},
+        {"name": "c", "does": "ends", "teacher": "run:a", "train_time": "1s"},
     )
     assert code == 3 and [row["state"] for row in record.values()] == ["stopped", "stopped", "left out"]
     assert record["a"]["why"] == "Time is over, 1 left: it."
@@ -245,7 +250,7 @@ def lease(tmp_path):
     spikezoo.save_checkpoint(done, folder / "done", results)
     (folder / "done" / "summary.csv").write_text("epoch,train_seconds\n0,60\n")
     (folder / "stopped").mkdir()
-    facts = spikezoo.hub.describe(stopped)
+    facts = describe(stopped)
     block = {"dataset": "cifar10", "split": "test", "inputs": inputs, "recipe": facts.pop("recipe")}
     for batch, model in ((5, done), (7, stopped)):
         state = {**facts, "spikezoo": block, "epoch": 1, "batch": batch, "model": model.state_dict()}
@@ -282,7 +287,7 @@ def test_weights_come_home_in_halves(lease, tmp_path):
         again = spikezoo.create_model(f"local-dir:{tmp_path / 'home' / name}", pretrained=True)
         assert again.pretrained_cfg["inputs"] == {"mean": [0.25], "std": [0.5]}
     assert (tmp_path / "home" / "done" / "summary.csv").is_file()
-    assert spikezoo.hub.training_facts(tmp_path / "home" / "done")["train_command"] == "python train.py --T 2"
+    assert training_facts(tmp_path / "home" / "done")["train_command"] == "python train.py --T 2"
     with pytest.raises(ValueError, match=r"done exists, and nothing was overwritten\. Give another --out\."):
         main(["unpack", *places, "--out", str(tmp_path / "home")])
 

@@ -37,8 +37,11 @@ import yaml
 
 import spikezoo
 from spikezoo.checkpoint import atomic, file_hash, load_state, read_config
+from spikezoo.config_files import find_config
 from spikezoo.evaluate import open_model, write_rows
 from spikezoo.flags import leave
+from spikezoo.train.flags import seconds
+from spikezoo.train.rows import read_rows
 from spikezoo.transforms.tickets import tickets
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
@@ -180,14 +183,14 @@ class Row:
         return self.state in ("finished", "stopped", "failed", "left out")
 
 
-def advance(running: Collection[list[float]], seconds: float = math.inf) -> float:
+def advance(running: Collection[list[float]], longest: float = math.inf) -> float:
     """Let time pass for rows, each [seconds until its first step, of training alone]: those that train share it.
 
     It passes until the next one starts or ends to train, or for so many seconds, and is returned.
     """
     training = [left for left in running if left[0] <= 0 < left[1]]
     starting = [left for left in running if left[0] > 0]
-    step = min([seconds, *(left[0] for left in starting), *(left[1] * len(training) for left in training)])
+    step = min([longest, *(left[0] for left in starting), *(left[1] * len(training) for left in training)])
     for left in starting:
         left[0] = left[0] - step if left[0] > step + 1e-9 else 0
     for left in training:
@@ -210,7 +213,7 @@ def makespan(rows: Mapping[str, Row], jobs: int, overhead: float, scale: float) 
     return passed
 
 
-def fit(rows: Mapping[str, Row], jobs: int, overhead: float, seconds: float) -> float:
+def fit(rows: Mapping[str, Row], jobs: int, overhead: float, time_left: float) -> float:
     """The largest scale at which all rows end in time, above 1 only for the last one that waits.
 
     Where it is too small, the last rows that wait are left out.
@@ -219,37 +222,27 @@ def fit(rows: Mapping[str, Row], jobs: int, overhead: float, seconds: float) -> 
         low, high = 0.0, 100.0 if len(waiting) == 1 else 1.0
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if makespan(rows, jobs, overhead, middle) <= seconds else (low, middle)
+            low, high = (middle, high) if makespan(rows, jobs, overhead, middle) <= time_left else (low, middle)
         if low >= LEAST:
             return low
         waiting[-1].state = "left out"
     return 0.0
 
 
-def seconds_of(text: object, flag: str) -> float:
-    """Read a time: 90, 30s, 9m or 2h."""
-    found = re.fullmatch(r"(\d+\.?\d*)([smh]?)", str(text))
-    if not found or not float(found[1]):
-        raise ValueError(f"{flag} {text}: expected a time such as 560s or 9m.")
-    return float(found[1]) * {"m": 60, "h": 3600}.get(found[2], 1)
+def rows_of(plan: Path) -> dict[str, Row]:
+    """The rows of a plan by name, as plans of their own for a folder in which train.py writes to output/.
 
-
-def read_rows(plan: Path) -> dict[str, Row]:
-    """The rows of a plan by name, and which needs which."""
+    Raises:
+        ValueError: A row without train_time, or what :func:`spikezoo.train.rows.read_rows` refuses.
+    """
     rows: dict[str, Row] = {}
-    for number, settings in enumerate(yaml.safe_load(plan.read_text(encoding="utf-8"))["runs"], 1):
-        name = settings.get("name")
-        if not name or name in rows or {"grid", "seeds"} & settings.keys() or "train_time" not in settings:
-            raise ValueError(f"{plan}, row {number} ({name}): expected a name of its own, train_time, and no grid.")
-        if "config" in settings:
-            settings["config"] = str((plan.parent / settings["config"]).resolve())
-        rows[name] = row = Row(settings, seconds_of(settings["train_time"], f"{name}: train_time"))
-        for key in TAKEN[:3]:
-            path = Path(str(settings.get(key)).removeprefix("local-dir:"))
-            if path.parent == Path("output", plan.stem):
-                if path.name not in [*rows][:-1]:
-                    raise ValueError(f"{plan}, row {name}: {key} {path} is of no row above it.")
-                row.needs.add(path.name)
+    for row in read_rows(plan)[0]:
+        settings = {"name": row.name, **row.placed(Path("output", plan.stem))}
+        if "train_time" not in settings:
+            raise ValueError(f"{row.where}: it has no train_time, which could be scaled.")
+        if row.source:
+            settings["config"] = str(find_config(row.source).resolve())
+        rows[row.name] = Row(settings, seconds(settings["train_time"], f"{row.where}: train_time"), set(row.after))
     return rows
 
 
@@ -268,11 +261,16 @@ class Queue:
     """
 
     def __init__(self, args: argparse.Namespace, more: Sequence[str]) -> None:
-        self.plan, self.folder, self.places, self.more = Path(args.plan), Path(args.out).resolve(), args.jobs, more
+        self.plan, self.folder, self.places, self.more = (
+            find_config(args.plan),
+            Path(args.out).resolve(),
+            args.jobs,
+            more,
+        )
         self.overhead, self.last = args.overhead, time.monotonic()
-        self.end = self.last + seconds_of(args.within, "--for")
+        self.end = self.last + seconds(args.within, "--for")
         self.save_at, self.term_at = self.end - args.grace, self.end - args.grace / 4
-        self.rows = read_rows(self.plan)
+        self.rows = rows_of(self.plan)
         for name, row in self.rows.items():
             if (self.output(name) / "config.json").is_file():
                 row.state = "finished"
