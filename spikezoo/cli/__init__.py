@@ -23,6 +23,7 @@ COMMANDS = (
     "results",
     "list",
     "count",
+    "compare",
     "convert",
     "fold",
     "dynsnn",
