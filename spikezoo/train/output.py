@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from timm.utils import update_summary
 
 from spikezoo.checkpoint import atomic
-from spikezoo.evaluate import environment
+from spikezoo.evaluate import environment, write_layer_rates
 from spikezoo.hub import push_folder
+from spikezoo.observe import failing_layers
 from spikezoo.saving import save_checkpoint
-from spikezoo.train.curves import plot
+from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
     from spikezoo.train.run import Run
@@ -45,7 +46,7 @@ def begin(run: Run) -> None:
 
 
 def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted: dict[str, Any], lr: float) -> None:
-    """Append the epoch's row to summary.csv.
+    """Append the epoch's row to summary.csv, and the rates of its layers to layer_rates.csv.
 
     Args:
         run: The run, whose epoch is done.
@@ -60,6 +61,7 @@ def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted:
         eval_row.update((f"ema_{key}", results["ema"][key]) for key in keys[:4])
     eval_row.update(acted)
     update_summary(run.epoch - 1, train, eval_row, filename=run.folder / "summary.csv", lr=lr)
+    write_layer_rates(run.folder / LAYER_RATES, run.epoch - 1, results["layer_firing_rates"])
 
 
 def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
@@ -77,6 +79,8 @@ def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
         line += f" (averaged weights {best['top1']:.2f} %)" if run.ema else ""
         line += (f", firing rate {rate:.3f}" if rate is not None else "") + ", "
     run.say(line + f"{train['images_per_second']:.0f} images/s, {train['seconds']:.0f} s")
+    if results and (failing := failing_layers(results["layer_firing_rates"])):
+        run.say(f"  say nothing: {', '.join(f'{name} is {what}' for name, what in failing.items())}")
 
 
 def deliver(run: Run, results: dict[str, Any]) -> None:
