@@ -632,7 +632,15 @@ def test_output_folder(train, tmp_path, capsys):
     train.main([*argv, "--checkpoint-hist", "1", "--log-interval", "2"])
     folder = tmp_path / "run"
     best = int(load_state(folder / "model_best.safetensors")["epoch"]) - 1
-    files = ["args.yaml", "metadata.json", "summary.csv", "curves.png", "firing_rates.png", "config.json"]
+    files = [
+        "args.yaml",
+        "metadata.json",
+        "summary.csv",
+        "layer_rates.csv",
+        "curves.png",
+        "firing_rates.png",
+        "config.json",
+    ]
     states = ["last.safetensors", "model_best.safetensors", "model.safetensors", f"checkpoint-{best}.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(files + states)
     for name in ("curves.png", "firing_rates.png"):
@@ -1251,6 +1259,15 @@ def test_muon_by_hand():
     torch.testing.assert_close(weight.detach(), wanted, rtol=0, atol=0.01)
     assert (vector.detach() - torch.tensor([0.95, 1.05])).abs().max() < 0.01  # one step of Adam, 0.05 each
     assert weight.grad is not None
+
+
+def test_the_classifier_is_no_matrix_for_muon(fast, tmp_path):
+    for opt, wanted in (("fixednormmuon", True), ("muon", True), ("sgd", False)):
+        run = fast.Run(fast.parse_args(flags(tmp_path, "--opt", opt)))
+        groups = run.optimizer.param_groups
+        apart = [id(p) for group in groups if group.get("use_fallback") for p in group["params"]]
+        assert (id(run.model.head.fc.weight) in apart) is wanted
+        assert wanted or len(groups) == 2  # as in the states that runs have saved
 
 
 def test_weights_before_a_norm():
