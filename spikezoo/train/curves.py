@@ -23,7 +23,7 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
 
     summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
     rows = list(csv.DictReader(summary.read_text().splitlines())) if summary.is_file() else []
-    epochs = [int(row["epoch"]) + 1 for row in rows]
+    epochs = [int(row["epoch"]) for row in rows]
 
     def column(name: str) -> list[float]:
         return [float(row[name]) if row[name] else math.nan for row in rows]
