@@ -37,7 +37,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import singledispatch
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,12 +58,13 @@ from spikezoo.checkpoint import atomic, sparse, write_checkpoint
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, EightBit, has_compiler
 from spikezoo.evaluate import environment, write_rows
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, set_ternary
+from spikezoo.graph import Node, trace
+from spikezoo.layers import ConvNormNeuron, Pool, set_ternary
 from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer
 from spikezoo.neurons import LIF, SURROGATES, MembraneNorm, NeuronConfig, SpikingNeuron
 from spikezoo.observe import firing_rates
-from spikezoo.pictures import check_picture
+from spikezoo.pictures import check_picture, plain_ticks
 from spikezoo.transforms.dynsnn import masks_of
 
 Row = dict[str, Any]
@@ -237,83 +237,51 @@ def _neuron(source: nn.Module, flat: bool = False) -> nn.Module:
     return twin
 
 
-@singledispatch
-def in_spikingjelly(source: nn.Module) -> nn.Module:
-    """Build the SpikingJelly counterpart of one of our modules, with the same weights.
+def _weights(source: nn.Module) -> nn.Module:
+    """A convolution, linear layer or norm with the same weights."""
+    twin: nn.Module
+    if isinstance(source, nn.Conv2d):
+        geometry: Any = (source.kernel_size, source.stride, source.padding, source.dilation, source.groups)
+        twin = layer.Conv2d(source.in_channels, source.out_channels, *geometry, bias=source.bias is not None)
+    elif isinstance(source, nn.Linear):
+        twin = layer.Linear(source.in_features, source.out_features, source.bias is not None)
+    elif isinstance(source, nn.BatchNorm1d | nn.BatchNorm2d):
+        kind = layer.BatchNorm1d if isinstance(source, nn.BatchNorm1d) else layer.BatchNorm2d
+        twin = kind(source.num_features, source.eps, source.momentum, source.affine)
+    else:
+        raise NoCounterpartError(f"{type(source).__name__} has no counterpart in the SpikingJelly baseline.")
+    return _same_weights(twin, source)
+
+
+class _Sum(nn.Module):
+    """A residual join."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y
+
+
+def in_spikingjelly(node: Node) -> nn.Module:
+    """SpikingJelly's counterpart of a node of one of our models, with the same weights.
 
     Raises:
-        NoCounterpartError: A module that has none.
+        NoCounterpartError: A part or operation that has none.
     """
-    raise NoCounterpartError(f"{type(source).__name__} has no counterpart in the SpikingJelly baseline.")
-
-
-@in_spikingjelly.register
-def _(source: nn.MaxPool2d) -> nn.Module:
-    return layer.MaxPool2d(source.kernel_size, source.stride, source.padding)
-
-
-@in_spikingjelly.register
-def _(source: nn.AvgPool2d) -> nn.Module:
-    return layer.AvgPool2d(
-        source.kernel_size, source.stride, source.padding, source.ceil_mode, source.count_include_pad
-    )
-
-
-@in_spikingjelly.register
-def _(source: Pool) -> nn.Module:
-    return in_spikingjelly(source.pool)
-
-
-@in_spikingjelly.register
-def _(source: ConvNormNeuron) -> nn.Module:
-    conv, norm = source.conv, source.norm
-    twin = layer.Conv2d(
-        conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=conv.bias is not None
-    )
-    layers = [_same_weights(twin, conv)]
-    if source.pool is not None:
-        layers.append(in_spikingjelly(source.pool))
-    if isinstance(norm, nn.BatchNorm2d):
-        layers.append(_same_weights(layer.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine), norm))
-    if source.neuron is not None:
-        layers.append(_neuron(source.neuron))
-    return nn.Sequential(*layers)
-
-
-@in_spikingjelly.register
-def _(source: LinearNormNeuron) -> nn.Module:
-    linear, norm = source.linear, source.norm
-    layers: list[nn.Module] = [layer.AdaptiveAvgPool2d(1)] if source.average else []
-    twin = layer.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-    layers += [layer.Flatten(), _same_weights(twin, linear)]
-    if isinstance(norm, nn.BatchNorm1d):
-        layers.append(_same_weights(layer.BatchNorm1d(norm.num_features, norm.eps, norm.momentum, norm.affine), norm))
-    return nn.Sequential(*layers, _neuron(source.neuron, flat=True), _OneByOne())
-
-
-class _OneByOne(nn.Module):
-    """Give vectors ``[T, B, F]`` the 1x1 map that the next layer flattens again; a view."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[..., None, None]
-
-
-class _Residual(nn.Module):
-    """Body plus shortcut, then the neuron."""
-
-    def __init__(self, body: nn.Module, shortcut: nn.Module, node: nn.Module) -> None:
-        super().__init__()
-        self.body, self.shortcut, self.node = body, shortcut, node
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.node(self.body(x) + self.shortcut(x))
-
-
-@in_spikingjelly.register
-def _(source: ResidualBlock) -> nn.Module:
-    body = nn.Sequential(in_spikingjelly(source.conv1), in_spikingjelly(source.conv2))
-    shortcut = nn.Sequential(*(in_spikingjelly(m) for m in (source.pool, source.shortcut) if m is not None))
-    return _Residual(body, shortcut, _neuron(source.neuron))
+    if node.kind in ("layer", "norm"):
+        return _weights(node.module)
+    if node.kind == "neuron":
+        return _neuron(node.module, flat=len(node.shape) == 1)
+    if node.kind == "pool":
+        pool: Any = node.pooling
+        if isinstance(pool, nn.MaxPool2d):
+            return layer.MaxPool2d(pool.kernel_size, pool.stride, pool.padding)
+        if isinstance(pool, nn.AvgPool2d):
+            geometry = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad)
+            return layer.AvgPool2d(*geometry)
+    if node.kind == "average":
+        return nn.Sequential(layer.AdaptiveAvgPool2d(1), layer.Flatten())
+    if node.kind in ("flatten", "join"):
+        return layer.Flatten() if node.kind == "flatten" else _Sum()
+    raise NoCounterpartError(f"{node.what.capitalize()} has no counterpart in the SpikingJelly baseline.")
 
 
 class SpikingJellyNet(nn.Module):
@@ -323,7 +291,7 @@ class SpikingJellyNet(nn.Module):
         model: The model to rebuild; its weights are copied.
 
     Raises:
-        NoCounterpartError: A layer or neuron that SpikingJelly does not have.
+        NoCounterpartError: A layer, neuron or operation that SpikingJelly does not have.
     """
 
     def __init__(self, model: SpikingModel) -> None:
@@ -331,11 +299,16 @@ class SpikingJellyNet(nn.Module):
         if model.head.global_pool.pool_type != "avg" or model.encoding != "direct" or model.takes_events:
             raise NoCounterpartError("The SpikingJelly baseline needs images, encoding='direct' and global_pool='avg'.")
         self.T = model.T
-        modules = [*model.stem, *(block for stage in model.stages for block in stage), *model.neck]
-        self.features = nn.Sequential(*(in_spikingjelly(module) for module in modules))
-        linear = model.head.fc
-        fc = layer.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-        self.head = nn.Sequential(layer.AdaptiveAvgPool2d(1), layer.Flatten(), _same_weights(fc, linear))
+        graph = trace(model)
+        nodes = [node for node in graph.nodes if node.name not in ("input", "head", "head.fc")]
+        place = {graph.input: 0, **{node: index for index, node in enumerate(nodes, 1)}}
+        self.parts = nn.ModuleList(in_spikingjelly(node) for node in nodes)
+        self.takes = [[place[source] for source in node.inputs] for node in nodes]
+        # A map is let go with its last reader, as in a sequence of layers.
+        last = {source: index for index, sources in enumerate(self.takes) for source in sources}
+        self.spent = [[source for source, reader in last.items() if reader == index] for index in range(len(nodes))]
+        pooling = [layer.AdaptiveAvgPool2d(1), layer.Flatten()] if len(graph.features.shape) > 1 else []
+        self.head = nn.Sequential(*pooling, _weights(model.head.fc))
         functional.set_step_mode(self, "m")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -343,7 +316,14 @@ class SpikingJellyNet(nn.Module):
         if not torch.compiler.is_compiling():
             functional.reset_net(self)
         x = x.unsqueeze(0).repeat(self.T, 1, 1, 1, 1)
-        return self.head(self.features(x)).mean(0)
+        maps = {0: x}
+        for index, (part, sources, spent) in enumerate(zip(self.parts, self.takes, self.spent, strict=True), 1):
+            taken = [maps[source] for source in sources]
+            for source in spent:
+                del maps[source]
+            x = part(*taken)
+            maps[index] = x
+        return self.head(x).mean(0)
 
 
 class SpikingJellySpikformer(nn.Module):
@@ -1352,6 +1332,7 @@ def draw_growth(rows: Sequence[Row], varied: Sequence[str], path: str | Path) ->
     axes.set_title(f"{ours[0]['model']}, {ours[0]['mode']}, {form}", fontsize="medium")
     axes.set_xticks(x, [str(value) for value in x])
     axes.set_xticks([], minor=True)
+    plain_ticks(axes.yaxis)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     with atomic(path) as temporary:

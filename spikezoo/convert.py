@@ -7,13 +7,16 @@ result is an ordinary model of the same architecture, which is counted, stored, 
 
 Papers: "Conversion of Continuous-Valued Deep Networks to Efficient Event-Driven Networks for Image Classification"
 (Rueckauer et al. 2017; units from maxima and percentiles); "RMP-SNN: Residual Membrane Potential Neuron for Enabling
-Deeper High-Accuracy and Low-Latency Spiking Neural Network" (arXiv:2003.01811; soft reset).
+Deeper High-Accuracy and Low-Latency Spiking Neural Network" (arXiv:2003.01811; soft reset); "Optimal ANN-SNN Conversion
+for High-accuracy and Ultra-low-latency Spiking Neural Networks" (Bu et al., ICLR 2022; ``neuron='qcfs'``, whose learned
+thresholds are the units, so that nothing is measured).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
 from spikezoo.factory import create_model
 from spikezoo.graph import Node, trace
-from spikezoo.neurons import Maskable, ReLU, Sign, SpikingNeuron
+from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
 from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, replay
 
@@ -72,6 +75,10 @@ class _Flow:
                 "The image is added to the output of a neuron: pixels are no rates, whose unit could be chosen. "
                 "convert takes networks whose first layer stands before every sum."
             )
+
+    def line(self, name: str) -> list[str]:
+        """Neurons that share a unit with one, itself included."""
+        return [other for other, group in self.neurons.items() if group == self.neurons[name]]
 
     def _check(self, node: Node) -> None:
         """Raise where a part has no spiking form."""
@@ -178,47 +185,8 @@ def _activations(ann: nn.Module, data: Tensor | Iterable[Any], mode: str | float
     return units
 
 
-@torch.no_grad()
-def convert(
-    ann: nn.Module,
-    data: Tensor | Iterable[Any],
-    T: int,
-    mode: str | float = "max",
-    encoding: str = "direct",
-    half_threshold: bool = False,
-) -> nn.Module:
-    """Convert a trained ReLU network into a spiking one that codes activations as firing rates.
-
-    The units are what SpikingJelly's converter measures: of every batch the maximum of a layer's activations, a
-    percentile or a fraction of it, and over batches a moving average that gives a new batch a tenth. Neurons that an
-    identity shortcut joins share the largest of their units. Batch norms are folded first.
-
-    Args:
-        ann: A model of ``create_model(name, neuron='relu')``; it stays as it is.
-        data: Images ``[B, C, H, W]`` as in training, or a loader of batches, of which labels are ignored.
-        T: Time steps.
-        mode: What one spike a step stands for: 'max' of the layer's activations, a percentile such as '99.9%' (larger
-            ones are cut off, all others need less time), or a fraction of the maximum such as 0.9.
-        encoding: 'direct' (the image as a current at every step) or 'poisson' (pixels in [0, 1] as random spikes).
-        half_threshold: Start membrane potentials at half the threshold, so that rates round instead of being rounded
-            down.
-
-    Returns:
-        The spiking model in evaluation mode, of the same architecture with ``neuron='if'`` and ``reset='soft'``.
-
-    Raises:
-        ValueError: No ReLU twin, a layer without spiking form (named), a layer that is silent on ``data``, no data,
-            or an unknown mode or encoding.
-
-    Example:
-        >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
-    """
-    switch("half_threshold", half_threshold)
-    _check(ann, encoding)
-    facts = describe(ann)
-    flow = _Flow(ann)
-    if not isinstance(ann.head.fc, nn.Linear):  # type: ignore[union-attr]
-        raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
+def _folded(ann: nn.Module) -> Any:
+    """A copy in evaluation mode without norms."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
     plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
     for name, module in plain.named_modules():
@@ -227,23 +195,110 @@ def convert(
                 f"Layer {name!r}: a {type(module).__name__} that stands behind no layer of its own cannot be folded, "
                 "and has no spiking form. Put it behind the convolution or linear layer that it normalises."
             )
+    return plain
+
+
+def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
+    """The unit of every QCFS activation, its learned threshold: its name -> a positive number."""
+    units = {name: float(module.threshold) for name, module in ann.named_modules() if isinstance(module, QCFS)}
+    for name, unit in units.items():
+        if not 0 < unit < float("inf"):
+            raise ValueError(f"Layer {name!r}: its threshold has become {unit}, which no spike can stand for.")
+    joined = [name for name in units if any(units[name] < units[other] for other in flow.line(name))]
+    if joined:
+        more = f" and {len(joined) - 1} more" if len(joined) > 1 else ""
+        warnings.warn(
+            f"Layer {joined[0]!r}{more}: a neuron whose spikes are added to those of another needs its threshold, and "
+            "has learned a smaller one, so the spiking network is not exactly this one. Networks without identity "
+            "shortcuts are.",
+            stacklevel=3,
+        )
+    return units
+
+
+@torch.no_grad()
+def convert(
+    ann: nn.Module,
+    data: Tensor | Iterable[Any] | None = None,
+    T: int | None = None,
+    mode: str | float = "max",
+    encoding: str = "direct",
+    half_threshold: bool = False,
+) -> nn.Module:
+    """Convert a trained ReLU or QCFS network into a spiking one that codes activations as firing rates.
+
+    Of a ReLU network the units are what SpikingJelly's converter measures: of every batch the maximum of a layer's
+    activations, a percentile or a fraction of it, and over batches a moving average that gives a new batch a tenth.
+    Neurons that an identity shortcut joins share the largest of their units. Batch norms are folded first.
+
+    Of a QCFS network they are the learned thresholds: no data is needed, and membrane potentials start at half the
+    threshold. In T time steps, best as many as the activations have levels, each layer's rate of a constant input is
+    its activation; what is lost is due to spikes that come unevenly.
+
+    Args:
+        ann: A model of ``create_model(name, neuron='relu')`` or ``neuron='qcfs'``; it stays as it is.
+        data: Images ``[B, C, H, W]`` as in training, or a loader of batches, of which labels are ignored. Only for
+            ReLU networks.
+        T: Time steps. None takes the levels of a QCFS network.
+        mode: What one spike a step stands for: 'max' of the layer's activations, a percentile such as '99.9%' (larger
+            ones are cut off, all others need less time), or a fraction of the maximum such as 0.9. Only for ReLU
+            networks.
+        encoding: 'direct' (the image as a current at every step) or 'poisson' (pixels in [0, 1] as random spikes).
+        half_threshold: Start membrane potentials at half the threshold, so that rates round instead of being rounded
+            down; those of a QCFS network always do.
+
+    Returns:
+        The spiking model in evaluation mode, of the same architecture with ``neuron='if'`` and ``reset='soft'``.
+
+    Raises:
+        ValueError: No ReLU or QCFS twin, a layer without spiking form (named), a layer that is silent on ``data``, no
+            data, or an unknown mode or encoding.
+
+    Warns:
+        UserWarning: Shortcuts join neurons of a QCFS network with different thresholds.
+
+    Example:
+        >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
+        >>> snn = spikezoo.convert(spikezoo.create_model('spiking_vgg16', neuron='qcfs', checkpoint_path='last.pth'))
+    """
+    switch("half_threshold", half_threshold)
+    _check(ann, encoding)
+    facts = describe(ann)
+    flow = _Flow(ann)
+    if not isinstance(ann.head.fc, nn.Linear):  # type: ignore[union-attr]
+        raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
+    levels = {module.levels for module in ann.modules() if isinstance(module, QCFS)}
+    if not levels and (data is None or T is None):
+        raise ValueError("A ReLU network needs data to measure its activations on, and T: convert(ann, images, T=64).")
+    if levels and mode != "max":
+        raise ValueError(f"mode={mode!r} would do nothing: a QCFS network has learned what a spike stands for.")
+    plain = _folded(ann)
     neuron = {"neuron": "if", "reset": "soft", "threshold": 1.0, "v_reset": 0.0, "firing": ">=", "mpbn": "none"}
-    neuron |= {"v_init": 0.5 if half_threshold else 0.0, "encoding": encoding, "T": T}
-    model: Any = create_model(facts["architecture"], **{**facts["model_args"], **neuron})
+    neuron |= {"v_init": 0.5 if half_threshold or levels else 0.0, "encoding": encoding}
+    neuron["T"] = max(levels) if T is None else T
+    arguments = {name: value for name, value in facts["model_args"].items() if name != "qcfs_levels"}
+    model: Any = create_model(facts["architecture"], **{**arguments, **neuron})
     model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])
-    measured = _activations(plain, data, mode, encoding)
+    measured = _thresholds(plain, flow) if levels else _activations(plain, data, mode, encoding)  # type: ignore[arg-type]
+    _rescale(plain, flow, measured)
+    like = next(plain.parameters())
+    spent = {f"{name}.threshold" for name in measured}
+    state = {name: value for name, value in plain.state_dict().items() if name not in spent}
+    model.to(like.device, like.dtype).load_state_dict(state)
+    inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}
+    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
+    return model.eval()
+
+
+def _rescale(plain: nn.Module, flow: _Flow, measured: Mapping[str, float]) -> None:
+    """Put units into the weights, in place."""
     units: dict[int, float] = {}
     for name, group in flow.neurons.items():
         units[group] = max(units.get(group, 0.0), measured[name])
     for name, source, target in flow.layers:
-        layer = plain.get_submodule(name)
+        layer: Any = plain.get_submodule(name)
         # The image, the logits and what no neuron counts keep their unit.
         before, after = units.get(source, 1.0), units.get(target, 1.0)
         layer.weight *= before / after
         if layer.bias is not None:
             layer.bias /= after
-    like = next(plain.parameters())
-    model.to(like.device, like.dtype).load_state_dict(plain.state_dict())
-    inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}
-    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
-    return model.eval()

@@ -72,6 +72,8 @@ def ttfs(x: Tensor, T: int) -> tuple[Tensor, int]:
             f"T={T!r} with encoding='ttfs': expected an integer >= 2. The image is in the time of the spikes, and in "
             "one step all pixels spike alike. Use T=8, or encoding='poisson'."
         )
+    if torch.compiler.is_exporting():  # to torch's own operations, of which none looks at values
+        return _first_spikes(x.detach(), T), T
     return torch.ops.spikezoo.ttfs(x.detach(), T), T
 
 
@@ -105,6 +107,10 @@ def _poisson(x: Tensor, T: int, seed: int | None) -> Tensor:
 @torch.library.custom_op("spikezoo::ttfs", mutates_args=())
 def _ttfs(x: Tensor, T: int) -> Tensor:
     _check_unit(x, "ttfs")
+    return _first_spikes(x, T)
+
+
+def _first_spikes(x: Tensor, T: int) -> Tensor:
     # Half precisions cannot count more than 256 or 2048 steps.
     step = ((T - 1) * (1 - x.to(torch.promote_types(x.dtype, torch.float32)))).round()
     return (step == torch.arange(T, device=x.device).view(-1, *[1] * x.dim())).to(x.dtype)

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, find_weights, read_config
-from spikezoo.data import dataset_info, is_read_by_timm, natural_dataset
+from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
 from spikezoo.factory import create_model, is_reference, locate, model_info
 from spikezoo.observe import WithRates, evaluating
@@ -31,6 +32,7 @@ from spikezoo.observe import WithRates, evaluating
 __all__ = [
     "accuracy_over_time",
     "check_results_file",
+    "dataset_arguments",
     "environment",
     "evaluate",
     "input_options",
@@ -200,16 +202,29 @@ def open_model(
         dataset = natural_dataset(size if isinstance(size, int) else size[0], chans, classes)
     pretrained = not checkpoint and (pretrained or bool(info.pretrained))
     if not checkpoint and not pretrained and dataset != "none":
-        facts = dataset_info(dataset, data_dir)  # random weights fit any data
-        for key in ("num_classes", "in_chans", "img_size"):
-            if getattr(facts, key):
-                given.setdefault(key, getattr(facts, key))
+        given = {**dataset_arguments(name, dataset_info(dataset, data_dir)), **given}  # random weights fit any data
     random_seed(seed)
     if checkpoint:
         model: Any = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
         return model, dataset, str(find_weights(checkpoint))
     model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
+
+
+def dataset_arguments(name: str, info: DatasetInfo) -> dict[str, int]:
+    """The arguments of ``create_model`` that a dataset sets: classes, channels and size.
+
+    Files of images are resized to what a net takes, so a net of fixed size, or a checkpoint, keeps its own.
+
+    Args:
+        name: Architecture, with or without tag, or the place of a checkpoint.
+        info: The dataset.
+    """
+    own = {"num_classes": info.num_classes, "in_chans": info.in_chans, "img_size": info.img_size}
+    cfg = None if is_reference(name) else timm.get_pretrained_cfg(name)
+    if is_read_by_timm(info.name) and (cfg is None or cfg.fixed_input_size):
+        del own["img_size"]
+    return {key: value for key, value in own.items() if value}
 
 
 def input_options(

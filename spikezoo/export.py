@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
@@ -55,6 +56,15 @@ TOLERANCE, ROUNDING = 1e-4, 1e-6
 # Nearer to its threshold than this, a membrane potential of float32 may fire or not by the order of a sum: in trained
 # nets the errors of convolutions are up to 4e-6.
 NEAR = 1e-5
+
+
+# What a coded network takes, as its file says.
+_CODED = {
+    (".onnx", "ttfs"): "images [B, C, H, W] with values in [0, 1]; the network codes them",
+    (".onnx", "poisson"): "spikes [B, T, C, H, W], as spikezoo.encoding.poisson makes them of images in [0, 1]",
+    (".nir", "ttfs"): "one time step of the spikes that spikezoo.encoding.ttfs makes of an image in [0, 1]",
+    (".nir", "poisson"): "one time step of the spikes that spikezoo.encoding.poisson makes of an image in [0, 1]",
+}
 
 
 def check_suffix(path: str | Path) -> str:
@@ -104,6 +114,10 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     (of an image the same at every step); the output is the logits of one step, to be averaged over the steps. The
     metadata of the graph say so, with T, the time step dt in seconds and the convention of the reset.
 
+    Images that are coded by the time of their spikes ('ttfs') are coded in the ONNX network. Poisson codes are random,
+    so there the network takes the spikes, ``[B, T, C, H, W]`` of :func:`spikezoo.encoding.poisson`; and NIR always
+    takes one time step of the spikes. The file says so under 'input'.
+
     Both carry as JSON, under 'spikezoo', what ``spikezoo.create_model`` makes the model of, the mean and standard
     deviation that images are normalised with, and how recordings became frames.
 
@@ -133,11 +147,6 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     suffix, path = check_suffix(path), Path(path)
     facts = _check_model(model)
     net: Any = copy.deepcopy(model).cpu()
-    if suffix == ".onnx" and net.encoding != "direct":
-        raise ValueError(
-            f"encoding={net.encoding!r} is no operation of ONNX: export the model made with encoding='direct', and "
-            f"give it the frames [B, T, C, H, W] that spikezoo.encoding.{net.encoding} makes."
-        )
     if example is None:
         noise = torch.randn if net.encoding == "direct" else torch.rand
         example = noise(4, *net.input_shape, generator=torch.Generator().manual_seed(0))
@@ -145,10 +154,18 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
         given = example.dtype if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example is {given}: expected a float32 tensor, normalised as in training.")
     example = example.detach().cpu()
+    encoding = net.encoding
+    if suffix == ".onnx" and encoding == "poisson":  # random: no operation of ONNX gives the same numbers
+        net._check_input(example)
+        example, _ = net.encode(example) if example.dim() == 4 else (example.transpose(0, 1), 0)
+        example, net.encoding = example.transpose(0, 1), "direct"
     cfg = net.pretrained_cfg
     inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **cfg.get("inputs", {})}
     facts |= {**inputs, "spikezoo_version": __version__}
-    with torch.no_grad():
+    if encoding != "direct":
+        facts["input"] = _CODED[suffix, encoding]
+    words = f"export: writing {path.name} and checking it, some seconds to a minute"
+    with torch.no_grad(), tqdm(desc=words, bar_format="{desc}", disable=None, leave=False):
         logits = net(example)  # says what is wrong with the example
         with atomic(path) as temporary:
             if suffix == ".onnx":
@@ -429,7 +446,7 @@ def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, A
         "dt": DT,
         "update": "v + dt / tau * (v_leak - v + r * I), for IF v + dt * r * I; at first v is v_reset",
         "reset": "hard: v is v_reset after v > v_threshold",
-        "input": "one time step, the same at every step for an image",
+        "input": facts.get("input", "one time step, the same at every step for an image"),
         "output": "logits of one time step, to be averaged over T",
         "spikezoo": json.dumps(facts),
     }

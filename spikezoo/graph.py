@@ -24,7 +24,7 @@ Kinds of nodes:
     layer     convolution or linear layer
     norm      batch norm
     pool      pooling; ``pooling`` is torch's module of it
-    neuron    spiking neuron, or its twin ReLU or Sign
+    neuron    spiking neuron, or its twin ReLU, Sign or QCFS
     join      sum of two signals
     flatten   a map becomes features, channel by channel
     average   mean over a map
@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, TernaryConv2d, TernaryLinear
-from spikezoo.neurons import ReLU, Sign, SpikingNeuron
+from spikezoo.neurons import QCFS, ReLU, Sign, SpikingNeuron
 
 __all__ = ["Graph", "Node", "trace"]
 
@@ -55,7 +55,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "layer": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TernaryConv2d, TernaryLinear),
     "norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "pool": (Pool, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
-    "neuron": (SpikingNeuron, ReLU, Sign),
+    "neuron": (SpikingNeuron, ReLU, Sign, QCFS),
     "pass": (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath),
 }
 _ADD = {"add", "add_", "__add__", "__iadd__", "__radd__"}

@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikezoo.checks import UnknownArgumentError, choice, nearest, number, switch
+from spikezoo.checks import UnknownArgumentError, choice, nearest, number, switch, whole
 
 __all__ = [
     "IF",
     "LIF",
     "PLIF",
+    "QCFS",
     "FoldedThreshold",
     "MembraneNorm",
     "NeuronConfig",
@@ -133,7 +134,7 @@ def spike(x: Tensor, surrogate: str = "sigmoid", alpha: float | None = None, str
 # --------------------------------------------------------------------------------------------------------------
 
 SPIKING = ("lif", "if", "plif")
-ANALOG = ("relu", "sign")
+ANALOG = ("relu", "sign", "qcfs")
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,12 @@ class NeuronConfig:
     """Everything that defines a neuron except its normalisation; plain data, so that every model can be stored.
 
     Attributes:
-        kind: lif, if, plif, or the twins relu (ANN) and sign (binary activations), which have no time.
+        kind: lif, if, plif, or the twins relu (ANN), sign (binary activations) and qcfs (:class:`QCFS`, an ANN's
+            activation as coarse as a firing rate), which have no time.
         decay: Decay form, ``u = decay * v + x``. Ignored where ``tau`` is given, and by ``if``.
         tau: Tau form, ``u = v + (x - (v - v_reset)) / tau``, as SpikingJelly's ``decay_input=True``. For
             ``plif`` the initial value of the learned time constant.
-        threshold: Firing threshold.
+        threshold: Firing threshold; of ``qcfs`` the initial value of the learned one.
         v_reset: Potential after a hard reset, and of a neuron at rest.
         v_init: How far above rest the potential is before the first step; half the threshold lets the firing rates
             of converted nets come nearer to their ANN's in few steps.
@@ -154,6 +156,7 @@ class NeuronConfig:
         surrogate: rectangle, tanh, triangle, sigmoid or arctan.
         surrogate_alpha: Steepness; None takes the surrogate's default.
         detach_reset: No gradient through the reset.
+        qcfs_levels: Values above zero of a ``qcfs`` activation, and the time steps in which its spiking form has them.
     """
 
     kind: str = "lif"
@@ -167,6 +170,7 @@ class NeuronConfig:
     surrogate: str = "sigmoid"
     surrogate_alpha: float | None = None
     detach_reset: bool = False
+    qcfs_levels: int = 4
 
     def __post_init__(self) -> None:
         choice("neuron", self.kind, (*SPIKING, *ANALOG))
@@ -177,6 +181,7 @@ class NeuronConfig:
             if (value := getattr(self, name)) is not None or name not in ("tau", "surrogate_alpha"):
                 number(name, value)
         switch("detach_reset", self.detach_reset)
+        whole("qcfs_levels", self.qcfs_levels)
         if self.reset == "soft" and self.v_reset != 0:
             raise ValueError(
                 f"v_reset={self.v_reset} with reset='soft': a soft reset subtracts the threshold and has no "
@@ -216,11 +221,14 @@ class NeuronConfig:
                 "Give decay (u = decay*v + x) or tau (u = v + (x - v)/tau)."
             )
         kind = kind or defaults.get("kind", "lif")
-        if kind in ANALOG and given:
+        idle = given.keys() - ({"threshold", "qcfs_levels"} if kind == "qcfs" else set())
+        if kind in ANALOG and idle:
             raise ValueError(
-                f"neuron={kind!r} has no membrane potential, so {', '.join(sorted(given))} would do nothing: leave it "
+                f"neuron={kind!r} has no membrane potential, so {', '.join(sorted(idle))} would do nothing: leave it "
                 "out, or use neuron='lif'."
             )
+        if "qcfs_levels" in given and kind != "qcfs":
+            raise ValueError(f"qcfs_levels with neuron={kind!r} would do nothing: leave it out, or use neuron='qcfs'.")
         if kind == "if" and ("decay" in given or "tau" in given):
             raise ValueError("neuron='if' has no decay: leave decay and tau out, or use neuron='lif'.")
         if kind == "plif" and "decay" in given:
@@ -230,6 +238,8 @@ class NeuronConfig:
             merged["tau"] = None
         if kind == "plif" and merged.get("tau") is None:
             merged["tau"] = 2.0
+        if kind == "qcfs":  # a row's threshold is for spikes, the authors' code starts here
+            merged["threshold"] = given.get("threshold", 8.0)
         return cls(**merged)
 
     @property
@@ -543,6 +553,57 @@ class Sign(nn.Module):
         return F.dropout(_Sign.apply(x), self.drop, self.training)
 
 
+class _Floor(torch.autograd.Function):
+    """Floor forward, the identity backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.floor()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class QCFS(Maskable):
+    """The quantised twin: an activation that takes the values of a firing rate and no others; no time.
+
+    ``threshold * clip(floor(levels * x / threshold + 1/2) / levels, 0, 1)``, with a learned threshold a layer. That is
+    what an integrate-and-fire neuron with soft reset, started at half its threshold, puts out on average over
+    ``levels`` steps of a constant input, so that :func:`spikezoo.convert` needs no calibration.
+
+    Source: "Optimal ANN-SNN Conversion for High-accuracy and Ultra-low-latency Spiking Neural Networks" (Bu et al.,
+    ICLR 2022), whose threshold starts at 8.
+
+    Args:
+        threshold: Initial value of the learned threshold.
+        levels: Values above zero.
+    """
+
+    drop = 0.0
+
+    def __init__(self, threshold: float, levels: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.levels = levels
+        self.threshold = nn.Parameter(torch.full((), float(threshold), device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantise ``x``, any shape; with a mask ``[1, B, ...]``."""
+        threshold = self.threshold.to(x.dtype)
+        rate = _Floor.apply((x / threshold).clamp(0, 1) * self.levels + 0.5) / self.levels
+        return F.dropout(self.existing(rate * threshold), self.drop, self.training)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows."""
+        return f"levels={self.levels}"
+
+
 class NeuronFactory:
     """Makes the neuron of each layer of a model from one configuration.
 
@@ -574,8 +635,10 @@ class NeuronFactory:
         """Make a neuron for ``channels`` feature maps of ``size`` (height, width), or () for vectors."""
         kind = self.config.kind
         norm = MembraneNorm(self.mpbn, channels, size, **self.dd) if self.mpbn else None
-        neuron: ReLU | Sign | SpikingNeuron
-        if kind in ANALOG:
+        neuron: ReLU | Sign | QCFS | SpikingNeuron
+        if kind == "qcfs":
+            neuron = QCFS(self.config.threshold, self.config.qcfs_levels, **self.dd)
+        elif kind in ANALOG:
             neuron = ReLU() if kind == "relu" else Sign()
         elif kind == "plif":
             neuron = PLIF(self.config, norm, **self.dd)

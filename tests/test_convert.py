@@ -15,7 +15,7 @@ from spikezoo.cli import main
 from spikezoo.data import create_loader
 from spikezoo.evaluate import accuracy_over_time, evaluate, input_options
 from spikezoo.layers import LinearNormNeuron
-from spikezoo.neurons import ReLU, SpikingNeuron
+from spikezoo.neurons import IF, QCFS, NeuronConfig, ReLU, SpikingNeuron
 from spikezoo.transforms import replay
 
 # Families without max-pool: norms and none, residual blocks of both shortcuts, flattened maps, linear layers.
@@ -90,7 +90,7 @@ def every_activation(model, x):
     """Output of every neuron or ReLU, by name."""
     found, handles = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, ReLU | SpikingNeuron):
+        if isinstance(module, ReLU | QCFS | SpikingNeuron):
             handles.append(module.register_forward_hook(lambda _m, _x, out, name=name: found.update({name: out})))
     with torch.no_grad():
         model(x)
@@ -188,6 +188,112 @@ def test_norms_that_were_folded_before_and_tickets_that_were_baked():
     assert torch.equal(snn.stem[1].conv.weight == 0, baked.stem[1].conv.weight == 0)
 
 
+# --------------------------------------------------------------------------------------------------------------
+# Quantised twins
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantised_activation_by_hand():
+    # Steps of half at a threshold of 2: a value and its halfway points, beyond the clip, gradients of both.
+    x = torch.tensor([-0.3, 0.1, 0.24, 0.25, 0.9, 1.26, 1.74, 1.76, 2.5], requires_grad=True)
+    neuron = QCFS(2.0, 4)
+    out = neuron(x)
+    assert out.tolist() == [0, 0, 0, 0.5, 1, 1.5, 1.5, 2, 2]
+    out.sum().backward()
+    # The floor is passed as the identity: 1 within (0, threshold), 0 outside.
+    assert x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0]
+    # Of the threshold: out / threshold - x / threshold within, 1 above, 0 below.
+    inside = sum(o - i for o, i in zip(out.tolist()[1:8], x.tolist()[1:8], strict=True)) / 2
+    assert neuron.threshold.grad.item() == pytest.approx(inside + 1)
+    neuron.mask = torch.tensor([True, False])
+    assert neuron(torch.full((1, 1, 2), 1.1)).tolist() == [[[1, 0]]]
+
+
+@pytest.mark.parametrize("levels", [1, 4, 7])
+def test_a_neuron_in_as_many_steps(levels):
+    # Soft reset from half the threshold: floor(levels x + 1/2) spikes of a constant current, none below, all above.
+    current = torch.linspace(-1, 2, 301, dtype=torch.float64) + 1e-4
+    spiking = IF(NeuronConfig("if", reset="soft", v_init=0.5))
+    rate = spiking(current.expand(levels, 1, -1)).mean(0)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(rate, QCFS(1.0, levels).double()(current), rtol=0, atol=1e-12)
+
+
+def quantised(name, **arguments):
+    """A QCFS twin with norms of its own and a threshold of its own a layer."""
+    ann = spikezoo.create_model(name, neuron="qcfs", **arguments).double()
+    for index, module in enumerate(m for m in ann.modules() if isinstance(m, QCFS)):
+        with torch.no_grad():
+            module.threshold.fill_(1.2 + 0.3 * (index % 3))
+    for module in ann.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None
+    with torch.no_grad():
+        ann(images(ann, 32))
+        nn.init.normal_(ann.head.fc.weight)
+    return ann.eval()
+
+
+@torch.no_grad()
+def test_one_hidden_layer_converts_in_every_bit():
+    ann = quantised("test_spiking_mlp", hidden=[16], img_size=8, qcfs_levels=5)
+    x = images(ann, 40)
+    snn = spikezoo.convert(ann)
+    assert snn.T == 5 and (snn.neuron_config.v_init, snn.neuron_config.reset) == (0.5, "soft")
+    torch.testing.assert_close(snn(x), ann(x), rtol=0, atol=1e-12)
+    assert ann(x).std(0).min() > 0.1
+    # In other numbers of steps the activations are finer or coarser.
+    assert spikezoo.convert(ann, T=3).T == 3 and (spikezoo.convert(ann, T=3)(x) - ann(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["test_mpbn_vgg", "spiking_lenet"])
+@torch.no_grad()
+def test_quantised_twins(name, tmp_path):
+    ann = quantised(name, img_size=16, qcfs_levels=4)
+    x = images(ann, 8)
+    snn = spikezoo.convert(ann)
+    # First layers see a constant current: their rates are the activations in units of the threshold.
+    first, rates = every_activation(ann, x)["stem.0.neuron"], every_activation(snn, x)["stem.0.neuron"]
+    torch.testing.assert_close(rates.mean(0), first[0] / ann.stem[0].neuron.threshold, rtol=0, atol=1e-12)
+    assert len(rates.mean(0).unique()) == 5
+    error = {T: (spikezoo.convert(ann, T=T)(x) - ann(x)).abs().mean() / ann(x).std() for T in (4, 64)}
+    assert error[4] < 0.6 and error[64] < 0.6
+    spikezoo.save_checkpoint(ann.float(), tmp_path / "ann")
+    loaded = spikezoo.create_model(f"local-dir:{tmp_path / 'ann'}", pretrained=True).eval()
+    assert torch.equal(loaded(x.float()), ann(x.float())) and loaded.neuron_config.qcfs_levels == 4
+    spikezoo.save_checkpoint(spikezoo.convert(loaded), tmp_path / "snn")
+    assert spikezoo.create_model(f"local-dir:{tmp_path / 'snn'}", pretrained=True).neuron_config.kind == "if"
+
+
+def test_quantised_shortcuts():
+    ann = quantised("test_rmp_resnet")
+    with pytest.warns(UserWarning, match=r"Layer '.*': a neuron whose spikes are added .* has learned a smaller one"):
+        spikezoo.convert(ann)
+    for module in ann.modules():
+        if isinstance(module, QCFS):
+            module.threshold.data.fill_(1.5)
+    assert spikezoo.convert(ann).T == 4  # one threshold for all: no warning
+
+
+def test_quantised_arguments():
+    with pytest.raises(ValueError, match="tau would do nothing"):
+        spikezoo.create_model("test_mpbn_vgg", neuron="qcfs", tau=2.0)
+    with pytest.raises(ValueError, match="qcfs_levels with neuron='lif' would do nothing"):
+        spikezoo.create_model("test_mpbn_vgg", qcfs_levels=8)
+    with pytest.raises(ValueError, match="qcfs_levels=0"):
+        spikezoo.create_model("test_mpbn_vgg", neuron="qcfs", qcfs_levels=0)
+    ann = spikezoo.create_model("test_mpbn_vgg", neuron="qcfs", threshold=3.0)
+    assert ann.stem[0].neuron.threshold.item() == 3 and ann.T == 1
+    with pytest.raises(ValueError, match=r"mode=0\.9 would do nothing"):
+        spikezoo.convert(ann, mode=0.9)
+    with torch.no_grad():
+        ann.stem[0].neuron.threshold.fill_(-1)
+    with pytest.raises(ValueError, match=r"'stem\.0\.neuron': its threshold has become -1"):
+        spikezoo.convert(ann)
+    with pytest.raises(ValueError, match="needs data"):
+        spikezoo.convert(settled("test_mpbn_vgg"), T=3)
+
+
 def test_accuracy_at_every_number_of_steps():
     ann = settled("test_mpbn_vgg", in_chans=1, img_size=8).float()
     loader = create_loader("digits", "test", batch_size=100, subset=230, num_workers=0)
@@ -248,6 +354,19 @@ def test_command(tmp_path, capsys):
     config = read_config(tmp_path / "other")
     assert config["model_args"]["v_init"] == 0.5 and config["model_args"]["encoding"] == "poisson"
     assert config["spikezoo"]["results"]["precision"] == "bfloat16"
+
+
+def test_command_of_a_quantised_twin(tmp_path, capsys):
+    ann = quantised("test_mpbn_vgg", in_chans=1, img_size=8, qcfs_levels=3).float()
+    ann.pretrained_cfg |= {"inputs": {"mean": [0.0], "std": [1.0]}}
+    spikezoo.save_checkpoint(ann, tmp_path / "ann", {"dataset": "digits"})
+    words = ["convert", "--checkpoint", str(tmp_path / "ann"), "--images", "20"]
+    assert main([*words, "--output", str(tmp_path / "snn")]) == 0
+    assert "QCFS network" in capsys.readouterr().out
+    config = read_config(tmp_path / "snn")
+    assert config["model_args"]["T"] == 3 and "qcfs_levels" not in config["model_args"]
+    assert config["spikezoo"]["results"]["conversion"]["mode"] == "qcfs"
+    assert main([*words, "--mode", "0.9"]) == 2 and "mode=0.9 would do nothing" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

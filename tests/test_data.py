@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+import spikezoo
 from spikezoo.data import (
     Loader,
     augmentation,
@@ -28,6 +29,7 @@ from spikezoo.data import (
     loaders,
     natural_dataset,
 )
+from spikezoo.evaluate import input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedReader:ResourceWarning")
@@ -1217,3 +1219,53 @@ def test_crops_of_a_training(folder):
     for image, index in zip(got, order.tolist(), strict=True):
         plain = Image.open(f"{folder}/train/{files[index]}.png").resize((16, 16), Image.Resampling.BICUBIC)
         torch.testing.assert_close(image, torch.from_numpy(np.array(plain)).permute(2, 0, 1).float() / 255)
+
+
+# --- a checkpoint's view of image files ----------------------------------------------------------
+
+
+def test_checkpoint_says_how_image_files_are_seen(tmp_path, train):
+    """Trained on a folder with a view and names of its own, evaluated on another whose classes are fewer."""
+    colours = {"ant": (255, 0, 0), "bee": (0, 255, 0), "cat": (0, 0, 255)}
+    for split in ("train", "val"):
+        for label, colour in colours.items():
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            Image.new("RGB", (28, 28), colour).save(folder / "0.png")
+    words = ["--model", "test_spiking_vgg", "--dataset", "folder", "--data-dir", str(tmp_path / "images"), "-b", "3"]
+    words += ["--epochs", "1", "--device", "cpu", "--workers", "0", "--output", str(tmp_path), "--experiment", "run"]
+    words += ["--crop-pct", "0.7", "--interpolation", "bilinear", "--scale", "0.5", "1", "--ratio", "1", "1"]
+    train.main(words)
+    model, dataset, _ = open_model("local-dir:" + str(tmp_path / "run"), {})
+    own = spikezoo.create_model("test_spiking_vgg")
+    assert model.img_size == own.img_size and model.num_classes == 3  # not the 224 of larger nets, which do not fit
+    cfg = model.pretrained_cfg
+    assert (cfg["crop_pct"], cfg["interpolation"], list(cfg["label_names"])) == (0.7, "bilinear", ["ant", "bee", "cat"])
+    options = input_options(model, dataset)
+    assert (options["crop_pct"], options["interpolation"]) == (0.7, "bilinear")
+    assert input_options(model, dataset, crop_pct=1.0)["crop_pct"] == 1.0
+    assert "crop_pct" not in input_options(model, "cifar10")
+    shutil.rmtree(tmp_path / "images" / "train")
+    shutil.rmtree(tmp_path / "images" / "val" / "ant")
+    loader = _folder(str(tmp_path / "images"), "val", **{**options, "img_size": 32})
+    assert torch.cat([labels for _, labels in loader]).tolist() == [1, 2]
+    assert loader.facts == {"crop_pct": 0.7, "interpolation": "bilinear"}
+
+
+def test_a_folder_of_arrays_is_seen_as_the_arrays(tmp_path):
+    """The same pixels as an .npz file and as PNG files give the same images to a net of their size."""
+    arrays = _arrays(size=32)
+    np.savez(tmp_path / "a.npz", **arrays)
+    for i, (pixels, label) in enumerate(zip(arrays["test_images"], arrays["test_labels"], strict=True)):
+        folder = tmp_path / "val" / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    model = spikezoo.create_model("test_spiking_vgg", num_classes=4)
+    options = input_options(model, "folder")
+    ((plain, labels),) = create_loader(
+        f"npz:{tmp_path / 'a.npz'}", "test", mean=options["mean"], std=options["std"], batch_size=13
+    )
+    got = list(_folder(str(tmp_path), "val", **{**options, "img_size": 32, "batch_size": 13}))
+    order = labels.argsort(stable=True)
+    assert torch.equal(got[0][1], labels[order])
+    torch.testing.assert_close(got[0][0], plain[order])

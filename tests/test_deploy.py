@@ -397,6 +397,17 @@ def test_int8_is_for_spikes(neuron):
 
 
 @pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", ["exact", "bf16", "int8"])
+def test_inputs_that_are_not_finite(precision, value):
+    fast, x = deploy(create("test_spiking_vgg"), precision), torch.randn(4, 3, 32, 32)
+    x[2, 1, 0, 0] = value
+    with pytest.raises(ValueError, match="not finite in 1 of 4 samples, the first at 2"):
+        fast(x)
+    assert fast(x[:2]).isfinite().all()
+
+
+@pytest.mark.usefixtures("eager")
 def test_a_deployed_model_does_not_train():
     fast = deploy(create("test_spiking_vgg"))
     with pytest.raises(ValueError, match="cannot be trained"):

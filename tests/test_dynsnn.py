@@ -38,7 +38,6 @@ from spikezoo.transforms.dynsnn import (
     without,
 )
 from spikezoo.transforms.reach import Reach
-from tools import dynsnn_table
 
 MICRO = ["test_spiking_mlp", "test_spiking_vgg", "test_mpbn_vgg", "test_spiking_resnet", "test_mpbn_resnet"]
 MICRO += ["test_spikformer", "test_autost"]
@@ -800,37 +799,33 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_table(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"train\.py --plan"):
-        dynsnn_table.main([str(tmp_path)])
+def test_table_of_a_plan(tmp_path, capsys):
+    plan = ROOT / "configs" / "dynsnn" / "table1.yaml"
+    assert main(["results", str(plan), "--results", str(tmp_path / "results.csv")]) == 2
+    assert "training with --plan" in capsys.readouterr().err
     rows = [("snn_t-baseline-seed1", 97.0, ""), ("snn_t-baseline-seed2", 99.0, ""), ("snn_t-pruned-seed1", 97.5, 54.0)]
-    rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("other-baseline-seed1", 50.0, "")]
-    rows += [("fc3-baseline-seed1", 99.0, ""), ("fc3_57-pruned-seed1", 98.5, 57.5)]
-    with open(tmp_path / "results.csv", "w", newline="") as file:
+    rows += [("snn_t-pruned-seed2", 98.5, 55.0), ("bp_stdp-baseline-seed1", 50.0, ""), ("other-seed1", 1.0, "")]
+    (tmp_path / "table1").mkdir()
+    with open(tmp_path / "table1" / "results.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([("name", "top1", "neurons_removed"), *rows])
-    assert dynsnn_table.main([str(tmp_path)]) == 0
-    first, second, _, shared = capsys.readouterr().out.splitlines()[2:]
-    # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.3, 98.0, -0.1 and 53.71.
-    assert first.split() == [
-        "snn_t",
-        "98.00",
-        "±1.41",
-        "97.9",
-        "-",
-        "98.00",
-        "±0.71",
-        "98.0",
-        "0.00",
-        "-0.10",
-        "54.50",
-        "±0.71",
-        "53.71",
-    ]
-    assert second.split() == ["other", "50.00", "±0.00", "-", "-", "nan", "-"]
-    # Nets with one baseline.
-    cells = ["99.00", "±0.00", "99.25", "-", "98.50", "±0.00", "99.23", "0.50", "0.02", "57.50", "±0.00", "57.4"]
-    assert shared.split() == ["fc3_57", *cells]
+    for more in (["--output", str(tmp_path)], ["--results", str(tmp_path / "table1" / "results.csv")]):
+        assert main(["results", str(plan), *more]) == 0
+        told, _, header, *lines = capsys.readouterr().out.splitlines()
+        assert told.startswith("table1: 5 of 27 runs")
+        assert header.split() == ["baseline", "pruned", "pruned", "neurons_removed", "reactivated"]
+        # Means 98 and 98; standard deviations sqrt(2) and sqrt(0.5); the paper's 97.9, 98.0, 53.71 and 98.3.
+        first = "SNN-T 98.00 ±1.41 (97.9) 98.00 ±0.71 (98) 54.50 ±0.71 (53.71) (98.3)"
+        assert [" ".join(line.split()) for line in lines] == [
+            first,
+            "STiDi-BP (97.4) (97.7) (62.33) (98.1)",
+            "BP-STDP 50.00 (96.6) (96.9) (64.81) (97.2)",
+        ]
+    # A plan that nobody ran is its paper's table, and rows without a place in one are lines.
+    assert main(["results", str(plan), "--output", str(tmp_path / "none")]) == 0
+    assert "0 of 27 runs" in capsys.readouterr().out
+    assert main(["results", str(plan.parent.parent / "tickets" / "sparsity.yaml")]) == 0
+    assert "snn" in capsys.readouterr().out
 
 
 def test_relu_twins_have_rates_masks_and_compact_forms():

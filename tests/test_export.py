@@ -284,14 +284,6 @@ def test_what_nir_cannot_hold(name, arguments, message, tmp_path):
 # --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", ["poisson", "ttfs"])
-def test_onnx_does_not_encode(encoding, tmp_path):
-    model = spikezoo.create_model("test_mpbn_vgg", encoding=encoding).eval()
-    with pytest.raises(ValueError, match=f"spikezoo.encoding.{encoding} makes"):
-        export(model, tmp_path / "net.onnx")
-    assert not list(tmp_path.iterdir())
-
-
 def onnxruntime():
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -347,6 +339,37 @@ def test_onnx(model, shape, dynamic, tmp_path):
     assert facts["architecture"] == model.pretrained_cfg["architecture"]
     assert [name for name, _ in facts["recipe"]] == [name for name, _ in model.recipe]
     assert b"forward" not in path.read_bytes()  # no lines of anybody's source
+
+
+@pytest.mark.parametrize("name", ["spiking_mlp_340", "spiking_mlp_1000"])
+@torch.no_grad()
+def test_onnx_of_coded_images(name, tmp_path):
+    runtime = onnxruntime()
+    model = fill(spikezoo.create_model(name, hidden=[12], img_size=8, T=5), 6).eval()
+    x = torch.rand(6, 1, 8, 8)
+    x[0, 0, 0] = torch.arange(8) / 8  # halves of a step, which round to the even one
+    path = export(model, tmp_path / "net.onnx", x)
+    session = runtime.InferenceSession(path)
+    frames, T = model.encode(x)
+    given = x if model.encoding == "ttfs" else frames.transpose(0, 1)
+    logits = torch.from_numpy(session.run(None, {"input": given.contiguous().numpy()})[0])
+    torch.testing.assert_close(logits, model(x), rtol=0, atol=1e-5)
+    assert model(x).std(0).max() > 0.01 and T == 5
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["spikezoo"])
+    assert facts["input"].startswith(
+        {"ttfs": "images [B, C, H, W]", "poisson": "spikes [B, T, C, H, W]"}[model.encoding]
+    )
+    assert (model.encoding == "ttfs") == (name == "spiking_mlp_340")  # the model itself goes on to code
+
+
+@pytest.mark.parametrize("encoding", ["poisson", "ttfs"])
+def test_nir_of_coded_images(encoding, tmp_path):
+    model = make("test_mpbn_vgg", encoding=encoding, T=3).eval()
+    graph = nir.read(export(model, tmp_path / "net.nir"))
+    assert f"spikezoo.encoding.{encoding}" in graph.metadata["input"]
+    x = image_for(model).abs() % 1
+    found = simulate(graph, model.encode(x)[0].double())["output"].mean(0)
+    torch.testing.assert_close(found, model.double()(x.double()), rtol=0, atol=1e-4)
 
 
 def test_another_network_is_not_written(tmp_path, monkeypatch):

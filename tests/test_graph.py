@@ -10,7 +10,7 @@ from torch import nn
 import spikezoo
 from spikezoo.graph import trace
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, ResidualBlock, over_time
-from spikezoo.neurons import IF, LIF, NeuronConfig, NeuronFactory
+from spikezoo.neurons import NeuronConfig, NeuronFactory, SpikingNeuron
 
 NEURON = NeuronFactory(NeuronConfig())
 
@@ -67,7 +67,7 @@ def test_all_layers_and_neurons_of_every_family_are_seen(name):
     model = spikezoo.create_model(name, T=2).train()
     before = copy.deepcopy(model.state_dict())
     graph = trace(model)
-    kinds = {"layer": nn.Conv2d | nn.Linear, "norm": nn.modules.batchnorm._BatchNorm, "neuron": IF | LIF}
+    kinds = {"layer": nn.Conv2d | nn.Linear, "norm": nn.modules.batchnorm._BatchNorm, "neuron": SpikingNeuron}
     for kind, types in kinds.items():
         wanted = {path for path, module in model.named_modules() if isinstance(module, types)}
         assert {node.name for node in graph.of(kind)} == wanted

@@ -10,6 +10,7 @@ import spikezoo
 from spikezoo import cli
 from spikezoo.checkpoint import load_state, read_config
 from spikezoo.flags import import_files
+from spikezoo.train.output import read_rows
 
 METHOD = '''
 """Magnitude pruning: after every epoch the smallest weights are zero."""
@@ -86,7 +87,7 @@ def test_a_method_of_ones_own_trains_saves_loads_and_resumes(method, tmp_path, m
     assert all(torch.equal(whole[key], parts[key]) for key in whole) and whole["cuts"] == 2
     folder = tmp_path / "whole" / "run"
     assert [tuple(entry) for entry in read_config(folder)["spikezoo"]["recipe"]] == [("magnitude", {"sparsity": 0.5})]
-    assert [float(row["eval_zeros"]) > 0.49 for row in train.read_rows(folder / "summary.csv")] == [True, True]
+    assert [float(row["eval_zeros"]) > 0.49 for row in read_rows(folder / "summary.csv")] == [True, True]
     loaded = spikezoo.create_model(f"local-dir:{folder}", pretrained=True)
     assert loaded.recipe == [("magnitude", {"sparsity": 0.5})] and (loaded.head.fc.weight == 0).float().mean() > 0.49
     assert cli.main(["validate", "--import", str(method), "--checkpoint", str(folder)]) == 0

@@ -114,7 +114,7 @@ def test_commands(tmp_path, capsys, drawn):
     text = path.read_text()
     assert len(drawn) == 1 + 3 * 3 and text.startswith("<?xml")
     scales = [(kw["cmap"], kw["vmin"] < 0) for _, kw in drawn[1:]]
-    assert scales == [("magma", False)] * 3 + [("RdBu_r", True)] * 3 + [("magma", False)] * 3
+    assert scales == [("RdBu_r", True)] * 9 and len({kw["vmax"] for _, kw in drawn[1:]}) == 1  # one for all
     assert [array.shape for array, _ in drawn] == [(8, 8, 3)] + [(4, 4)] * 9
 
 
@@ -147,3 +147,55 @@ def test_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'spikezoo-snn\[plot\]'"):
         pictures.check_picture(tmp_path / "p.png")
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The horizontal bars that were drawn: lengths of each call."""
+    from matplotlib.axes import Axes
+
+    found, barh = [], Axes.barh
+    monkeypatch.setattr(
+        Axes, "barh", lambda self, y, width, *a, **kw: found.append(list(width)) or barh(self, y, width, *a, **kw)
+    )
+    return found
+
+
+def test_bars_of_operations_and_energy(bars, tmp_path):
+    layers = [
+        torch.nn.Conv2d(1, 8, 3),
+        torch.nn.Flatten(),
+        *(torch.nn.Linear(*n) for n in ((288, 100), (100, 1), (1, 1))),
+    ]
+    net = torch.nn.Sequential(*layers)
+    pictures.draw_operations(spikezoo.count(net, torch.randn(1, 1, 8, 8)), tmp_path / "bars.png", "long words " * 30)
+    macs = [9 * 8 * 36, 28800, 100 + 1]  # the last two are below 0.5 % of the longest and one bar
+    nothing = [0, 0, 0]
+    assert bars[:3] == [nothing, nothing, macs]
+    for found in bars[3:]:
+        assert found == pytest.approx([4.6e-12 * number for number in macs])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pictures.draw_operations(spikezoo.count(torch.nn.ReLU(), torch.randn(1, 1)), tmp_path / "bars.png")
+
+
+def test_one_step_has_an_image_and_an_answer_and_no_raster(bars, drawn, tmp_path):
+    model = make("test_spiking_vgg", T=1)
+    image = image_for(model)[0]
+    layer, spikes, rates = pictures.spikes_over_time(model, image)
+    answer = pictures.answer_of(model, image)
+    expected = 100 * model.eval()(image[None])[0].softmax(0)
+    assert list(answer) == [f"class {i}" for i in range(10)]
+    assert list(answer.values()) == pytest.approx(expected.tolist())
+    pixels = torch.rand(32, 32, 3)
+    pictures.draw_raster(layer, spikes, rates, tmp_path / "step.png", pixels=pixels, answer=answer)
+    assert [array.shape for array, _ in drawn] == [(32, 32, 3)]
+    assert bars == [sorted(answer.values(), reverse=True)[:5], [rate[0] for rate in rates.values()]]
+    drawn.clear()
+    pictures.draw_raster(layer, spikes.expand(3, -1), {layer: [0.1] * 3}, tmp_path / "steps.png", neurons=7)
+    assert [array.shape for array, _ in drawn] == [(7, 3)]
+
+
+def test_energies_side_by_side(bars, tmp_path):
+    rows = [{"model": "a", "T": 1, "energy_exact_mj": "1", "energy_paper_mj": "2", "energy_ann_mj": "30"}] * 2
+    pictures.draw_energies(rows, tmp_path / "energies.svg")
+    assert bars == [[1, 1], [2, 2], [30, 30]]

@@ -15,6 +15,7 @@ from conftest import load
 
 import spikezoo
 from spikezoo.checkpoint import load_state
+from spikezoo.train.rows import read_rows, share_out
 
 ROOT = Path(__file__).parents[1]
 BASE = {
@@ -249,6 +250,46 @@ def test_bad_command_lines(train, tmp_path):
     with pytest.raises(ValueError, match=r"--experiment with --plan"):
         train.main([*argv, "--experiment", "x"])
     assert not (tmp_path / "out").exists()
+
+
+def test_paper_numbers_and_starts_from_other_runs(train, tmp_path, capsys):
+    more = "initial_checkpoint: run:dense, paper: {at: [VGG, tuned], top1: 98.5, neurons_removed: 53}"
+    plan = """
+    runs:
+      - {name: dense, config: base.yaml, epochs: 1, paper: 97.5}
+      - {name: tuned, config: base.yaml, epochs: 1, %s}
+    """
+    argv = write(tmp_path, plan % more)
+    assert train.main(argv) == 0
+    dense, tuned = rows(tmp_path)
+    assert (dense["paper_top1"], dense["paper_neurons_removed"]) == ("97.5", "")
+    assert (tuned["paper_top1"], tuned["paper_neurons_removed"]) == ("98.5", "53")
+    # The folder is that of --output, wherever it is, and the record names the run.
+    assert json.loads(tuned["overrides"])["initial_checkpoint"] == "run:dense"
+    record = yaml.safe_load((tmp_path / "out" / "queue" / "tuned" / "args.yaml").read_text())
+    assert record["initial_checkpoint"] == str(tmp_path / "out" / "queue" / "dense")
+    assert train.main(argv) == 0 and "tuned: finished before" in capsys.readouterr().out
+    read = read_rows(tmp_path / "queue.yaml")[0]
+    assert [row.cell for row in read] == [None, ("VGG", "tuned")]
+    assert read[1].placed(Path("x"))["initial_checkpoint"] == str(Path("x") / "dense")
+    for bad, words in (
+        ("paper: many", "expected a number, or for instance"),
+        ("paper: {at: VGG, top1: 3}", "expected a number, or for instance"),
+        ("initial_checkpoint: run:dens", "no run before it. Did you mean 'dense'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.main(write(tmp_path / "bad", plan % bad))
+
+
+def test_runs_stay_with_those_that_they_start_from(tmp_path):
+    names = {"a": {}, "b": {}, "c": {"teacher": "run:a"}, "d": {}, "e": {"initial_checkpoint": "run:c"}, "f": {}}
+    path = tmp_path / "queue.yaml"
+    path.write_text(yaml.safe_dump({"runs": [{"name": name, "model": "m", **more} for name, more in names.items()]}))
+    planned, _ = read_rows(path)
+    assert share_out(planned, 1) == [[*"abcdef"]]
+    assert share_out(planned, 2) == [["a", "c", "d", "e"], ["b", "f"]]
+    assert share_out(planned, 3) == [["a", "c", "e", "f"], ["b"], ["d"]]
+    assert planned[2].placed(Path("out"))["teacher"] == f"local-dir:{Path('out') / 'a'}"
 
 
 PLANS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "runs" in (yaml.safe_load(path.read_text()) or {}))

@@ -194,13 +194,30 @@ def test_a_lone_label_stands_beside_its_dot():
         pictures.place_labels([(100, 50, 5)], [(400, 10)], (0, 0, 200, 100))
 
 
-def test_the_picture_of_the_zoo(tmp_path):
+def test_front_of_those_that_none_beats():
+    points = [(3, 5), (1, 2), (2, 2), (1, 1), (4, 4), (5, 7)]
+    assert pictures.pareto_front(points) == [(1, 2), (3, 5), (5, 7)]
+
+
+def test_the_picture_of_the_zoo(tmp_path, monkeypatch):
     rows = [
         {**CHECKPOINT, "model": f"spiking_something.cifar10_{i}", "dataset": ("mnist", "cifar10")[i % 2],
          "top1": str(80 + i % 3), "energy_exact_mj": str(0.01 * 1.1**i)}
         for i in range(16)
     ]  # fmt: skip
-    pictures.draw_zoo(rows, tmp_path / "zoo.png")
+    from matplotlib.axes import Axes
+
+    rows += [{**rows[1], "model": "twin", "neuron": "relu", "energy_exact_mj": "2.0"}]
+    scattered = []
+    draw = Axes.scatter
+    monkeypatch.setattr(Axes, "scatter", lambda *given, **more: scattered.append(given[1:3]) or draw(*given, **more))
+    pictures.draw_zoo(rows, tmp_path / "zoo.png", {"spiking_something.cifar10_1": 95.0})
+    # A panel a dataset; what is analog apart from what spikes.
+    assert [sorted(x) for x, _ in scattered] == [
+        sorted(float(row["energy_exact_mj"]) for row in rows[:16] if row["dataset"] == "cifar10"),
+        [2.0],
+        sorted(float(row["energy_exact_mj"]) for row in rows[:16] if row["dataset"] == "mnist"),
+    ]
     assert (tmp_path / "zoo.png").read_bytes()[:4] == b"\x89PNG"
     with pytest.raises(ValueError, match="no checkpoints to draw"):
         pictures.draw_zoo([], tmp_path / "zoo.png")

@@ -603,6 +603,8 @@ def test_shipped_configs(path):
         config = correlation.CorrelationConfig.read(path)
         assert Space.of(config.space).size >= config.nets >= 20
         return
+    if path.name.startswith("table"):
+        return  # a plan, see test_plan.py
     train = load("train")
     args = train.parse_args(["--config", str(path)])
     model = spikezoo.create_model(args.model, device="meta", **train.model_arguments(args))

@@ -639,15 +639,16 @@ def test_output_folder(train, tmp_path, capsys):
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     rows = summary(folder)
-    columns = """epoch train_loss train_firing_rate train_images_per_second train_seconds eval_top1 eval_top5 eval_loss
-        eval_firing_rate eval_images_per_second eval_ema_top1 eval_ema_top5 eval_ema_loss eval_ema_firing_rate lr"""
-    assert list(rows[0]) == columns.split() and [row["epoch"] for row in rows] == ["0", "1"]
+    columns = """epoch train_loss train_top1 train_firing_rate train_images_per_second train_seconds eval_top1 eval_top5
+        eval_loss eval_firing_rate eval_images_per_second eval_ema_top1 eval_ema_top5 eval_ema_loss eval_ema_firing_rate
+        lr"""
+    assert list(rows[0]) == columns.split() and [row["epoch"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     top1 = [float(row["eval_ema_top1"]) for row in rows]
     assert top1[best] == max(top1)
 
     metadata = json.loads((folder / "metadata.json").read_text())
-    assert metadata["seed"] == 42 and metadata["command"].startswith("python train.py --model test_mpbn_vgg")
+    assert metadata["seed"] == 42 and metadata["command"].startswith("spikezoo train --model test_mpbn_vgg")
     assert {"commit", "python", "torch", "timm", "spikezoo-snn", "machine", "date"} <= metadata.keys()
     results = json.loads((folder / "config.json").read_text())
     assert results["architecture"] == "test_mpbn_vgg" and results["spikezoo"]["results"]["samples"] == 360
@@ -659,8 +660,8 @@ def test_output_folder(train, tmp_path, capsys):
 
     # What was measured in training is what validate.py finds in the folder.
     validate = load("validate")
-    validate.main(["--checkpoint", str(folder)])
-    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    validate.main(["--checkpoint", str(folder), "--json"])
+    row = json.loads(capsys.readouterr().out)
     assert row["loss"] == pytest.approx(results["spikezoo"]["results"]["loss"], abs=1e-5)
     assert row["top1"] == pytest.approx(results["spikezoo"]["results"]["top1"], abs=1e-3)
 
@@ -967,9 +968,9 @@ def test_two_processes(tmp_path, capsys):
     results = json.loads((tmp_path / "whole" / "run" / "config.json").read_text())["spikezoo"]["results"]
     assert results["samples"] == 7  # 4 and 3, none twice
     load("validate").main(
-        ["--checkpoint", str(tmp_path / "whole" / "run"), "--dataset", f"npz:{tmp_path / 'small.npz'}"]
+        ["--checkpoint", str(tmp_path / "whole" / "run"), "--dataset", f"npz:{tmp_path / 'small.npz'}", "--json"]
     )
-    row = json.loads(capsys.readouterr().out.partition("{")[2].join("{ "))
+    row = json.loads(capsys.readouterr().out)
     for key in ("top1", "top5", "loss", "firing_rate"):
         assert row[key] == pytest.approx(results[key], abs=1e-4), key
 

@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = read_rows(docs / "results.csv") if (docs / "results.csv").is_file() else []
     written = [str(document(rows, papers, claims, docs / "results.md"))]
     if args.plot:
-        pictures.draw_zoo(rows, args.plot)
+        pictures.draw_zoo(rows, args.plot, {name: numbers["top1"] for name, numbers in papers.items()})
         written.append(args.plot)
     print(checkpoint_table(rows, papers))
     for claim in claims:

@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = (
     "train",
     "validate",
+    "results",
     "list",
     "count",
     "convert",

@@ -9,7 +9,7 @@ import argparse
 import functools
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -28,13 +28,12 @@ __all__ = ["main"]
 def build_parser() -> Parser:
     """The flags of the command."""
     parser = Parser("spikezoo convert", __doc__)
-    add_flags(parser, "checkpoint", required=True, help="trained with --neuron relu")
-    add_flags(parser, "T", default=64, help="time steps (default: %(default)s)")
+    add_flags(parser, "checkpoint", required=True, help="trained with --neuron relu, or qcfs")
+    add_flags(parser, "T", default=None, help="time steps (default: 64; of a qcfs network its levels)")
     parser.add_argument(
         "--mode",
-        default="99.9%",
         help="what a spike a step stands for, of each layer's activations: max, a percentile, or a fraction of the "
-        "maximum such as 0.9 (default: 99.9%%)",
+        "maximum such as 0.9 (default: 99.9%%; a qcfs network has learned it)",
     )
     parser.add_argument("--encoding", default="direct", help="direct or poisson (default: %(default)s)")
     parser.add_argument("--half-threshold", action="store_true", help="start potentials at half the threshold")
@@ -61,16 +60,18 @@ def run(args: argparse.Namespace) -> int:
         pictures.check_picture(args.plot)
     name, ann, dataset, _ = open_net(args, {}, args.dataset, checkpoint=args.checkpoint)
     device = device_of(ann)
-    try:
-        mode: str | float = float(args.mode)
-    except ValueError:
-        mode = args.mode
+    learned = ann.neuron_config.kind == "qcfs"
+    mode: str | float = args.mode or ("max" if learned else "99.9%")
+    with suppress(ValueError):
+        mode = float(mode)
+    steps = 64 if args.T is None and not learned else args.T
     calibration = batches(args, dataset, ann, 128, split="train", subset=args.calibrate)
-    model: Any = convert(ann, (images for images, _ in calibration), args.T, mode, args.encoding, args.half_threshold)
+    images = None if learned else (images for images, _ in calibration)
+    model: Any = convert(ann, images, steps, mode, args.encoding, args.half_threshold)
     for net in (ann, model):
         net.to(memory_format=torch.channels_last)
     loader = batches(
-        args, dataset, ann, args.batch_size or max(1, 1024 // args.T), subset=args.images, channels_last=True
+        args, dataset, ann, args.batch_size or max(1, 1024 // model.T), subset=args.images, channels_last=True
     )
     shown: dict[str, Any] = {
         "device": device,
@@ -90,16 +91,17 @@ def run(args: argparse.Namespace) -> int:
         "precision": "bfloat16" if args.amp else "float32",
         "ann_top1": round(before, 4),
         "conversion": {
-            "mode": mode,
+            "mode": "qcfs" if learned else mode,
             "encoding": args.encoding,
-            "half_threshold": args.half_threshold,
-            "calibration_images": calibration.num_samples,
+            "half_threshold": args.half_threshold or learned,
+            "calibration_images": 0 if learned else calibration.num_samples,
         },
         "command": args.command,
         **environment(),
     }
+    kind = "QCFS" if learned else "ReLU"
     print(
-        f"{name} on {dataset}/{args.split} ({row['samples']:,} images): ReLU network {before:.2f} %, spiking "
+        f"{name} on {dataset}/{args.split} ({row['samples']:,} images): {kind} network {before:.2f} %, spiking "
         f"{top1[-1]:.2f} % at T={model.T} ({top1[-1] - before:+.2f} points), firing rate {rate:.4f}"
     )
     marks = [2**power for power in range(model.T.bit_length())]
@@ -112,7 +114,9 @@ def run(args: argparse.Namespace) -> int:
             [{"T": t, "top1": round(value, 4), "ann_top1": round(before, 4)} for t, value in enumerate(top1, 1)],
         )
     if args.plot:
-        pictures.draw_accuracy(top1, before, args.plot, f"{name}, {args.mode}, {args.encoding}; {dataset}/{args.split}")
+        pictures.draw_accuracy(
+            top1, before, args.plot, f"{name}, {row['conversion']['mode']}, {args.encoding}; {dataset}/{args.split}"
+        )
     if args.output:
         save_checkpoint(model, args.output, {**training_facts(args.checkpoint), **row})
     if written:

@@ -38,9 +38,11 @@ def run(args: argparse.Namespace) -> int:
     loader = batches(args, dataset, model, 1)
     image = one_image(loader, args.image, f"{dataset}/{args.split}")
     layer, spikes, rates = pictures.spikes_over_time(model, image, args.layer)
+    answer = pictures.answer_of(model, image)
+    pixels = pictures.to_pixels(image[None].float().cpu(), loader.info.mean, loader.info.std)[0]
     said = ", random weights" if weights == "random" else ""
     title = f"{name}{said}; image {args.image} of {dataset}/{args.split}"
-    pictures.draw_raster(layer, spikes, rates, args.plot, args.neurons, title)
+    pictures.draw_raster(layer, spikes, rates, args.plot, args.neurons, title, pixels, answer)
     print(
         f"{layer}: {spikes.sum():,.0f} spikes of {spikes.shape[1]:,} neurons in {spikes.shape[0]} time steps, firing "
         f"rate {spikes.mean():.4f}. Wrote {args.plot}"

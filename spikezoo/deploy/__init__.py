@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from tqdm import tqdm
 
 from spikezoo.checks import choice
 from spikezoo.deploy.bf16 import to_bf16
@@ -135,20 +136,38 @@ class Deployed(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]`` in float32, of images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``."""
+        """Logits ``[B, num_classes]`` in float32, of images ``[B, C, H, W]`` or event frames ``[B, T, C, H, W]``.
+
+        Raises:
+            ValueError: A shape that the model does not take, or an input that is not finite: a neuron turns nan into
+                silence, and logits of nothing would look like logits.
+        """
         self.model._check_input(x)  # type: ignore[operator]
-        if self.compiled and tuple(x.shape) not in self._shapes:
+        x = x.float()
+        if not all(bound.isfinite() for bound in torch.aminmax(x)):
+            bad = ~x.isfinite().flatten(1).all(1)
+            raise ValueError(
+                f"Input with values that are not finite in {int(bad.sum())} of {len(x)} samples, the first at "
+                f"{int(bad.nonzero()[0])}: a neuron makes silence of nan, and its logits would look sound. Look for a "
+                "division by zero or a damaged file: x.isfinite()."
+            )
+        fresh = self.compiled and tuple(x.shape) not in self._shapes
+        if fresh:
             if self._shapes:
                 _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
             self._shapes.add(tuple(x.shape))
-        x = x.float()
         if x.dim() == 4:
             bf16 = self.precision == "bf16"  # torch.save cannot store a memory format in an attribute
             x = x.contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
+        words = f"deploy: compiling for inputs of {tuple(x.shape)}, up to some minutes"
         # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         # An autocast around the call would compute in another precision than this one.
-        with inductor.patch(freezing=self.precision == "bf16"), torch.autocast(x.device.type, enabled=False):
+        with (
+            tqdm(desc=words, bar_format="{desc}", disable=None if fresh else True, leave=False),
+            inductor.patch(freezing=self.precision == "bf16"),
+            torch.autocast(x.device.type, enabled=False),
+        ):
             T: Any = self.model.T if x.dim() == 4 else x.shape[1]
             features = self._features(x) if T <= PART or self._whole else self._in_parts(x)
             return self.model.forward_head(features)  # type: ignore[operator]

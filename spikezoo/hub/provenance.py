@@ -30,7 +30,7 @@ def _portable(command: str) -> str:
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else (before, "", word)
         if equals or not word.startswith("--"):
-            value = portable_place(flag, value, "train.py" in words[:2])
+            value = portable_place(flag, value, "train.py" in words[:2] or "train" in words[1:4])
             word = f"{flag}={value}" if equals else value
         told.append(word)
         before = word
@@ -83,7 +83,7 @@ def training_facts(checkpoint: str | Path) -> dict[str, Any]:
     for key in ("precision", "commit", "machine", "date"):
         facts[f"train_{key}"] = results.get(key if own else f"train_{key}")
     made = results.get("command") or ""
-    if made.startswith("python -m spikezoo"):
+    if made.startswith(("python -m spikezoo ", "spikezoo ")) and "spikezoo validate" not in made:
         facts["train_command"] = " && ".join(filter(None, [facts["train_command"], made]))
     facts |= {key: results.get(key) for key in ("epochs", "train_minutes")}
     if (folder / "summary.csv").is_file():

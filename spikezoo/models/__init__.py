@@ -2,6 +2,7 @@
 
 from spikezoo.models import autost as autost
 from spikezoo.models import ms_resnet as ms_resnet
+from spikezoo.models import plif as plif
 from spikezoo.models import sew_resnet as sew_resnet
 from spikezoo.models import spikformer as spikformer
 from spikezoo.models import spiking_mlp as spiking_mlp

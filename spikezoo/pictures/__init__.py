@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from spikezoo.pictures.costs import draw_operations, draw_zoo, place_labels
+from spikezoo.pictures.costs import draw_energies, draw_operations, draw_zoo, pareto_front, place_labels
 from spikezoo.pictures.curves import draw_accuracy, draw_rates, draw_thresholds
-from spikezoo.pictures.figure import check_picture, event_pixels, to_pixels
+from spikezoo.pictures.figure import check_picture, event_pixels, plain_ticks, to_pixels
 from spikezoo.pictures.maps import activation_maps, caption, draw_activations, draw_events, draw_patches
-from spikezoo.pictures.spikes import draw_raster, spikes_over_time
+from spikezoo.pictures.spikes import answer_of, draw_raster, spikes_over_time
 
 __all__ = [
     "activation_maps",
+    "answer_of",
     "caption",
     "check_picture",
     "draw_accuracy",
     "draw_activations",
+    "draw_energies",
     "draw_events",
     "draw_operations",
     "draw_patches",
@@ -22,7 +24,9 @@ __all__ = [
     "draw_thresholds",
     "draw_zoo",
     "event_pixels",
+    "pareto_front",
     "place_labels",
+    "plain_ticks",
     "spikes_over_time",
     "to_pixels",
 ]

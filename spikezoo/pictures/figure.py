@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spikezoo.checkpoint import atomic
 
-__all__ = ["bare", "check_picture", "event_pixels", "to_pixels", "write"]
+__all__ = ["bare", "check_picture", "event_pixels", "plain_ticks", "to_pixels", "write"]
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -35,6 +35,15 @@ def write(figure: Any, path: str | Path) -> None:
     """Write a picture under a temporary name first."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:].lower())
+
+
+def plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis (``axes.xaxis``) as people write numbers: 0.2, 0.5, 1, 2, 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

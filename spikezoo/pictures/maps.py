@@ -135,16 +135,6 @@ def caption(model: Any) -> str:
     return "\n".join(lines if model.recipe else [*lines, "dense weights"])
 
 
-def _bar(figure: Any, axes: Any, panels: Sequence[tuple[str, Tensor]], signed: bool) -> None:
-    """Draw maps ``[h, w]`` on one scale, with its bar below them."""
-    limit = max(float(panel.abs().max()) for _, panel in panels) or 1.0
-    scale = {"cmap": "RdBu_r" if signed else "magma", "vmin": -limit if signed else 0, "vmax": limit}
-    for axis, (label, panel) in zip(axes, panels, strict=False):  # a layer may have fewer channels
-        drawn = axis.imshow(panel.numpy(), **scale)
-        axis.set_xlabel(label, fontsize="x-small")
-    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.8, pad=0.01).ax.tick_params(labelsize=7)
-
-
 def draw_activations(
     columns: Sequence[tuple[str, Tensor]],
     pixels: Tensor,
@@ -155,8 +145,8 @@ def draw_activations(
     """Draw the activation maps of several models for one image side by side.
 
     The first row is the mean over all channels; below are single channels, of every model those that vary most over
-    the map (channels of models that were trained apart do not correspond). The mean has its own scale, as has every
-    model.
+    the map (channels of models that were trained apart do not correspond). All maps share one scale, so that colours
+    compare; it ends at the 99.9th percentile.
 
     Args:
         columns: Of every model its caption and its maps ``[C, h, w]``.
@@ -175,12 +165,21 @@ def draw_activations(
         bare(axis)
     axes[0, 0].imshow(pixels.numpy())
     axes[0, 0].set_title("image", fontsize="small")
+    signed = any(bool((maps < 0).any()) for _, maps in columns)
+    # The brightest of many values would leave the others in the dark.
+    limit = max(float(maps.abs().flatten().quantile(0.999)) for _, maps in columns)
+    limit = limit or max(float(maps.abs().max()) for _, maps in columns) or 1.0
+    scale = {"cmap": "RdBu_r" if signed else "magma", "vmin": -limit if signed else 0, "vmax": limit}
     for column, (text, maps) in enumerate(columns, 1):
         varying = maps.flatten(1).std(1).topk(min(channels, len(maps))).indices.sort().values.tolist()
-        signed = bool((maps < 0).any())
-        _bar(figure, axes[:1, column], [(f"mean of {len(maps)} channels", maps.mean(0))], signed)
-        if varying:
-            _bar(figure, axes[1:, column], [(f"channel {index}", maps[index]) for index in varying], signed)
+        panels = [(f"mean of {len(maps)} channels", maps.mean(0)), *((f"channel {i}", maps[i]) for i in varying)]
+        for axis, (label, panel) in zip(axes[:, column], panels, strict=False):  # a layer may have fewer channels
+            drawn = axis.imshow(panel.numpy(), **scale)
+            axis.set_xlabel(label, fontsize="x-small")
         axes[0, column].set_title(text, fontsize="small")
+    beyond = "max" if any(float(maps.max()) > limit for _, maps in columns) else "neither"
+    figure.colorbar(
+        drawn, ax=axes[:, 0], location="left", shrink=0.5, extend=beyond, label="activation, mean over time"
+    )
     figure.suptitle(title, fontsize="medium")
     write(figure, path)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikezoo.checks import nearest
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.observe import outputs
-from spikezoo.pictures.figure import check_picture, write
+from spikezoo.observe import observing_copy, outputs
+from spikezoo.pictures.figure import bare, check_picture, write
 
-__all__ = ["draw_raster", "spikes_over_time"]
+__all__ = ["answer_of", "draw_raster", "spikes_over_time"]
 
 
 def spikes_over_time(
@@ -47,6 +49,19 @@ def spikes_over_time(
     return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
 
 
+def answer_of(model: Any, image: Tensor) -> dict[str, float]:
+    """How probable a model finds each class, in per cent; by name where its weights know the names.
+
+    Args:
+        model: The model; observed in evaluation mode.
+        image: ``[C, H, W]``, or event frames ``[T, 2, H, W]``, as the model takes it.
+    """
+    with torch.no_grad():
+        shares = 100 * observing_copy(model).eval()(image[None])[0].float().softmax(0)
+    names = getattr(model, "pretrained_cfg", {}).get("label_names") or []
+    return {names[i] if i < len(names) else f"class {i}": value for i, value in enumerate(shares.tolist())}
+
+
 def draw_raster(
     layer: str,
     spikes: Tensor,
@@ -54,8 +69,12 @@ def draw_raster(
     path: str | Path,
     neurons: int = 200,
     title: str = "",
+    pixels: Tensor | None = None,
+    answer: Mapping[str, float] | None = None,
 ) -> None:
     """Draw the raster of a layer's spikes, and below it the firing rate of every layer, over the time steps.
+
+    Of a single step there is no course over time to see: then the image, the layers' rates and the answer are drawn.
 
     Args:
         layer: Name of the layer; its rate is drawn in black.
@@ -64,11 +83,16 @@ def draw_raster(
         path: Picture file; the suffix names the format.
         neurons: How many neurons to draw, evenly chosen among all.
         title: Title of the picture.
+        pixels: The image, ``[H, W, 3]`` in [0, 1].
+        answer: Classes and how probable the model finds them, in per cent; the five largest are drawn.
 
     Raises:
         ValueError: A file name without a known suffix, or matplotlib is missing.
     """
     figure_type = check_picture(path)
+    if len(spikes) == 1:
+        _draw_step(figure_type, layer, spikes[0], rates, path, title, pixels, answer)
+        return
     from matplotlib import colormaps
 
     steps, total = spikes.shape
@@ -90,4 +114,41 @@ def draw_raster(
     if len(rates) <= 24:
         figure.legend(*rate.get_legend_handles_labels(), loc="outside right center", fontsize="xx-small")
     figure.suptitle(title, fontsize="medium")
+    write(figure, path)
+
+
+def _draw_step(
+    figure_type: Any,
+    layer: str,
+    spikes: Tensor,
+    rates: Mapping[str, Sequence[float]],
+    path: str | Path,
+    title: str,
+    pixels: Tensor | None,
+    answer: Mapping[str, float] | None,
+) -> None:
+    """Draw the image, the rate of every layer, and the answer of a model of one time step."""
+    figure = figure_type(figsize=(9, max(3.6, 1 + 0.22 * len(rates))), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(2, 5))
+    if pixels is not None:
+        shown = figure.add_subplot(grid[0, 0])
+        bare(shown)
+        shown.imshow(pixels.numpy(), interpolation="nearest")
+    if answer is not None:
+        best = sorted(answer.items(), key=lambda pair: -pair[1])[:5]
+        axis = figure.add_subplot(grid[1, 0])
+        bars = axis.barh(range(len(best)), [value for _, value in best], color="C0")
+        axis.bar_label(bars, [f"{value:.0f} %" for _, value in best], padding=2, fontsize="x-small")
+        axis.set_yticks(range(len(best)), [name for name, _ in best], fontsize="small")
+        axis.set(xlim=(0, 118), xticks=[], ylim=(len(best) - 0.4, -0.6), title="answer")
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.title.set_fontsize("small")
+    axis = figure.add_subplot(grid[:, 1 if pixels is not None or answer is not None else slice(None)])
+    colors = ["black" if name == layer else "C3" for name in rates]
+    axis.barh(range(len(rates)), [values[0] for values in rates.values()], color=colors)
+    axis.set_yticks(range(len(rates)), list(rates), fontsize="x-small")
+    axis.set(ylim=(len(rates) - 0.4, -0.6), xlabel="firing rate: how many of a layer's neurons fired")
+    axis.grid(alpha=0.3, axis="x")
+    axis.set_title(f"{layer}: {int(spikes.sum()):,} of {len(spikes):,} neurons fired", fontsize="small")
+    figure.suptitle("\n".join(textwrap.wrap(title, 90)), fontsize="medium")
     write(figure, path)

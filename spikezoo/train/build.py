@@ -74,6 +74,9 @@ class Batches:
                 "that holds train/ and val/, or train.tar and val.tar."
             )
         self.args = args
+        given = (args.mean, args.std, args.frames_by, args.duration_us, args.crop_pct, args.interpolation)
+        seen = input_options(model, args.dataset, *given)
+        seen.pop("label_names", None)  # classes have the numbers that this data gives them
         self.common: dict[str, Any] = {
             "data_dir": args.data_dir,
             "download": args.dataset_download,
@@ -85,7 +88,7 @@ class Batches:
             "in_chans": model.in_chans,
             "channels_last": args.channels_last,
             "num_workers": args.workers,
-            **input_options(model, args.dataset, args.mean, args.std, args.frames_by, args.duration_us),
+            **seen,
         }
         soft = bool(args.mixup or args.cutmix)
         self.train = self.open(
@@ -94,6 +97,7 @@ class Batches:
             batch_size=args.batch_size,
             subset=args.subset,
             hflip=args.hflip,
+            **{key: tuple(getattr(args, key)) for key in ("scale", "ratio") if getattr(args, key)},
             crop_padding=args.crop_padding,
             translate=args.translate,
             alternating_flip=args.alternating_flip,

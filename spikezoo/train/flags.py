@@ -40,6 +40,8 @@ process takes whole runs. Its YAML:
         model_kwargs.decay: 0.5          # a dot reaches into a mapping
         grid: {model_kwargs.threshold: [0.5, 1.0], T: [1, 4]}   # every combination
         seeds: [1, 2, 3]
+        paper: {at: [VGG-9, SNN], top1: 85.3}            # what its table prints there, for its results
+      - {name: tuned, config: base.yaml, initial_checkpoint: run:fast}   # what that run of this plan wrote
     plot: {x: model_kwargs.threshold, y: top1, by: T}
 """
 # timm's, without plateau, whose state it does not save: a resumed run would differ.
@@ -138,6 +140,14 @@ def _augmentation(group: argparse._ArgumentGroup) -> None:
         default=False,
         help="mirror an image in every other epoch, half of them from the first on, instead of at random",
     )
+    group.add_argument(
+        "--scale", type=float, nargs=2, metavar="X", help="area of random resized crops of image files: 0.08 1"
+    )
+    group.add_argument("--ratio", type=float, nargs=2, metavar="X", help="and their width by their height: 0.75 1.33")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="X", help="part of an image file that is evaluated (default: the model's)"
+    )
+    group.add_argument("--interpolation", help="of their resizing: bicubic, bilinear ... (default: the model's)")
     group.add_argument("--crop-padding", type=int, help="padding of the random crop (default: the dataset's)")
     group.add_argument(
         "--translate",

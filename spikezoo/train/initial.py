@@ -8,6 +8,7 @@ from typing import Any
 
 from spikezoo.checkpoint import load_weights, read_config, read_weights
 from spikezoo.data import dataset_info
+from spikezoo.evaluate import dataset_arguments
 from spikezoo.factory import create_model
 from spikezoo.neurons import ANALOG, SpikingNeuron
 from spikezoo.transforms import FLAGS, TRANSFORMS, apply, replay
@@ -17,9 +18,8 @@ def model_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of create_model; classes, channels and size come from the dataset unless given."""
     info = dataset_info(args.dataset, args.data_dir)
     arguments = {
-        "num_classes": args.num_classes or info.num_classes,
-        "in_chans": args.in_chans or info.in_chans,
-        "img_size": args.img_size or info.img_size,
+        **dataset_arguments(args.model, info),
+        **{key: getattr(args, key) for key in ("num_classes", "in_chans", "img_size") if getattr(args, key)},
         "T": args.T,
         "mpbn": args.mpbn,
         "neuron": args.neuron,

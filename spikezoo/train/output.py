@@ -190,6 +190,9 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
         **environment(),
     }
     model.pretrained_cfg |= {"mean": run.inputs["mean"], "std": run.inputs["std"], "inputs": run.inputs}
+    facts, names = run.val_loader.facts, run.val_loader.info.label_names
+    seen = {key: facts[key] for key in ("crop_pct", "interpolation") if key in facts}
+    model.pretrained_cfg |= seen | {"label_names": list(names) if len(names) == model.num_classes else None}
     save_checkpoint(model, run.folder, row)
     pictures = plot(run.folder, final["layer_firing_rates"])
     for log in run.logs:

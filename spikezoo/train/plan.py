@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import itertools
 import math
 import os
 import time
@@ -31,6 +30,7 @@ from spikezoo.registry import is_model, list_models
 from spikezoo.train.curves import plot_results
 from spikezoo.train.flags import NOT_IN_CONFIGS, build_parser, convert, known_flags, parse_args, recipe_flags, seconds
 from spikezoo.train.lock import InUseError
+from spikezoo.train.rows import PlanRow, read_rows, share_out
 from spikezoo.train.run import Run
 from spikezoo.train.stopping import OutOfTime, Stopped
 
@@ -48,6 +48,7 @@ class Planned(NamedTuple):
     row: str
     settings: dict[str, Any]
     args: argparse.Namespace
+    plan: PlanRow
 
     @property
     def folder(self) -> Path:
@@ -82,7 +83,8 @@ class Planned(NamedTuple):
             raise ValueError(f"{self.folder} holds a finished run of other flags: {'; '.join(changed)}. Move it away.")
         with open(self.folder / "summary.csv", newline="") as file:
             seconds = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
-        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results}
+        paper = {f"paper_{measure}": number for measure, number in self.plan.paper.items()}
+        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results, **paper}
 
 
 def to_flags(settings: Mapping[str, Any], config: Path | None) -> list[str]:
@@ -124,43 +126,23 @@ def read_plan(
         FileNotFoundError: No such plan or config.
         ValueError: Unknown keys, values of another type, two runs of one name.
     """
-    plan = read_yaml(path)
-    rows, chart = plan.pop("runs", None), plan.pop("plot", None)
-    if plan or not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected 'runs', a list of rows, and perhaps 'plot'; other keys: {sorted(plan)}.")
-    known = {"x", "y", "by"}
-    if chart is not None and not (isinstance(chart, dict) and {"x", "y"} <= chart.keys() <= known):
-        raise ValueError(f"{path}: plot={chart!r}, expected for instance {{x: lr, y: top1, by: neuron}}.")
+    rows, chart = read_rows(path)
     if chart is not None and chart["y"] not in MEASURES:
         raise ValueError(f"{path}: plot.y={chart['y']!r} is not measured. {nearest(chart['y'], MEASURES)}")
-    runs: dict[str, Planned] = {}
-    for number, row in enumerate(rows, 1):
-        own = dict(row)
-        grid, config = own.pop("grid", {}), own.pop("config", None)
-        beside = path.parent / config if config else None
-        source = find_config(config) if beside and not beside.is_file() else beside
-        name = str(own.pop("name", None) or (source.stem if source else own.get("model", f"run{number}")))
-        where = f"{path}, row {number} ({name})"
-        axes = (
-            {**grid, **({"seed": own.pop("seeds")} if "seeds" in own else {})} if isinstance(grid, dict) else {"": ""}
-        )
-        if not all(isinstance(values, list) and values for values in axes.values()):
-            raise ValueError(f"{where}: grid={grid!r} and seeds: expected lists of values, {{T: [1, 2, 4]}}, [1, 2].")
-        for values in itertools.product(*axes.values()):
-            settings = {**own, **dict(zip(axes, values, strict=True))}
-            full = "-".join([name, *(f"{str(k).rpartition('.')[2]}{v}" for k, v in zip(axes, values, strict=True))])
-            if full in runs or not full or full != Path(full).name or full.startswith("."):
-                raise ValueError(f"{where}: the name {full!r} is taken, or no name of a folder. Give 'name:'.")
-            try:
-                argv = [*(["--config", str(source)] if source else []), *to_flags(settings, source), *more]
-                argv += ["--output", str(Path(output) / path.stem), "--experiment", full, "--resume", "auto"]
-                args = parse_args(argv, prog)
-                if not is_model(args.model) and ":" not in args.model:
-                    raise ValueError(f"Unknown model {args.model!r}. {nearest(args.model, list_models())}")
-            except (ValueError, FileNotFoundError) as error:
-                raise type(error)(f"{where}: {error}") from error
-            runs[full] = Planned(full, name, settings, args)
-    return list(runs.values()), chart
+    folder, runs = Path(output) / path.stem, []
+    for row in rows:
+        try:
+            source = find_config(row.source) if row.source else None
+            config = ["--config", str(source)] if source else []
+            argv = [*config, *to_flags(row.placed(folder), source), *more]
+            argv += ["--output", str(folder), "--experiment", row.name, "--resume", "auto"]
+            args = parse_args(argv, prog)
+            if not is_model(args.model) and ":" not in args.model:
+                raise ValueError(f"Unknown model {args.model!r}. {nearest(args.model, list_models())}")
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"{row.where}: {error}") from error
+        runs.append(Planned(row.name, row.row, row.settings, args, row))
+    return runs, chart
 
 
 def write_results(folder: Path, runs: Sequence[Planned], chart: Mapping[str, str] | None) -> None:
@@ -202,8 +184,10 @@ def run_plan(argv: Sequence[str], prog: str = "spikezoo train") -> int:
     runs, chart = read_plan(path, own.output, more, prog)
     folder = Path(own.output) / path.stem
     failed, left = 0, []
-    for number, planned in enumerate(runs[rank::world], 1):
-        told = f"[{number}/{len(runs[rank::world])}] {planned.name}"
+    share = share_out([run.plan for run in runs], world)[rank]
+    mine = [run for run in runs if run.name in share]
+    for number, planned in enumerate(mine, 1):
+        told = f"[{number}/{len(mine)}] {planned.name}"
         try:
             if planned.result():
                 print(f"{told}: finished before.", flush=True)
@@ -236,7 +220,7 @@ def run_plan(argv: Sequence[str], prog: str = "spikezoo train") -> int:
     if left:
         print(f"Time is over, {len(left)} left: {', '.join(left)}. Give the same command again to go on.", flush=True)
     if failed:
-        print(f"{failed} of {len(runs[rank::world])} runs failed.", flush=True)
+        print(f"{failed} of {len(mine)} runs failed.", flush=True)
     print(f"Results         {folder / 'results.csv'}", flush=True)
     if world > 1:  # torchrun would end the others with the first process that fails
         os.environ.update({name: value for name, value in launched.items() if value is not None})
