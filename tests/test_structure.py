@@ -66,6 +66,7 @@ ALLOWED = {
         "neurons",
         "observe",
         "pictures",
+        "precision",
         "registry",
         "saving",
         "search",

@@ -188,7 +188,7 @@ def test_resume_where_the_summary_is_ahead_of_the_checkpoint(fast, tmp_path, mon
         fast.main(argv)
     assert len(summary(tmp_path / "run")) == 1
     fast.main(argv)
-    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["0", "1"]
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["1", "2"]
 
 
 def test_resume_with_other_flags_raises_and_writes_nothing(fast, tmp_path):
@@ -330,7 +330,7 @@ def test_every_schedule_runs_and_resumes(fast, tmp_path, monkeypatch, sched):
     interrupted(fast, argv, 3, monkeypatch)
     fast.main(argv)
     rows = summary(tmp_path / "run")
-    assert [int(row["epoch"]) for row in rows] == list(range(len(rows))) and len(rows) in (2, 3)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1)) and len(rows) in (2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------- loss

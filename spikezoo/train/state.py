@@ -19,7 +19,7 @@ from timm.utils import CheckpointSaver, get_outdir
 from spikezoo.checkpoint import atomic, load_state, save_state
 from spikezoo.evaluate import environment
 from spikezoo.train.flags import known_flags, recipe_flags
-from spikezoo.train.lock import lock
+from spikezoo.train.lock import lock, release
 from spikezoo.train.output import trim_rows, write_json
 
 if TYPE_CHECKING:
@@ -179,8 +179,16 @@ def prepare(run: Run) -> tuple[Path, Saver | None]:
     Raises:
         ValueError: The state is another run's; nothing was written.
     """
+    folder = Path(run.args.output) / run.args.experiment
+    try:
+        return _prepare(run, folder)
+    except BaseException:
+        release(folder)
+        raise
+
+
+def _prepare(run: Run, folder: Path) -> tuple[Path, Saver | None]:
     args = run.args
-    folder = Path(args.output) / args.experiment
     state: dict[str, Any] | None = None
     source: Path | None = None
     if args.resume == "auto":
