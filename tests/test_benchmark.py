@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,7 @@ NAMES = [n for family in FAMILIES for n in spikezoo.list_models(module=family) i
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark"]
+    return importlib.import_module("tools.benchmark")
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +478,7 @@ def test_memory_of_each_side_in_a_process_of_its_own(benchmark):
 def test_a_failed_process_says_why(benchmark, tmp_path, monkeypatch):
     script = tmp_path / "fails.py"
     script.write_text("import sys, json; sys.exit('no room for ' + json.loads(sys.argv[2])['arguments']['side'])")
-    monkeypatch.setattr(benchmark, "__file__", str(script))
+    monkeypatch.setattr(benchmark, "DOOR", script)
     with pytest.raises(RuntimeError, match=r"test_spiking_vgg, memory.*no room for ann"):
         benchmark.in_process("memory", benchmark.Settings("test_spiking_vgg"), side="ann")
 

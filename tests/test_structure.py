@@ -83,7 +83,7 @@ ALLOWED = {
     "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
     "__init__.py": {"*"},
 }
-SCRIPTS = ("train.py", "validate.py")
+SCRIPTS = ("train.py", "validate.py", "benchmark.py")
 
 
 def tracked():

@@ -58,6 +58,7 @@ from spikezoo.checkpoint import atomic, sparse, write_checkpoint
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, EightBit, has_compiler
 from spikezoo.evaluate import environment, write_rows
+from spikezoo.flags import choose_device
 from spikezoo.graph import Node, trace
 from spikezoo.layers import ConvNormNeuron, Pool, set_ternary
 from spikezoo.models._base import SpikingModel
@@ -872,6 +873,8 @@ def _first_call_task(settings: Settings) -> float:
     return time.perf_counter() - start
 
 
+# What starts this file as a process, from a checkout that need not be installed.
+DOOR = Path(__file__).parent.parent / "benchmark.py"
 TASKS: dict[str, Callable[..., float]] = {"memory": _memory_task, "first-call": _first_call_task}
 
 
@@ -883,7 +886,7 @@ def in_process(task: str, settings: Settings, environ: Mapping[str, str] | None 
     """
     job = json.dumps({"task": task, "settings": asdict(settings), "arguments": arguments})
     done = subprocess.run(
-        [sys.executable, __file__, "--task", job],
+        [sys.executable, str(DOOR), "--task", job],
         capture_output=True, text=True, check=False, env={**os.environ, **(environ or {})},
     )  # fmt: skip
     if done.returncode:
@@ -1399,7 +1402,7 @@ def make_parser() -> argparse.ArgumentParser:
     number: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     fraction: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "F"}
     add("--T", **number, help="time steps (default: the model's)")
-    add("--batch-size", **number, help="images a step (default: 128; of the mode neuron 32)")
+    add("-b", "--batch-size", **number, help="images a step (default: 128; of the mode neuron 32)")
     add("--img-size", **number, help="height and width (default: the model's)")
     add("--width", **fraction, help="fraction of the channels of every layer that is kept")
     add("--ticket", **fraction, help="sparsity of a baked binary ticket, on our side and SpikingJelly's")
@@ -1411,7 +1414,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--torchcompile", action="store_true", help="torch.compile, on spikezoo's side")
     add("--memory", action="store_true", help="also the peak memory of a step, each side in a process of its own")
     add("--channels", type=int, default=128, metavar="N", help="channels of the mode neuron (default: 128)")
-    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (default: cpu)")
+    add("--device", metavar="NAME", help="cpu or cuda (default: cuda where there is one)")
     add("--repeats", type=int, default=7, metavar="N", help="timed steps a side (default: 7)")
     add("--warmup", type=int, default=2, metavar="N", help="untimed steps a side after the first (default: 2)")
     add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
@@ -1431,6 +1434,7 @@ def _plan(arguments: dict[str, Any]) -> tuple[list[Settings], list[str]]:
     models = image_models() if arguments["model"] == "all" else [arguments["model"]]
     if varied and (len(models) > 1 or arguments["mode"] not in ("train", "infer")):
         raise ValueError(f"{varied[0]} with several numbers is for one model and mode='infer' or 'train'.")
+    arguments["device"] = choose_device(arguments["device"]).type
     against = arguments.pop("against")
     arguments["against"] = tuple(dict.fromkeys(against)) if against else () if varied else ("spikingjelly",)
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
@@ -1439,8 +1443,12 @@ def _plan(arguments: dict[str, Any]) -> tuple[list[Settings], list[str]]:
 
 def main(argv: Iterable[str] | None = None) -> list[Row]:
     """Run the command line and return the rows."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["--task"]:  # in_process, not people
+        _run_task(argv[1])
+        return []
     parser = make_parser()
-    arguments = vars(parser.parse_args(None if argv is None else list(argv)))
+    arguments = vars(parser.parse_args(argv))
     results, plot, several = arguments.pop("results_file"), arguments.pop("plot"), arguments["model"] == "all"
     rows: list[Row] = []
     tables: list[str] = []
@@ -1485,7 +1493,4 @@ def main(argv: Iterable[str] | None = None) -> list[Row]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--task"]:  # in_process, not people
-        _run_task(sys.argv[2])
-    else:
-        main()
+    main()
