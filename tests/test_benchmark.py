@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import types
 from pathlib import Path
 
 import pytest
