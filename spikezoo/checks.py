@@ -11,7 +11,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["UnknownArgumentError", "choice", "is_number", "is_whole", "nearest", "number", "switch", "whole"]
+import torch
+from torch import Tensor
+
+__all__ = ["UnknownArgumentError", "choice", "finite", "is_number", "is_whole", "nearest", "number", "switch", "whole"]
 
 
 class UnknownArgumentError(TypeError, ValueError):
@@ -119,6 +122,26 @@ def number(
             within = "a positive number" if (low, bounds) == (0, "()") else within
         raise ValueError(f"{name}={value!r}: expected {expected or within}.{hint}")
     return value
+
+
+def finite(x: Tensor, what: str = "Input") -> Tensor:
+    """Return ``x`` where all its values are finite numbers: a neuron turns others into silence, unnoticed.
+
+    Args:
+        x: A batch ``[B, ...]``.
+        what: What the message calls it.
+
+    Raises:
+        ValueError: NaN or infinity; the message says in how many samples, and the first.
+    """
+    if not all(bound.isfinite() for bound in torch.aminmax(x)):
+        bad = ~x.isfinite().flatten(1).all(1)
+        raise ValueError(
+            f"{what} with values that are not finite in {int(bad.sum())} of {len(x)} samples, the first at "
+            f"{int(bad.nonzero()[0])}: a neuron makes silence of nan, and its logits would look sound. Look for a "
+            "division by zero or a damaged file: x.isfinite()."
+        )
+    return x
 
 
 def switch(name: str, value: Any) -> bool:

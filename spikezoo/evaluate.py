@@ -23,7 +23,8 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import atomic, find_weights, read_config
+from spikezoo.checkpoint import Config, atomic, find_weights
+from spikezoo.checks import finite
 from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
 from spikezoo.factory import create_model, is_reference, locate, model_info
@@ -75,7 +76,7 @@ def evaluate(
     started = mark = time.perf_counter()
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
-            images, labels = images.to(device), labels.to(device)
+            images, labels = finite(images.to(device)), labels.to(device)
             full = full or len(images)
             run = compiled if compiled is not None and len(images) == full else probed
             with autocast():
@@ -146,7 +147,7 @@ def accuracy_over_time(
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
             with autocast():
-                logits, rates = probed(images.to(device))
+                logits, rates = probed(finite(images.to(device)))
             # Of the sum and of the mean, the largest is the same one.
             right = logits.float().cumsum(0).argmax(2) == labels.to(device)
             hits += right.sum(1).cpu()
@@ -191,11 +192,11 @@ def open_model(
     """
     if is_reference(name):
         checkpoint = locate(name)
-        name = read_config(checkpoint).get("architecture", name)
-    config = read_config(checkpoint) if checkpoint else {}
+        name = Config.read(checkpoint).architecture or name
+    config = Config.read(checkpoint) if checkpoint else Config()
     info = model_info(name)
-    given = {**config.get("model_args", {}), **arguments}
-    dataset = dataset or (config.get("spikezoo", {}).get("dataset") if checkpoint else info.dataset)
+    given = {**config.model_args, **arguments}
+    dataset = dataset or (config.dataset if checkpoint else info.dataset)
     if dataset is None:
         size = given.get("img_size", info.input_size[1])
         chans, classes = given.get("in_chans", info.input_size[0]), given.get("num_classes", info.num_classes)
@@ -253,7 +254,7 @@ def input_options(
         interpolation: Of its resizing.
     """
     cfg = model.pretrained_cfg
-    stored = dict(cfg.get("inputs", {}))
+    stored = model.inputs
     own = {}
     if is_read_by_timm(dataset):
         own = {key: cfg[key] for key in ("mean", "std", "crop_pct", "interpolation") if cfg.get(key) is not None}
@@ -298,7 +299,7 @@ def environment() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        lines = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
         processor = lines[0].partition(":")[2].strip() if lines else processor
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
@@ -332,7 +333,7 @@ def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
         ValueError: Another suffix.
     """
     suffix = check_results_file(path)
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         if suffix == ".json":
             json.dump(list(rows), file, indent=2)
             file.write("\n")

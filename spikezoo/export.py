@@ -160,7 +160,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
         example, _ = net.encode(example) if example.dim() == 4 else (example.transpose(0, 1), 0)
         example, net.encoding = example.transpose(0, 1), "direct"
     cfg = net.pretrained_cfg
-    inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **cfg.get("inputs", {})}
+    inputs = {"mean": list(cfg["mean"]), "std": list(cfg["std"]), **net.inputs}
     facts |= {**inputs, "spikezoo_version": __version__}
     if encoding != "direct":
         facts["input"] = _CODED[suffix, encoding]

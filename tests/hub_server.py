@@ -108,6 +108,7 @@ class HubServer:
 
     def __init__(self):
         self.token, self.stranger = "hf_owner", "hf_stranger"
+        self.role = "write"
         self.lfs_above, self.part_size = 1_000_000, 5_000_000
         self.repos, self.lfs, self.parts = {}, {}, {}
         self.faults, self.requests, self.errors = [], [], []
@@ -229,8 +230,11 @@ class HubServer:
     def _whoami(self, request):
         if request.user is None:
             raise Refused(401, "Invalid username or password.")
-        access = {"accessToken": {"displayName": "tests", "role": "write"}}
-        return {"type": "user", "name": request.user, "orgs": [], "auth": access}
+        if not request.user:  # a token that is nobody's
+            raise Refused(401, "Invalid credentials in Authorization header")
+        access = {"accessToken": {"displayName": "tests", "role": self.role}}
+        orgs = [{"name": name} for name in ("org", "me") if request.user == "owner"]
+        return {"type": "user", "name": request.user, "orgs": orgs, "auth": access}
 
     def _create(self, request):
         asked = request.json()

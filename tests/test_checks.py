@@ -4,8 +4,9 @@ import math
 import re
 
 import pytest
+import torch
 
-from spikezoo.checks import choice, is_number, is_whole, nearest, number, switch, whole
+from spikezoo.checks import choice, finite, is_number, is_whole, nearest, number, switch, whole
 
 
 @pytest.mark.parametrize("value", [True, False, "3", 3.0, None, math.nan, [3], 0])
@@ -54,6 +55,21 @@ def test_choice_and_switch():
     for value in ("false", 0, 1, None):
         with pytest.raises(ValueError, match=re.escape(f"on={value!r}: expected True or False.")):
             switch("on", value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_finite(dtype):
+    x = torch.full((3, 2, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert finite(x) is x and finite(torch.ones(3, 1, dtype=torch.uint8)).all()
+    for bad in (math.nan, math.inf, -math.inf):
+        x[2, 1, 0] = bad
+        with pytest.raises(
+            ValueError, match="Frames with values that are not finite in 1 of 3 samples, the first at 2"
+        ):
+            finite(x, "Frames")
+    x[1, 0, 0], x[2, 1, 1] = math.inf, -math.inf
+    with pytest.raises(ValueError, match="Input with values that are not finite in 2 of 3 samples, the first at 1"):
+        finite(x)
 
 
 def test_nearest():

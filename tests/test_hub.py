@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, constants
 import spikezoo
 from spikezoo import cli, registry
 from spikezoo.checkpoint import file_hash, read_config
-from spikezoo.hub import HubError, client, pull, write_card
+from spikezoo.hub import HubError, check_push, client, pull, write_card
 from spikezoo.saving import describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -258,6 +258,26 @@ def test_private_and_gated(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.stranger)
     with pytest.raises(HubError, match=r"403.*'write'"):
         spikezoo.push_to_hub(make(), "org/other")
+
+
+def test_a_push_is_asked_for_at_the_start(hub, monkeypatch):
+    check_push("org/net")
+    assert not hub.repos  # asked, not done
+    with pytest.raises(ValueError, match="is no repository name"):
+        check_push("net")
+    with pytest.raises(HubError, match="your token is owner's and may push to owner, org, me, not to others"):
+        check_push("others/net")
+    monkeypatch.setattr(hub, "role", "read")
+    with pytest.raises(HubError, match="may only read"):
+        check_push("org/net")
+    for token, message in ((hub.stranger, "may push to stranger, not to org"), ("hf_wrong", r"401.*Log in with")):
+        monkeypatch.setattr(hub, "role", "write")
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(HubError, match=message):
+            check_push("org/net")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(HubError, match="there is no token"):
+        check_push("org/net")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ ALLOWED = {
     "registry.py": {"checks", "neurons", "checkpoint", "factory lazily"},
     "models": {"checks", "layers", "registry", "encoding", "neurons", "models"},
     "transforms": {"checks", "neurons", "observe", "layers", "graph", "counting", "checkpoint", "transforms"},
-    "evaluate.py": {"observe", "checkpoint", "counting", "data", "factory"},
+    "evaluate.py": {"checks", "observe", "checkpoint", "counting", "data", "factory"},
     "pictures": {"checks", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
     "flags.py": {"checks"},
     "__main__.py": {"cli"},
@@ -244,3 +244,34 @@ def test_no_paths_of_one_machine():
             if pattern.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert not found, "; ".join(found)
+
+
+def _texts(path):
+    """Yield the line of every call that reads or writes text in the encoding of the locale."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call) or any(keyword.arg == "encoding" for keyword in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        first = {"read_text": 0, "write_text": 1}.get(name)
+        if first is not None and len(node.args) <= first:
+            yield node.lineno
+        modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        plain = isinstance(node.func, ast.Name) and not modes  # to read, by default
+        if name == "open" and (plain or any(set(mode) <= set("rwax+t") for mode in modes)):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_text_is_utf8_whatever_the_locale(path):
+    # A config or a list of one's own is the same on a machine in Tokyo, and on Windows.
+    assert not list(_texts(path)), f'{path.relative_to(ROOT)}: give encoding="utf-8" in these lines.'
+
+
+def test_parser_of_encodings(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(
+        "p.read_text()\np.read_text('utf-8')\np.write_text(x)\np.write_text(x, encoding='utf-8')\n"
+        "open(p, 'a')\nopen(p, 'rb')\np.open('w')\nopen(p, newline='')\nopen(p, newline='', encoding='utf-8')\n",
+        encoding="utf-8",
+    )
+    assert list(_texts(path)) == [1, 3, 5, 7, 8]

@@ -1092,6 +1092,14 @@ def test_a_length_in_time(fast, tmp_path, monkeypatch, capsys):
     assert_same_weights(*(tmp_path / name / "model.safetensors" for name in ("timed", "again")))
 
 
+def test_the_time_of_a_run_with_stored_logits_is_that_of_the_student_alone(fast, tmp_path, monkeypatch):
+    fast.main(flags(tmp_path, "--experiment", "teacher", "--epochs", 1))
+    run = fast.Run(fast.parse_args(cached(tmp_path, "--train-time", "1s")))
+    monkeypatch.setattr(run, "teacher", None)  # nobody is asked
+    run._measure_length(spikezoo.WithRates(run.model))
+    assert run.length.total >= 1
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

@@ -206,7 +206,7 @@ def _measure(config: CorrelationConfig, setting: Setting, net: Net, images: Tens
 
 def _write_json(path: Path, content: Any) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _claim(folder: Path, config: CorrelationConfig, space: Space) -> None:
@@ -214,7 +214,7 @@ def _claim(folder: Path, config: CorrelationConfig, space: Space) -> None:
     path = folder / "experiment.json"
     ours = json.loads(json.dumps({**asdict(config), "space": asdict(space)}))
     if path.is_file():
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_text(encoding="utf-8"))
         changed = sorted(key for key in ours if ours[key] != theirs.get(key))
         if changed:
             told = ", ".join(f"{key} is {ours[key]!r} and was {theirs.get(key)!r}" for key in changed)
@@ -288,7 +288,7 @@ def correlate(
         _write_json(files[index], {"index": index, **row, "environment": facts})
     if not all(path.is_file() for path in files):
         return None
-    return _summarise(config, [json.loads(path.read_text()) for path in files], folder)
+    return _summarise(config, [json.loads(path.read_text(encoding="utf-8")) for path in files], folder)
 
 
 def _interval(statistic: Callable[[Any, Any], float], x: Any, y: Any, draws: int, seed: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import spikezoo
-from spikezoo.checkpoint import read_config
+from spikezoo.checkpoint import Config
 from spikezoo.cli import validate
 from spikezoo.evaluate import open_model
 from spikezoo.hub.provenance import training_facts
@@ -66,13 +66,13 @@ def put_on_shelf(name: str, args: argparse.Namespace, config: dict[str, Any]) ->
 
     def measured(folder: Path) -> dict[str, Any]:
         stored, _, weights = open_model(f"local-dir:{folder}", {}, dataset=dataset, data_dir=args.data_dir)
-        return validate.measure(name, stored, dataset, weights, args, read_config(folder))
+        return validate.measure(name, stored, dataset, weights, args, Config.read(folder))
 
     if tickets(model):
         model = spikezoo.bake(model)
     folder = ship(model, args.ship, measured, facts=training_facts(args.checkpoint), overwrite=args.overwrite)
     print(f"Shipped {folder}: {sum(file.stat().st_size for file in folder.iterdir()):,} bytes")
-    return dict(read_config(folder)["spikezoo"]["results"])
+    return Config.read(folder).results
 
 
 def main(argv: Sequence[str] | None = None) -> int:

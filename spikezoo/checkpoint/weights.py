@@ -119,6 +119,8 @@ def load_sparse_file(path: str | Path, *, most: int | None = None) -> dict[str, 
         >>> state = spikezoo.load_sparse_file('output/quickstart/model.safetensors')
     """
     path = find_weights(path)
+    if is_state(path):
+        raise ValueError(f"{path} is the state of a training, not weights alone: spikezoo.checkpoint.read_weights.")
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

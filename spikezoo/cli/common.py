@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikezoo.checkpoint import read_config
+from spikezoo.checkpoint import Config
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
 from spikezoo.flags import Parser, add_flags, choose_device
@@ -49,7 +49,7 @@ def open_net(
     Raises:
         ValueError: Neither a name nor a checkpoint that says it, or a device that is not here.
     """
-    name = name or (read_config(checkpoint).get("architecture") if checkpoint else None)
+    name = name or (Config.read(checkpoint).architecture if checkpoint else None)
     if not name:
         raise ValueError(
             "Which model? Give its name, such as spikformer_tiny, or a --checkpoint with a config.json that names it."

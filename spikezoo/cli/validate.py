@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from spikezoo.checkpoint import file_hash, read_config
+from spikezoo.checkpoint import Config, file_hash
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.data import create_loader
 from spikezoo.deploy import PRECISIONS, deploy
@@ -92,10 +92,10 @@ def arguments_of(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in given.items() if value is not None} | args.model_kwargs
 
 
-def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+def validate(name: str, args: argparse.Namespace, config: Config) -> dict[str, Any]:
     """Validate one model and return its result row."""
     given = arguments_of(args)
-    stored = config.get("model_args", {})
+    stored = config.model_args
     if "T" in given and stored.get("T", given["T"]) != given["T"]:
         print(f"{name}: the checkpoint was made with T={stored['T']} and is evaluated with T={given['T']}.")
     model, dataset, weights = open_model(
@@ -117,10 +117,10 @@ def validate(name: str, args: argparse.Namespace, config: dict[str, Any]) -> dic
         )
     shipped = not args.checkpoint and weights != "random"
     if shipped:
-        config = read_config(model.pretrained_cfg["file"])
+        config = Config.read(model.pretrained_cfg["file"])
     row = measure(name, model, dataset, weights, args, config)
     if shipped:
-        record = config.get("spikezoo", {}).get("results", {})
+        record = config.results
         row |= {key: record[key] for key in (*TRAINING, "bytes", "sparsity") if key in record}
         same = (args.split, row["T"]) == (record.get("split"), record.get("T"))
         if same and not given and dataset == record.get("dataset"):
@@ -200,11 +200,11 @@ def loader_for(name: str, model: Any, dataset: str, args: argparse.Namespace, ow
 
 
 def measure(
-    name: str, model: Any, dataset: str, weights: str, args: argparse.Namespace, config: dict[str, Any]
+    name: str, model: Any, dataset: str, weights: str, args: argparse.Namespace, config: Config
 ) -> dict[str, Any]:
     """Measure a model that is open already, and return its row."""
     device = choose_device(args.device)
-    loader = loader_for(name, model, dataset, args, config.get("spikezoo", {}).get("dataset"))
+    loader = loader_for(name, model, dataset, args, config.dataset)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     if args.amp and half is torch.bfloat16 and (said := slow_bfloat16(device)):
@@ -312,20 +312,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def publish(model: Any, weights: str, args: argparse.Namespace, config: dict[str, Any], row: dict[str, Any]) -> str:
+def publish(model: Any, weights: str, args: argparse.Namespace, config: Config, row: dict[str, Any]) -> str:
     """Push the very weights that were measured, with the figures."""
     # What the folder already says about training stays beside what was measured now.
     facts = training_facts(args.checkpoint) if args.checkpoint else {}
-    row = {**config.get("spikezoo", {}).get("results", {}), **row, **facts}
-    same = describe(model)["model_args"] == config.get("model_args") and not args.use_ema
+    row = {**config.results, **row, **facts}
+    same = describe(model)["model_args"] == config.model_args and not args.use_ema
     if args.checkpoint and same:
         return push_folder(args.checkpoint, args.push_to_hub, results=row)
     return push_to_hub(model, args.push_to_hub, row)
 
 
-def select(args: argparse.Namespace, config: dict[str, Any]) -> list[str]:
+def select(args: argparse.Namespace, config: Config) -> list[str]:
     """Names to validate."""
-    name = args.model or config.get("architecture")
+    name = args.model or config.architecture
     if not name:
         hint = f"{args.checkpoint} has no config.json beside it: " if args.checkpoint else ""
         raise ValueError(f"{hint}give --model NAME, see spikezoo.list_models().")
@@ -378,7 +378,7 @@ def run(args: argparse.Namespace, each: Callable[..., dict[str, Any]] = validate
     if args.model and is_reference(args.model):
         args.checkpoint, args.model = str(locate(args.model)), None
     check_args(args)
-    config = read_config(args.checkpoint) if args.checkpoint else {}
+    config = Config.read(args.checkpoint) if args.checkpoint else Config()
     names = select(args, config)
     for flag, given in (("--push-to-hub", args.push_to_hub), ("--checkpoint", args.checkpoint)):
         if given and len(names) > 1:

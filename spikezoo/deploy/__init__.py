@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 from tqdm import tqdm
 
-from spikezoo.checks import choice
+from spikezoo.checks import choice, finite
 from spikezoo.deploy.bf16 import to_bf16
 from spikezoo.deploy.int8 import EightBit, to_int8
 from spikezoo.deploy.norms import ExactNorm, exact_norms
@@ -143,14 +143,7 @@ class Deployed(nn.Module):
                 silence, and logits of nothing would look like logits.
         """
         self.model._check_input(x)  # type: ignore[operator]
-        x = x.float()
-        if not all(bound.isfinite() for bound in torch.aminmax(x)):
-            bad = ~x.isfinite().flatten(1).all(1)
-            raise ValueError(
-                f"Input with values that are not finite in {int(bad.sum())} of {len(x)} samples, the first at "
-                f"{int(bad.nonzero()[0])}: a neuron makes silence of nan, and its logits would look sound. Look for a "
-                "division by zero or a damaged file: x.isfinite()."
-            )
+        x = finite(x.float())
         fresh = self.compiled and tuple(x.shape) not in self._shapes
         if fresh:
             if self._shapes:

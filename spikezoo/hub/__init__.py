@@ -2,6 +2,7 @@
 
 from spikezoo.hub.card import write_card as write_card
 from spikezoo.hub.client import HubError as HubError
+from spikezoo.hub.client import check_push as check_push
 from spikezoo.hub.client import check_repo_id as check_repo_id
 from spikezoo.hub.client import pull as pull
 from spikezoo.hub.push import push_all as push_all

@@ -166,5 +166,6 @@ def write_card(folder: str | Path, repo_id: str, *, license: str = "apache-2.0")
             notes=f"top-1 in per cent, T={config.model_args.get('T')}{_split(config)}",
         )
         with atomic(folder / ".eval_results" / f"{dataset}.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            temporary.write_text(text, encoding="utf-8")
     return folder / "README.md"

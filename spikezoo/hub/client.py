@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_api, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, hf_api, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -23,7 +23,9 @@ from huggingface_hub.utils import validate_repo_id
 
 from spikezoo.checkpoint import CONFIG_NAME, WEIGHTS_NAME, file_hash, load_sparse_file
 
-__all__ = ["TIMEOUT_S", "HubError", "ask", "check_repo_id", "explained", "pull"]
+__all__ = ["TIMEOUT_S", "HubError", "ask", "check_push", "check_repo_id", "explained", "pull"]
+
+_Answer = TypeVar("_Answer")
 
 # Of a live hub this is plenty, and nobody waits long for a dead one.
 TIMEOUT_S = 4.5
@@ -87,20 +89,47 @@ def explained(repo_id: str, revision: str | None, doing: str) -> Iterator[None]:
 
 
 def ask(repo_id: str, revision: str | None = None) -> hf_api.ModelInfo:
+    """What the Hub knows of a repository, within seconds or not at all."""
+    return _in_time(lambda: HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S))
+
+
+def check_push(repo_id: str) -> None:
+    """Ask the Hub whether it will take a push to a repository, before anything is trained for it.
+
+    Raises:
+        ValueError: Not ``organisation/name``.
+        HubError: No token, one that is not valid or may only read, or an organisation of others; no answer.
+    """
+    owner = check_repo_id(repo_id).partition("/")[0]
+    if get_token() is None:
+        raise HubError(f"Pushing {repo_id}: there is no token. Log in with 'hf auth login' or HF_TOKEN.")
+    with explained(repo_id, None, "Pushing"):
+        user = _in_time(lambda: HfApi().whoami())
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise HubError(f"Pushing {repo_id}: your token may only read; it needs the role 'write' to push.")
+        owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+        if owner not in owners:
+            raise HubError(
+                f"Pushing {repo_id}: your token is {user['name']}'s and may push to {', '.join(owners)}, not to "
+                f"{owner}."
+            )
+
+
+def _in_time(question: Callable[[], _Answer]) -> _Answer:
     """One question to the Hub, answered within seconds or not at all.
 
     The client's downloads repeat a failed request for half a minute, and a mute server holds them for several; its
     timeouts hold for each address of a host. So whether the Hub is there is asked first, and in a thread.
     """
-    answer: list[hf_api.ModelInfo | Exception] = []
+    answer: list[_Answer | Exception] = []
 
-    def question() -> None:
+    def put() -> None:
         try:
-            answer.append(HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT_S))
+            answer.append(question())
         except Exception as error:
             answer.append(error)
 
-    thread = threading.Thread(target=question, daemon=True)
+    thread = threading.Thread(target=put, daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)
     found = answer[0] if answer else TimeoutError(f"no answer within {TIMEOUT_S:g} s")
@@ -135,9 +164,9 @@ def _split_revision(reference: str) -> tuple[str, str | None]:
 def pull(reference: str, *, refresh: bool = False, cache_dir: str | Path | None = None) -> Path:
     """Fetch a checkpoint from the Hugging Face Hub into its cache.
 
-    What is in the cache is used without any request, also where the branch has moved on since; ``refresh=True`` or a
-    revision asks again. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are the client's and mean what they mean
-    there.
+    What is in the cache is used without any request, a branch or tag that was given too, also where it has moved on
+    since; ``refresh=True`` asks again. HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE are the client's and mean what
+    they mean there.
 
     Args:
         reference: ``organisation/name`` or ``organisation/name@revision``: branch, tag or commit.

@@ -87,7 +87,7 @@ def training_facts(checkpoint: str | Path) -> dict[str, Any]:
         facts["train_command"] = " && ".join(filter(None, [facts["train_command"], made]))
     facts |= {key: results.get(key) for key in ("epochs", "train_minutes")}
     if (folder / "summary.csv").is_file():
-        with open(folder / "summary.csv", newline="") as file:
+        with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         facts["epochs"] = facts["epochs"] or len(rows)
         facts["train_minutes"] = round(sum(float(row["train_seconds"]) for row in rows) / 60, 1)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from spikezoo.checks import choice, number, whole
 from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
-from spikezoo.neurons import NeuronConfig, NeuronFactory
+from spikezoo.neurons import NeuronConfig, NeuronFactory, SpikingNeuron
 
 __all__ = ["SpikingModel", "init_without_norms"]
 
@@ -315,7 +315,11 @@ class SpikingModel(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[B, num_classes]``, averaged over the time steps."""
+        """Logits ``[B, num_classes]``, averaged over the time steps.
+
+        Inputs are not searched for NaN and infinity, which a neuron turns into silence: the logits would be finite, and
+        mean nothing. :func:`spikezoo.checks.finite` does that, where data come from outside.
+        """
         return self.forward_head(self.forward_features(x))
 
     def forward_steps(self, x: Tensor) -> Tensor:
@@ -383,8 +387,13 @@ class SpikingModel(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''."""
+        """Replace the head; 0 classes leaves features, pooled unless ``global_pool`` is ''.
+
+        None keeps the pooling. Where there is none and classes are asked for, it is 'avg', as they need one.
+        """
         whole("num_classes", num_classes, 0)
+        if global_pool is None and num_classes and not self.head.global_pool.pool_type:
+            global_pool = "avg"
         _check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         like = next(self.parameters())  # a headless net has no layer that timm could copy these from
@@ -402,7 +411,6 @@ class SpikingModel(nn.Module):
             ],
         }
 
-    @torch.jit.ignore
     def summary(self) -> str:
         """One line: name, time steps, code, neurons, parameters and recipe."""
         config: Any = getattr(self, "pretrained_cfg", None) or {}
@@ -424,14 +432,11 @@ class SpikingModel(nn.Module):
             f"<details><summary>{html.escape(self.summary())}</summary><pre>{html.escape(repr(self))}</pre></details>"
         )
 
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Parameters of neurons: membrane norms and learned time constants."""
-        return {
-            f"{path}.{name}"
-            for path, module in self.named_modules()
-            if type(module).__name__ in ("PLIF", "MembraneNorm")
-            for name, _ in module.named_parameters(recurse=False)
-        }
+        neurons = [(path, module) for path, module in self.named_modules() if isinstance(module, SpikingNeuron)]
+        return {f"{path}.{name}" for path, neuron in neurons for name, _ in neuron.named_parameters()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -83,7 +83,7 @@ class _Log:
     def add(self, net: Net, value: float) -> None:
         self.scores[net] = value
         if self.path is not None:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({**net._asdict(), "score": value}) + "\n")
 
 

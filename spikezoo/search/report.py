@@ -153,7 +153,8 @@ def write(
         *([] if "dataset" in config else ["# Name the data: --dataset npz:PATH, folder, ..."]),
     ]
     with atomic(paths[1]) as temporary:
-        temporary.write_text("\n".join(lines) + "\n" + yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
+        text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None)
+        temporary.write_text("\n".join(lines) + "\n" + text, encoding="utf-8")
     picture = folder / "search.png"
     if _plot_search(result, picture, space, metric, constraints or Constraints()):
         paths.append(picture)

@@ -22,7 +22,7 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
     from matplotlib import pyplot as plt
 
     summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
-    rows = list(csv.DictReader(summary.read_text().splitlines())) if summary.is_file() else []
+    rows = list(csv.DictReader(summary.read_text(encoding="utf-8").splitlines())) if summary.is_file() else []
     epochs = [int(row["epoch"]) for row in rows]
 
     def column(name: str) -> list[float]:

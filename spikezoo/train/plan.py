@@ -81,7 +81,7 @@ class Planned(NamedTuple):
         was = {k: then.get(k, defaults[k]) for k in sorted(keys)}  # of a flag that is newer than the run, the default
         if changed := [f"{k} is {now[k]!r} and was {then.get(k)!r}" for k in was if now[k] != was[k]]:
             raise ValueError(f"{self.folder} holds a finished run of other flags: {'; '.join(changed)}. Move it away.")
-        with open(self.folder / "summary.csv", newline="") as file:
+        with open(self.folder / "summary.csv", newline="", encoding="utf-8") as file:
             seconds = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
         paper = {f"paper_{measure}": number for measure, number in self.plan.paper.items()}
         return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results, **paper}

@@ -269,12 +269,8 @@ class Run:
         wanted, shares = seconds(args.train_time, "--train-time"), args.progressive or {None: 1.0}
         sizes: list[Part] = []
         for size, part in shares.items():
-            times: list[float] = []
-            while len(times) < 3 or (len(times) < 20 and sum(times) < 6):
-                times.append(self._time_step(run, groups, size))
-                if len(times) == 2 and times[0] > 3 * times[1]:
-                    del times[0]  # it was compiled there
-            step = torch.tensor(sorted(times)[len(times) // 2])
+            _, *times = [self._time_step(run, groups, size) for _ in range(6)]  # the first may compile
+            step = torch.tensor(times).median()
             if args.distributed:
                 dist.all_reduce(step, dist.ReduceOp.MAX)
             sizes.append((size, max(round(part * wanted / step.item()), 1)))
@@ -291,7 +287,9 @@ class Run:
         for _ in range(self.args.grad_accum_steps):
             images, target = next(groups)
             started = started or time.perf_counter()
-            logits, rates, taught = self._forward(run, images.to(self.device), size, None)
+            # Stored logits cost nothing later; any numbers stand for them here.
+            stored = None if self.cache is None else images.new_zeros(len(images), self.model.num_classes)
+            logits, rates, taught = self._forward(run, images.to(self.device), size, stored)
             self.objective(logits, target.to(self.device), rates, taught).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
