@@ -49,7 +49,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(argv, tmp_path, 
     assert line.startswith(f"Stopped by {signal.Signals(number).name} at epoch 2 of 2, batch 2 of 4")
     assert "--resume auto" in line and signal.getsignal(number) is not ask
     folder = tmp_path / "run"
-    assert load_state(folder / "recovery-1-2.safetensors", "batch")["batch"] == 2 and not (folder / ".lock").exists()
+    assert load_state(folder / "recovery-1-2.safetensors", "batch")["batch"] == 2 and not list(tmp_path.glob(".*"))
     assert main(argv) == 0
     rows = table(folder / "summary.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -78,7 +78,7 @@ def test_one_process_a_folder(argv, tmp_path):
     lock.lock(folder)  # of a process that is gone nothing is left
     lock.lock(folder)
     lock.release(folder)
-    assert not list(folder.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_damaged_state_is_passed_over(tmp_path, capsys):

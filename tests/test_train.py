@@ -318,8 +318,12 @@ def test_two_halves_equal_one_batch(fast, tmp_path, monkeypatch):
 
 def test_cosine_on_updates_by_hand(fast, tmp_path):
     fast.main(flags(tmp_path, "--epochs", "4", "--lr", "0.08", "--min-lr", "0.01", "--warmup-epochs", "1"))
-    # After 4, 8, 12 and 16 of 16 updates; the warmup is the schedule's first quarter, linear from 1e-5.
-    wanted = [0.01 + 0.07 * (1 + math.cos(math.pi * t / 16)) / 2 for t in (4, 8, 12, 16)]
+    # The warmup is the schedule's first quarter, linear from 1e-5; a row has the mean of its epoch's four updates.
+
+    def rate(t):
+        return 1e-5 + t * (0.08 - 1e-5) / 4 if t < 4 else 0.01 + 0.07 * (1 + math.cos(math.pi * t / 16)) / 2
+
+    wanted = [sum(map(rate, range(start, start + 4))) / 4 for start in (0, 4, 8, 12)]
     assert [float(row["lr"]) for row in summary(tmp_path / "run")] == pytest.approx(wanted)
 
 

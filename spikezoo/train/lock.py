@@ -21,7 +21,8 @@ class InUseError(ValueError):
 
 
 def _files(folder: Path) -> tuple[Path, Path]:
-    return folder / ".lock", folder / ".running.json"
+    # Beside the folder, which holds what a run made and nothing else.
+    return folder.with_name(f".{folder.name}.lock"), folder.with_name(f".{folder.name}.running.json")
 
 
 def lock(folder: Path) -> None:

@@ -92,7 +92,7 @@ def _gone(pid: int) -> bool:
     stat = Path(f"/proc/{pid}/stat")
     try:
         if stat.is_file():
-            return stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+            return stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
         os.kill(pid, 0)
     except OSError:
         return True
