@@ -92,7 +92,7 @@ def test_a_method_of_ones_own_trains_saves_loads_and_resumes(method, tmp_path, m
     assert loaded.recipe == [("magnitude", {"sparsity": 0.5})] and (loaded.head.fc.weight == 0).float().mean() > 0.49
     assert cli.main(["validate", "--import", str(method), "--checkpoint", str(folder)]) == 0
     with pytest.raises(SystemExit):
-        cli.main(["train", "--import", str(method), "--magnitud", "sparsity=0.5"])
+        cli.main(["train", "--import", str(method), "--magnitudes", "sparsity=0.5"])
     assert "Did you mean '--magnitude'" in capsys.readouterr().err
     assert cli.main(["train", *argv, "--magnitude", "sparsty=0.5", "--output", str(tmp_path / "bad")]) == 2
     assert "Did you mean 'sparsity'" in capsys.readouterr().err
