@@ -38,6 +38,8 @@ __all__ = [
     "evaluate",
     "input_options",
     "open_model",
+    "read_layer_rates",
+    "write_layer_rates",
     "write_rows",
 ]
 
@@ -324,6 +326,37 @@ def check_results_file(path: str | Path) -> str:
     if suffix not in (".csv", ".json"):
         raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
     return suffix
+
+
+def write_layer_rates(path: str | Path, epoch: int, rates: Mapping[str, float]) -> None:
+    """Add the firing rates of an epoch to a table of epochs by layers.
+
+    Rows of this and of later epochs, which a run left that was resumed before them, give way.
+
+    Args:
+        path: A .csv file, new or written by this function.
+        epoch: Number of the epoch.
+        rates: Layer -> spikes per neuron and time step. Without any, nothing is written.
+    """
+    if not rates:
+        return
+    rows: list[dict[str, Any]] = []
+    if Path(path).is_file():
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    write_rows(path, [*rows, {"epoch": epoch, **rates}])
+
+
+def read_layer_rates(path: str | Path, layers: Iterable[str]) -> dict[str, list[float]]:
+    """Read what :func:`write_layer_rates` wrote: layer -> rates of all epochs, nan of those that did not have it.
+
+    Args:
+        path: The file.
+        layers: Names of layers, of those that the model has now.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row.get(name) or "nan") for row in rows] for name in layers}
 
 
 def write_rows(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

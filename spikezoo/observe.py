@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spikezoo.neurons import SpikingNeuron
 
-__all__ = ["WithRates", "evaluating", "firing_rates", "is_neuron", "observing_copy", "outputs"]
+__all__ = ["WithRates", "evaluating", "failing_layers", "firing_rates", "is_neuron", "observing_copy", "outputs"]
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -58,6 +58,28 @@ def observing_copy(model: nn.Module) -> nn.Module:
         if hasattr(module, "_memories"):
             module.reset()  # type: ignore[operator]
     return twin
+
+
+DEAD, SATURATED = 1e-4, 0.99
+
+
+def failing_layers(rates: Mapping[str, float], dead: float = DEAD, saturated: float = SATURATED) -> dict[str, str]:
+    """Layers whose neurons say nothing, since none of them fires or all of them always do.
+
+    Args:
+        rates: Layer -> spikes per neuron and time step, such as the ``layer_firing_rates`` of
+            :func:`spikezoo.evaluate.evaluate`.
+        dead: At this rate and below a layer is dead.
+        saturated: At this rate and above it is saturated.
+
+    Returns:
+        Layer -> what is wrong, 'dead (rate 0)' or 'saturated (rate 0.9994)'; empty where all is well.
+    """
+    found = {}
+    for name, rate in rates.items():
+        if not dead < rate < saturated and rate == rate:  # a layer that did not run has the rate nan
+            found[name] = f"{'dead' if rate <= dead else 'saturated'} (rate {rate:.4g})"
+    return found
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -19,6 +20,7 @@ from PIL import Image
 from torchvision import datasets
 
 import spikezoo
+from spikezoo.cli.validate import main as validate
 from spikezoo.data import (
     Loader,
     augmentation,
@@ -1138,6 +1140,14 @@ def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
     assert "train: left out are 1 .txt, 1 in no folder of a class; read are .bmp, " in caplog.text
 
 
+def test_folders_of_one_name_are_said_to_be_one_class(tmp_path, caplog):
+    for part in ("cat/day", "dog/day", "dog/night"):
+        _classes(tmp_path, f"train/{part.partition('/')[0]}", [part.partition("/")[2]])
+    labels, loader = _labels(tmp_path, "train")
+    assert labels == [0, 0, 1] and loader.info.label_names == ("day", "night")
+    assert "cat/day, dog/day and so on are one class, 'day'" in caplog.text and "night" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder"])
 def test_torchvisions_folders_are_read_like_others(tmp_path, name):
     _classes(tmp_path, "train", ["bee", "cat"])
@@ -1250,6 +1260,18 @@ def test_checkpoint_says_how_image_files_are_seen(tmp_path, train):
     loader = _folder(str(tmp_path / "images"), "val", **{**options, "img_size": 32})
     assert torch.cat([labels for _, labels in loader]).tolist() == [1, 2]
     assert loader.facts == {"crop_pct": 0.7, "interpolation": "bilinear"}
+
+
+def test_validate_leaves_damaged_images_out_on_request(folder, capsys):
+    with open(f"{folder}/val/bird/1.png", "wb") as file:
+        file.write(b"no image")
+    words = ["--model", "test_spiking_vgg", "--dataset", "folder", "--data-dir", folder, "--workers", "0", "--json"]
+    with pytest.raises(ValueError, match=r"val/bird/1.png cannot be read"):
+        validate(words)
+    capsys.readouterr()
+    assert validate([*words, "--skip-damaged", "--crop-pct", "0.9"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["samples"], row["left_out"], row["crop_pct"]) == (5, 1, 0.9)
 
 
 def test_a_folder_of_arrays_is_seen_as_the_arrays(tmp_path):

@@ -18,7 +18,7 @@ import torch
 
 from spikezoo import data
 from spikezoo.data.events import event_info, framing, official, open_events, read_events, recordings, write_split
-from spikezoo.data.events.readers import native_sensor
+from spikezoo.data.events.readers import count_invalid, native_sensor
 
 KEYS = ("t", "x", "y", "p")
 
@@ -875,6 +875,16 @@ def test_trials_of_dvs128gesture(tmp_path, monkeypatch):
     for i, opened in enumerate((train, test)):
         t = make(400, (128, 128), seed=i, last=11_000)["t"]
         assert opened.frames.sum((1, 2, 3, 4)).tolist() == [int((t // 1000 == label).sum()) for label in range(11)]
+
+
+def test_invalid_events_of_a_trial_are_counted(tmp_path):
+    write_aedat3(tmp_path / "a.aedat", make())
+    content = bytearray((tmp_path / "a.aedat").read_bytes())
+    assert count_invalid(tmp_path / "a.aedat") == 0
+    content[-8] ^= 1  # the mark of the last event
+    (tmp_path / "a.aedat").write_bytes(content)
+    assert count_invalid(tmp_path / "a.aedat") == 1
+    assert len(read_events(tmp_path / "a.aedat", (34, 34))["t"]) == 59
 
 
 def test_damaged_trial_is_named(tmp_path):

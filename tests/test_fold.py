@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import spikezoo
+from spikezoo.checkpoint import read_config
+from spikezoo.cli import main
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron
 from spikezoo.neurons import IF, LIF, PLIF, FoldedThreshold, MembraneNorm, NeuronConfig, NeuronFactory, SpikingNeuron
 from spikezoo.transforms import TRANSFORMS, apply, fold_bn, fold_mpbn, replay
@@ -392,3 +394,29 @@ def test_recipes_that_make_no_sense_raise():
         replay(model, [("fold_bn", {"eps": 1e-3})])
     with pytest.raises(ValueError, match=r"Recipe entry 'fold_bn': expected a pair"):
         replay(model, ["fold_bn"])
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def test_command(tmp_path, capsys):
+    model = _randomise(spikezoo.create_model("test_mpbn_resnet", T=2)).eval()
+    spikezoo.save_checkpoint(model, tmp_path / "trained", {"dataset": "digits", "seed": 3})
+    x = torch.randn(4, 3, 32, 32)
+    for flags, recipe in (([], ["fold_mpbn", "fold_bn"]), (["--exact"], ["fold_mpbn"])):
+        output = tmp_path / "-".join(recipe)
+        assert main(["fold", str(tmp_path / "trained"), *flags, "--output", str(output)]) == 0
+        assert (
+            f"Folded 9 membrane norms into thresholds and {0 if flags else 11} batch norms" in capsys.readouterr().out
+        )
+        folded = spikezoo.create_model(f"local-dir:{output}", pretrained=True).eval()
+        assert [name for name, _ in folded.recipe] == recipe
+        with torch.no_grad():
+            torch.testing.assert_close(folded(x), model(x), rtol=0, atol=0 if flags else 1e-3)
+        stored = read_config(output)["spikezoo"]
+        assert stored["dataset"] == "digits" and stored["results"]["seed"] == 3
+        # What is folded is not folded again, and nothing is written.
+        assert main(["fold", str(output), *flags, "--output", str(tmp_path / "again")]) == 2
+        assert "Nothing to fold" in capsys.readouterr().err and not (tmp_path / "again").exists()
+    assert main(["fold", str(tmp_path / "nowhere"), "--output", str(tmp_path / "again")]) == 2
+    assert "nowhere" in capsys.readouterr().err

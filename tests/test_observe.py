@@ -8,9 +8,9 @@ from torch import nn
 
 import spikezoo
 from spikezoo import pictures
-from spikezoo.evaluate import accuracy_over_time, evaluate
+from spikezoo.evaluate import accuracy_over_time, evaluate, read_layer_rates, write_layer_rates
 from spikezoo.neurons import LIF, NeuronConfig, SpikingNeuron
-from spikezoo.observe import WithRates, firing_rates
+from spikezoo.observe import WithRates, failing_layers, firing_rates
 from spikezoo.transforms.dynsnn import neuron_rates
 
 
@@ -122,3 +122,19 @@ def test_observers_in_threads_do_not_mix(name):
             for one, two in zip(found, expected, strict=True):
                 assert len(one) == len(two) and all(map(torch.equal, one, two))
     assert all(module.training for module in model.modules())
+
+
+def test_layers_that_say_nothing():
+    rates = {"silent": 0.0, "nearly": 1e-5, "low": 2e-4, "high": 0.98, "always": 1.0, "not run": float("nan")}
+    found = {"silent": "dead (rate 0)", "nearly": "dead (rate 1e-05)", "always": "saturated (rate 1)"}
+    assert failing_layers(rates) == found
+    assert list(failing_layers(rates, dead=0.01, saturated=0.9)) == ["silent", "nearly", "low", "high", "always"]
+
+
+def test_table_of_rates_over_epochs(tmp_path):
+    path = tmp_path / "layer_rates.csv"
+    for epoch, rate in ((0, 0.5), (1, 0.25), (2, 0.125), (1, 0.75)):  # resumed before the last two
+        write_layer_rates(path, epoch, {"a": rate, **({"b": 1.0} if epoch else {})})
+    assert path.read_text().splitlines() == ["epoch,a,b", "0,0.5,", "1,0.75,1.0"]
+    rates = read_layer_rates(path, ["b", "a"])
+    assert rates["a"] == [0.5, 0.75] and rates["b"][1] == 1 and rates["b"][0] != rates["b"][0]

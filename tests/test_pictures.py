@@ -199,3 +199,23 @@ def test_energies_side_by_side(bars, tmp_path):
     rows = [{"model": "a", "T": 1, "energy_exact_mj": "1", "energy_paper_mj": "2", "energy_ann_mj": "30"}] * 2
     pictures.draw_energies(rows, tmp_path / "energies.svg")
     assert bars == [[1, 1], [2, 2], [30, 30]]
+
+
+def test_curves_show_what_there_is(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    made, write = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **kw: made.append(self) or write(self, *a, **kw))
+    rows = [{"epoch": str(e), "train_loss": "2", "eval_loss": "", "eval_top1": "99.9", "lr": ""} for e in range(3)]
+    pictures.draw_training(rows, tmp_path / "curves.png")
+    loss, accuracy = made[0].axes  # no empty panels
+    assert [list(line.get_xdata()) for line in loss.lines] == [[1, 2, 3]] and loss.get_ylabel() == "loss"
+    assert accuracy.get_ylim()[1] <= 100
+    assert all(tick == int(tick) for axis in made[0].axes for tick in axis.get_xticks())
+    pictures.draw_training([], tmp_path / "none.png")
+    pictures.draw_layer_rates({"one": [0.1, 0.2], "two": [0.5, 0.0]}, tmp_path / "rates.png")
+    labels = made[2].axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["one", "two (dead)"] and labels[1].get_color() == "C3"
+    pictures.draw_measure({"a": {None: [1, 3], 2: [4, 6], 1: [5]}}, "T", "top1", tmp_path / "measure.png")
+    level, line = made[3].axes[0].lines[:2]
+    assert list(level.get_ydata()) == [2, 2] and (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [5, 5])

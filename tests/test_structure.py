@@ -34,6 +34,7 @@ ALLOWED = {
         "hub",
         "neurons",
         "observe",
+        "pictures",
         "precision",
         "registry",
         "saving",

@@ -636,7 +636,15 @@ def test_output_folder(train, tmp_path, capsys):
     train.main([*argv, "--checkpoint-hist", "1", "--log-interval", "2"])
     folder = tmp_path / "run"
     best = int(load_state(folder / "model_best.safetensors")["epoch"]) - 1
-    files = ["args.yaml", "metadata.json", "summary.csv", "curves.png", "firing_rates.png", "config.json"]
+    files = [
+        "args.yaml",
+        "metadata.json",
+        "summary.csv",
+        "layer_rates.csv",
+        "curves.png",
+        "firing_rates.png",
+        "config.json",
+    ]
     states = ["last.safetensors", "model_best.safetensors", "model.safetensors", f"checkpoint-{best}.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == sorted(files + states)
     for name in ("curves.png", "firing_rates.png"):

@@ -3,6 +3,7 @@
 spikezoo count mpbn_resnet20
 spikezoo count test_spiking_vgg --dataset none --images 4 --json
 spikezoo count --checkpoint output/quickstart --plot bars.png
+spikezoo count spikformer_4_384 autost_small mpbn_resnet20    side by side; spikezoo compare has their accuracy, too
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from spikezoo import pictures
 from spikezoo.cli.common import add_data, add_name, batches, noise, open_net
+from spikezoo.cli.compare import compare, show
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.flags import Parser, add_flags, whole_flags
 
@@ -25,6 +27,7 @@ def build_parser() -> Parser:
     """The flags of the command."""
     parser = Parser("spikezoo count", __doc__)
     add_name(parser)
+    parser.add_argument("more", nargs="*", metavar="name", help="more models: one line each, side by side")
     add_flags(parser, "T", "neuron", "mpbn")
     add_flags(parser, "dataset", help="(default: the checkpoint's, else what fits the model's input; none is noise)")
     add_data(parser)
@@ -47,6 +50,19 @@ def run(args: argparse.Namespace) -> int:
     """Run the command with parsed flags."""
     whole_flags(args, "images", "batch_size", "piece")
     given = {key: getattr(args, key) for key in ("T", "neuron", "mpbn") if getattr(args, key) is not None}
+    prices = {
+        "piece": args.piece,
+        "mac_pj": args.mac_pj,
+        "sop_pj": args.sop_pj,
+        "pj_per_byte": args.pj_per_byte,
+        "norm_ops": args.norm_ops,
+        "neuron_ops": args.neuron_ops,
+    }
+    if args.more:
+        names = [args.name, *args.more]
+        if args.checkpoint:
+            raise ValueError("Several names and --checkpoint: give the checkpoint's path as one of the names.")
+        return show([compare(name, args, given, prices, accuracy=False) for name in names], args)
     name, model, dataset, weights = open_net(args, given, args.dataset, args.name, args.checkpoint)
     loader: Iterable[Any]
     batch = min(args.images, args.batch_size)
@@ -55,12 +71,7 @@ def run(args: argparse.Namespace) -> int:
         model,
         loader,
         args.images,
-        piece=args.piece,
-        mac_pj=args.mac_pj,
-        sop_pj=args.sop_pj,
-        pj_per_byte=args.pj_per_byte,
-        norm_ops=args.norm_ops,
-        neuron_ops=args.neuron_ops,
+        **prices,
         inputs="auto" if model.takes_events else "analog",  # pixels are no spikes, even where they are whole numbers
     )
     source = "random noise" if dataset == "none" else f"{dataset}/{args.split}"

@@ -27,7 +27,7 @@ Biases, element-wise operations and norms are free, as in the papers; ``neuron_o
 
 from __future__ import annotations
 
-from spikezoo.counting.results import Count, CountSummary, FiringRate, ModuleCount
+from spikezoo.counting.results import Count, CountSummary, FiringRate, ModuleCount, align
 from spikezoo.counting.run import MAC_PJ, SOP_PJ, count, count_loader
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "CountSummary",
     "FiringRate",
     "ModuleCount",
+    "align",
     "count",
     "count_loader",
 ]

@@ -157,6 +157,12 @@ def _in_folder(folder: str) -> dict[str, str]:
                 left["in no folder of a class"] += 1
             else:
                 found[entry.path] = os.path.basename(place)
+    homes: dict[str, set[str]] = {}
+    for file, label in found.items():
+        homes.setdefault(label, set()).add(os.path.relpath(os.path.dirname(file), folder))
+    for label, several in homes.items():
+        if len(several) > 1:
+            _warn_once(f"{folder}: {', '.join(sorted(several)[:3])} and so on are one class, {label!r}")
     if left:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         _warn_once(f"{folder}: left out are {told}; read are {', '.join(sorted(_KINDS))}")

@@ -243,7 +243,9 @@ def _panel(axes: Any, dataset: str, rows: Sequence[Mapping[str, Any]], papers: M
             axes.scatter(*zip(*points, strict=True), [_dot(row) for row in own], color=color, alpha=0.6, label=label)
     if len(spiking) > 1:
         front = pareto_front([(float(row["energy_exact_mj"]), float(row["top1"])) for row in spiking])
-        axes.step(*zip(*front, strict=True), where="post", color=EXACT, linewidth=1, alpha=0.7, label="Pareto front")
+        axes.step(
+            *zip(*front, strict=True), where="post", color=EXACT, linewidth=1, alpha=0.5, zorder=0, label="Pareto front"
+        )
     for row in spiking:
         if row["model"] in papers:
             x, ours, theirs = float(row["energy_exact_mj"]), float(row["top1"]), papers[row["model"]]

@@ -1,4 +1,4 @@
-"""Pictures over time steps, thresholds and neurons: accuracy of converted nets, firing rates before and after pruning.
+"""Pictures over epochs, time steps, thresholds and neurons: of trainings, of converted and of pruned nets.
 
 Firing rates before and after, and accuracy over the threshold, are figures 3 and 4 of "DynSNN: A Dynamic Approach to
 Reduce Redundancy in Spiking Neural Networks".
@@ -6,15 +6,145 @@ Reduce Redundancy in Spiking Neural Networks".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spikezoo.observe import failing_layers
 from spikezoo.pictures.figure import check_picture, write
 
-__all__ = ["draw_accuracy", "draw_rates", "draw_thresholds"]
+__all__ = ["draw_accuracy", "draw_layer_rates", "draw_measure", "draw_rates", "draw_thresholds", "draw_training"]
+
+
+def draw_training(rows: Sequence[Mapping[str, Any]], path: str | Path, title: str = "") -> None:
+    """Draw the curves of a training over its epochs: losses, accuracies, firing rate, learning rate; what there is.
+
+    Args:
+        rows: Of ``summary.csv``: epoch (from 0), train_loss, eval_loss, train_top1, eval_top1, eval_firing_rate, lr.
+        path: Picture file; the suffix names the format.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure_type = check_picture(path)
+    panels = (
+        ("loss", {"train_loss": "training", "eval_loss": "test"}),
+        ("accuracy (top-1), %", {"train_top1": "training", "eval_top1": "test"}),
+        ("spikes per neuron and time step", {"eval_firing_rate": "mean of the layers, test"}),
+        ("learning rate", {"lr": "learning rate"}),
+    )
+
+    def points(key: str) -> list[tuple[int, float]]:
+        pairs = [(int(row["epoch"]) + 1, row.get(key)) for row in rows]
+        numbers = [(epoch, float(value)) for epoch, value in pairs if value not in (None, "")]
+        return [(epoch, value) for epoch, value in numbers if math.isfinite(value)]
+
+    found = [(name, {label: points(key) for key, label in lines.items()}) for name, lines in panels]
+    found = [(name, {label: line for label, line in lines.items() if line}) for name, lines in found]
+    found = [(name, lines) for name, lines in found if lines] or [("nothing was recorded", {})]
+    figure = figure_type(figsize=(4 * len(found), 3.5), layout="constrained")
+    for axis, (name, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        for label, line in lines.items():
+            color = "C7" if label == "training" else "C0"
+            axis.plot(*zip(*line, strict=True), "o-", color=color, markersize=3, label=label)
+        axis.set(xlabel="epoch", ylabel=name)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if len(lines) > 1:
+            axis.legend(frameon=False, fontsize="small")
+        if name.startswith("accuracy"):
+            axis.set_ylim(top=min(100, axis.get_ylim()[1]))
+        elif name.startswith("spikes"):
+            axis.set_ylim(bottom=0)
+    figure.suptitle(title, fontsize="medium")
+    write(figure, path)
+
+
+def draw_layer_rates(history: Mapping[str, Sequence[float]], path: str | Path, title: str = "") -> None:
+    """Draw the firing rate of every layer over the epochs, the last beside it; of one epoch as bars.
+
+    Layers that are dead or saturated, see :func:`spikezoo.observe.failing_layers`, are named in red.
+
+    Args:
+        history: Layer -> rate of each epoch, in the order of the model.
+        path: Picture file; the suffix names the format.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    names, table = list(history), [list(rates) for rates in history.values()]
+    last = {name: rates[-1] for name, rates in history.items()}
+    failing = failing_layers(last)
+    figure = check_picture(path)(figsize=(7, 1.2 + 0.22 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    epochs = len(table[0]) if table else 0
+    if epochs > 1:
+        shown = axis.imshow(
+            table,
+            aspect="auto",
+            cmap="viridis",
+            interpolation="nearest",
+            vmin=0,
+            extent=(0.5, epochs + 0.5, len(names) - 0.5, -0.5),
+        )
+        figure.colorbar(
+            shown, ax=axis, label="spikes per neuron and time step", location="bottom", shrink=0.6, pad=0.02
+        )
+        axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        right = axis.secondary_yaxis("right")
+        right.set_yticks(range(len(names)), [f"{rate:.3f}" for rate in last.values()], fontsize="x-small")
+    else:
+        bars = axis.barh(range(len(names)), list(last.values()), color="C3")
+        axis.bar_label(bars, [f"{rate:.3f}" for rate in last.values()], padding=2, fontsize="x-small")
+        axis.set(xlabel="spikes per neuron and time step", ylim=(len(names) - 0.4, -0.6))
+        axis.margins(x=0.1)
+        axis.grid(alpha=0.3, axis="x")
+    said = [f"{name} ({failing[name].split()[0]})" if name in failing else name for name in names]
+    for label, name in zip(axis.set_yticks(range(len(names)), said, fontsize="x-small"), names, strict=True):
+        label.label1.set_color("C3" if name in failing else "black")
+    figure.suptitle(title, fontsize="medium")
+    write(figure, path)
+
+
+def draw_measure(
+    groups: Mapping[Any, Mapping[Any, Sequence[float]]], x: str, y: str, path: str | Path, by: str = "", title: str = ""
+) -> None:
+    """Draw a measure of runs over what was varied: mean and range over seeds, a line per group, a level for None.
+
+    Args:
+        groups: Group -> value of what was varied, None for runs without it -> measures of the seeds.
+        x: Name of what was varied.
+        y: Name of the measure.
+        path: Picture file; the suffix names the format.
+        by: What groups differ in.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure = check_picture(path)(figsize=(6, 4), layout="constrained")
+    axis = figure.subplots()
+    for number, (label, points) in enumerate(groups.items()):
+        if level := points.get(None):
+            mean = sum(level) / len(level)
+            axis.axhline(mean, color=f"C{number}", linestyle="--", label=f"{label}, {mean:.4g}")
+        if found := [(value, measures) for value, measures in points.items() if value is not None]:
+            if all(isinstance(value, int | float) for value, _ in found):
+                found.sort()
+            means = [sum(values) / len(values) for _, values in found]
+            low, high = ([abs(f(v) - m) for (_, v), m in zip(found, means, strict=True)] for f in (min, max))
+            axis.errorbar([v for v, _ in found], means, [low, high], fmt="o-", color=f"C{number}", label=str(label))
+    axis.set(xlabel=x, ylabel=y, title=title)
+    axis.legend(frameon=False, title=by or None)
+    axis.grid(alpha=0.3)
+    write(figure, path)
 
 
 def draw_accuracy(top1: Sequence[float], ann: float, path: str | Path, title: str = "") -> None:

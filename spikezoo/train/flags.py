@@ -27,8 +27,9 @@ DESCRIPTION = """Train a spiking network: YAML configs and timm's flag names.
     spikezoo train --plan PLAN.yaml --data-dir DATA --time-budget 9m
 
 Flags on the command line win over the config. Writes to OUTPUT/EXPERIMENT: args.yaml, metadata.json, summary.csv,
-curves.png, last.safetensors (everything that --resume needs), model_best.safetensors and, at the end, the folder's
-model.safetensors and config.json, which spikezoo validate --checkpoint takes.
+layer_rates.csv, curves.png, firing_rates.png, last.safetensors (everything that --resume needs),
+model_best.safetensors and, at the end, the folder's model.safetensors and config.json, which
+spikezoo validate --checkpoint takes.
 
 A plan is a queue of such runs in OUTPUT/PLAN/NAME, with OUTPUT/PLAN/results.csv and a picture. Start it again to go on
 where it was stopped or killed; what is finished is skipped. Other flags hold for all its runs. Under torchrun each

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikezoo.checkpoint import atomic
-from spikezoo.evaluate import environment
+from spikezoo.evaluate import environment, write_layer_rates
 from spikezoo.hub import push_folder
+from spikezoo.observe import failing_layers
 from spikezoo.saving import save_checkpoint
-from spikezoo.train.curves import plot
+from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
     from spikezoo.train.run import Run
 
 __all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_rows", "write_epoch", "write_json"]
-
-# Mean firing rates of a layer over the whole split, below and above which nothing is said by it.
-DEAD, SATURATED = 1e-5, 1 - 1e-5
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -79,7 +77,7 @@ def trim_rows(folder: Path, epoch: int) -> None:
         folder: The run's.
         epoch: How many epochs are done.
     """
-    for name in ("summary.csv", "rates.csv"):
+    for name in ("summary.csv", LAYER_RATES):
         rows: list[dict[str, Any]] = list(read_rows(folder / name))
         if not rows:
             continue
@@ -93,7 +91,7 @@ def trim_rows(folder: Path, epoch: int) -> None:
 
 
 def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted: dict[str, Any], lr: float) -> None:
-    """Append the epoch's row to summary.csv, and where it was evaluated the rates of the layers to rates.csv.
+    """Append the epoch's row to summary.csv, and where it was evaluated the rates of its layers to layer_rates.csv.
 
     Args:
         run: The run, whose epoch is done.
@@ -110,36 +108,28 @@ def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted:
     row |= {f"train_{key}": value for key, value in train.items()}
     row |= {f"eval_{key}": value for key, value in (measured | acted).items()} | {"lr": lr}
     write_rows(run.folder / "summary.csv", [*read_rows(run.folder / "summary.csv"), row])
-    if results.get("layer_firing_rates"):
-        rates = {layer: round(rate, 6) for layer, rate in results["layer_firing_rates"].items()}
-        write_rows(run.folder / "rates.csv", [*read_rows(run.folder / "rates.csv"), {"epoch": run.epoch, **rates}])
+    write_layer_rates(run.folder / LAYER_RATES, run.epoch, results.get("layer_firing_rates") or {})
     for log in run.logs:
         log({key: value for key, value in row.items() if value is not None}, run.epoch)
 
 
 def look_at_rates(run: Run, results: dict[str, Any]) -> None:
-    """Name the layers that are dead or saturated; with --stop-when-dead they end the run.
+    """With --stop-when-dead, end a run of which a layer is dead or saturated.
 
     Args:
         run: The run, whose epoch is done.
         results: Of the evaluation; {} where there was none.
 
     Raises:
-        SystemExit: Asked for, and there are some.
+        SystemExit: Asked for, and there is one.
     """
-    rates = results.get("layer_firing_rates") or {}
-    dead = [layer for layer, rate in rates.items() if rate < DEAD]
-    full = [layer for layer, rate in rates.items() if rate > SATURATED]
-    told = [f"{kind}: {', '.join(layers)}" for kind, layers in (("never fire", dead), ("always fire", full)) if layers]
-    if not told:
-        return
-    line = f"epoch {run.epoch}/{run.epochs}: layers that {'; that '.join(told)}. Nothing passes through them."
-    if run.args.stop_when_dead:
+    failing = failing_layers(results.get("layer_firing_rates") or {})
+    if failing and run.args.stop_when_dead:
+        told = ", ".join(f"{name} is {what}" for name, what in failing.items())
         raise SystemExit(
-            f"Stopped: {line} A lower threshold, another initialisation or a smaller --lr may help. "
-            f"Saved: {run.folder / 'last.safetensors'}"
+            f"Stopped after epoch {run.epoch}: {told}. A lower threshold, another initialisation or a smaller --lr may "
+            f"help. Saved: {run.folder / 'last.safetensors'}"
         )
-    run.say(line)
 
 
 def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
@@ -157,6 +147,8 @@ def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
         line += f" (averaged weights {best['top1']:.2f} %)" if run.ema else ""
         line += (f", firing rate {rate:.3f}" if rate is not None else "") + ", "
     run.say(line + f"{train['images_per_second']:.0f} images/s, {train['seconds']:.0f} s")
+    if results and (failing := failing_layers(results["layer_firing_rates"])):
+        run.say(f"  say nothing: {', '.join(f'{name} is {what}' for name, what in failing.items())}")
 
 
 def deliver(run: Run, results: dict[str, Any]) -> None:

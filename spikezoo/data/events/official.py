@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import struct
@@ -13,8 +14,10 @@ from typing import Any
 from filelock import FileLock
 from torchvision.datasets.utils import check_integrity, download_url
 
-from spikezoo.data.events.readers import check_packets
+from spikezoo.data.events.readers import count_invalid
 from spikezoo.data.info import data_root, subfolders
+
+_logger = logging.getLogger("spikezoo")
 
 
 @dataclass(frozen=True)
@@ -147,9 +150,11 @@ def _unpack(base: Path, loader: Any, official: list[tuple[str, str, str]], downl
         if trials := _trials(base):
             for path in sorted((trials / "DvsGesture").glob("*.aedat")):
                 try:
-                    check_packets(path)
+                    invalid = count_invalid(path)
                 except ValueError as error:
                     raise ValueError(f"{path}: {error}") from error
+                if invalid:
+                    _logger.warning("%s: SpikingJelly takes %d events that are marked as invalid.", path, invalid)
             raw.mkdir()
             loader.create_raw_from_extracted(trials, raw)
             os.replace(raw, base / "events_np")

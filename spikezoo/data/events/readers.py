@@ -19,7 +19,7 @@ import numpy as np
 
 from spikezoo.checks import nearest
 
-__all__ = ["READERS", "check_packets", "native_sensor", "read_events"]
+__all__ = ["READERS", "count_invalid", "native_sensor", "read_events"]
 
 Events = dict[str, np.ndarray]
 Size = tuple[int, int]  # height, width
@@ -172,22 +172,30 @@ def _packets(path: Path) -> Iterator[tuple[tuple[int, ...], bytes]]:
         start = end
 
 
-def check_packets(path: Path) -> None:
-    """Raise ValueError if the last packet of an AEDAT 3 file is cut off, which SpikingJelly's reader would not tell."""
-    for _ in _packets(path):
-        pass
-
-
-def _read_aedat3(path: Path, sensor: Size) -> Events:
+def _polarity_events(path: Path) -> np.ndarray:
+    """The words and times [events, 2] of an AEDAT 3 file, with those that are marked as invalid."""
     found = [np.zeros((0, 2), np.int64)]
     for (kind, _, size, _, overflows, _, count, _), content in _packets(path):
-        if kind == 1:  # polarity events
+        if kind == 1:
             if size != 8:
                 raise ValueError(f"its events have {size} bytes, but 8 are wanted")
             events = np.frombuffer(content, "<u4", 2 * count).reshape(-1, 2).astype(np.int64)
             events[:, 1] += overflows << 31
-            found.append(events[events[:, 0] & 1 == 1])  # the others are marked as invalid
-    word, t = np.concatenate(found).T
+            found.append(events)
+    return np.concatenate(found)
+
+
+def count_invalid(path: Path) -> int:
+    """How many events of an AEDAT 3 file are marked as invalid; ValueError if its last packet is cut off.
+
+    SpikingJelly's reader tells neither.
+    """
+    return int((_polarity_events(path)[:, 0] & 1 == 0).sum())
+
+
+def _read_aedat3(path: Path, sensor: Size) -> Events:
+    events = _polarity_events(path)
+    word, t = events[events[:, 0] & 1 == 1].T
     return {"t": t, "x": word >> 17 & 0x7FFF, "y": word >> 2 & 0x7FFF, "p": word >> 1 & 1}
 
 
