@@ -1266,6 +1266,15 @@ def test_muon_by_hand():
     assert weight.grad is not None
 
 
+def test_the_classifier_is_no_matrix_for_muon(fast, tmp_path):
+    for opt, wanted in (("fixednormmuon", True), ("muon", True), ("sgd", False)):
+        run = fast.Run(fast.parse_args(flags(tmp_path, "--opt", opt)))
+        groups = run.optimizer.param_groups
+        apart = [id(p) for group in groups if group.get("use_fallback") for p in group["params"]]
+        assert (id(run.model.head.fc.weight) in apart) is wanted
+        assert wanted or len(groups) == 2  # as in the states that runs have saved
+
+
 def test_weights_before_a_norm():
     model = spikezoo.create_model("test_spiking_resnet")
     names = {id(p): name for name, p in model.named_parameters()}

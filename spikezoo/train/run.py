@@ -109,8 +109,9 @@ class Run:
         self.teacher = self._make_teacher() if args.teacher else None
         if args.initial_checkpoint:
             self.batches.preserve_function(model)
-        # Of a hybrid optimiser such as Muon, the classifier's weights go to the one for vectors.
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), fallback_list=["head.*"])
+        # Of Muon, the classifier's weights go to the optimiser for vectors. Others keep the groups that they had.
+        hybrid = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
+        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
         if isinstance(self.optimizer, FixedNormMuon):
             self.optimizer.fix_norms(normalised_weights(model))
         updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
@@ -231,7 +232,11 @@ class Run:
         if not self.length.sizes:
             self._measure_length(run)
         if self.cache is not None:
-            self.cache.fill(min(self.epochs, args.views), self.device, self.main and sys.stderr.isatty())
+            for first in (True, False):  # one process computes what is missing, the others read it
+                if self.main is first:
+                    self.cache.fill(min(self.epochs, args.views), self.device, self.main and sys.stderr.isatty())
+                if args.distributed:
+                    dist.barrier()
         while self.epoch < self.epochs:
             self._train_epoch(net, run)
             self._check_finite()
