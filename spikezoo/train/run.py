@@ -110,7 +110,7 @@ class Run:
         if args.initial_checkpoint:
             self.batches.preserve_function(model)
         # Of Muon, the classifier's weights go to the optimiser for vectors. Others keep the groups that they had.
-        hybrid = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
+        hybrid: dict[str, Any] = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
         if isinstance(self.optimizer, FixedNormMuon):
             self.optimizer.fix_norms(normalised_weights(model))
