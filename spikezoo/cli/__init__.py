@@ -34,6 +34,8 @@ COMMANDS = (
     "activations",
     "events",
     "raster",
+    "curves",
+    "landscape",
 )
 
 
