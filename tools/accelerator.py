@@ -317,7 +317,13 @@ class Queue:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
-        loop, lines = asyncio.get_running_loop(), [""]
+        async def end_children() -> None:
+            while process.returncode is None:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(1)
+            stop(signal.SIGKILL)  # compilers and loaders that it left hold its output open
+
+        loop, lines, watcher = asyncio.get_running_loop(), [""], asyncio.create_task(end_children())
         ends = ((self.term_at, signal.SIGTERM), (self.end, signal.SIGKILL))
         timers = [loop.call_later(at - now, stop, number) for at, number in ends]
         try:
@@ -330,7 +336,8 @@ class Queue:
         finally:
             for timer in timers:
                 timer.cancel()
-            stop(signal.SIGKILL)  # what it may have started and left, too
+            watcher.cancel()
+            stop(signal.SIGKILL)
             await process.wait()
         return lines
 
