@@ -217,6 +217,10 @@ def leave(main: Callable[[], int]) -> NoReturn:
         main: Does the work and returns the exit code.
     """
     try:
-        sys.exit(min(main(), 100))
+        code = main()
+        sys.exit(code if code in (130, 143) else min(code, 100))
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -144,7 +144,8 @@ def _kind(module: nn.Module, parent: nn.Module | None) -> str | None:
             return kind
     # What was put into a layer is a part, whatever it is; so is all of torch that holds no modules.
     whole = isinstance(parent, ConvNormNeuron | LinearNormNeuron)
-    return "other" if whole or (type(module).__module__.startswith("torch.nn.") and not [*module.children()]) else None
+    torchs = type(module).__module__.startswith("torch.nn.") and not [*module.children()]
+    return "other" if whole or (torchs and not isinstance(module, nn.Sequential)) else None
 
 
 def _channel_axis(shape: Sequence[int], axis: int, after: Sequence[int]) -> tuple[int | None, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["fast_bfloat16"]
+__all__ = ["fast_bfloat16", "slow_bfloat16"]
 
 
 def fast_bfloat16(device: str | torch.device = "cpu") -> bool:
@@ -16,3 +16,15 @@ def fast_bfloat16(device: str | torch.device = "cpu") -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def slow_bfloat16(device: str | torch.device) -> str:
+    """What to say where bfloat16 was asked for on a device that is slow in it, '' where it is not.
+
+    Args:
+        device: Where to compute.
+    """
+    if fast_bfloat16(device):
+        return ""
+    kind = torch.device(device).type
+    return f"Warning: bfloat16 is several times slower than float32 on this {kind}. Leave --amp out."

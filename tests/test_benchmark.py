@@ -3,9 +3,9 @@
 import csv
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import json
-import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -21,14 +21,18 @@ FAMILIES = ("spiking_vgg", "spiking_resnet")
 NAMES = [n for family in FAMILIES for n in spikezoo.list_models(module=family) if "rmp" not in n and "lenet" not in n]
 
 
+PARTS = (
+    "settings", "counterpart", "models", "sides", "measuring", "report", "sizes", "neuron", "startup", "growth",
+    "command",
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["benchmark"]
+    names = {}
+    for part in PARTS:
+        names |= vars(importlib.import_module(f"tools.benchmark.{part}"))
+    return types.SimpleNamespace(**{key: value for key, value in names.items() if not key.startswith("__")})
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_the_surrogate_that_spikingjelly_lacks_is_replaced_and_named(benchmark):
     net = benchmark.SpikingJellyNet(spikezoo.create_model("test_mpbn_resnet"))
     kinds = {type(m.surrogate_function).__name__ for m in net.modules() if hasattr(m, "surrogate_function")}
     assert kinds == {"PiecewiseQuadratic"}
-    notes = " ".join(benchmark._notes(spikezoo.create_model("test_mpbn_resnet", T=2)))
+    notes = " ".join(benchmark.notes_of(spikezoo.create_model("test_mpbn_resnet", T=2)))
     assert "MPBNLIFNode" in notes
     assert "tanh" in notes
 
@@ -444,7 +448,7 @@ def test_eight_bit_tickets_are_bit_equal(benchmark, capsys):
 
 
 def test_all_goes_on_where_there_is_no_counterpart(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "image_models", lambda: ["test_spiking_vgg", "test_rmp_resnet"])
+    monkeypatch.setattr("tools.benchmark.command.image_models", lambda: ["test_spiking_vgg", "test_rmp_resnet"])
     flags = "--model all --mode infer --T 2 --batch-size 2 --repeats 1 --warmup 0 --against spikingjelly plain"
     rows = benchmark.main(flags.split())
     assert [(row["model"], row["side"]) for row in rows] == [
@@ -484,7 +488,7 @@ def test_memory_of_each_side_in_a_process_of_its_own(benchmark):
 def test_a_failed_process_says_why(benchmark, tmp_path, monkeypatch):
     script = tmp_path / "fails.py"
     script.write_text("import sys, json; sys.exit('no room for ' + json.loads(sys.argv[2])['arguments']['side'])")
-    monkeypatch.setattr(benchmark, "__file__", str(script))
+    monkeypatch.setattr("tools.benchmark.measuring.DOOR", script)
     with pytest.raises(RuntimeError, match=r"test_spiking_vgg, memory.*no room for ann"):
         benchmark.in_process("memory", benchmark.Settings("test_spiking_vgg"), side="ann")
 
@@ -514,7 +518,9 @@ def test_growth(benchmark, tmp_path, capsys):
 def test_the_points_of_a_curve_take_turns(benchmark, monkeypatch):
     seen = []
     timed = benchmark._timed
-    monkeypatch.setattr(benchmark, "_timed", lambda step, device: (seen.append(step), timed(step, device))[1])
+    monkeypatch.setattr(
+        "tools.benchmark.measuring._timed", lambda step, device: (seen.append(step), timed(step, device))[1]
+    )
     flags = "--model test_spiking_vgg --mode infer --T 1 2 --batch-size 1 --repeats 2 --warmup 0"
     benchmark.main(flags.split())
     assert len(seen) == 6 and seen[0] is seen[2] is seen[4] and seen[1] is seen[3] is seen[5] and seen[0] is not seen[1]
@@ -544,10 +550,12 @@ def test_neuron_alone(benchmark, monkeypatch, capsys):
 
 def test_startup(benchmark, monkeypatch, capsys):
     seconds = {"torch, timm": iter((2.0, 4.0)), "torch, timm, spikezoo": iter((2.5, 4.1))}
-    monkeypatch.setattr(benchmark, "RUNS", 2)
-    monkeypatch.setattr(benchmark, "_import_s", lambda modules: next(seconds[modules]))
+    monkeypatch.setattr("tools.benchmark.startup.RUNS", 2)
+    monkeypatch.setattr("tools.benchmark.startup._import_s", lambda modules: next(seconds[modules]))
     caches = []
-    monkeypatch.setattr(benchmark, "in_process", lambda task, settings, environ: caches.append(environ) or 9.0)
+    monkeypatch.setattr(
+        "tools.benchmark.startup.in_process", lambda task, settings, environ: caches.append(environ) or 9.0
+    )
     rows = benchmark.main(["--model", "test_spiking_vgg", "--mode", "startup"])
     found = {row["what"]: row for row in rows}
     assert found["spikezoo adds"]["seconds"] == 0.3 and found["spikezoo adds"]["seconds_max"] == 0.5
@@ -584,7 +592,7 @@ def test_frozen_weights_are_constants_of_the_graph(benchmark):
 @pytest.mark.parametrize("mode", ["infer", "train"])
 def test_the_best_of_spikingjelly_is_compiled_once(benchmark, monkeypatch, mode):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(benchmark, "has_compiler", lambda: True)
+    monkeypatch.setattr("tools.benchmark.settings.has_compiler", lambda: True)
     settings = benchmark.Settings("test_spiking_vgg", mode=mode, T=2, batch_size=2)
     model = benchmark.make_model(settings)
     images, labels = torch.randn(2, *model.input_shape), torch.tensor([0, 1])

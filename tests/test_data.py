@@ -22,6 +22,7 @@ from torchvision import datasets
 import spikezoo
 from spikezoo.cli.validate import main as validate
 from spikezoo.data import (
+    DatasetInfo,
     Loader,
     augmentation,
     create_loader,
@@ -31,7 +32,7 @@ from spikezoo.data import (
     loaders,
     natural_dataset,
 )
-from spikezoo.evaluate import input_options, open_model
+from spikezoo.evaluate import dataset_arguments, input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed file <_io.BufferedReader:ResourceWarning")
@@ -1260,6 +1261,20 @@ def test_checkpoint_says_how_image_files_are_seen(tmp_path, train):
     loader = _folder(str(tmp_path / "images"), "val", **{**options, "img_size": 32})
     assert torch.cat([labels for _, labels in loader]).tolist() == [1, 2]
     assert loader.facts == {"crop_pct": 0.7, "interpolation": "bilinear"}
+
+
+def test_size_of_a_net_with_linear_layers(tmp_path):
+    info = DatasetInfo("folder", 4, 3, 224, (0.0,), (1.0,), "")
+    assert dataset_arguments("test_spiking_vgg", info) == {"num_classes": 4, "in_chans": 3}
+    assert dataset_arguments("local-dir:anywhere", info) == {"num_classes": 4, "in_chans": 3}
+    assert dataset_arguments("test_spiking_resnet", info)["img_size"] == 224
+    assert dataset_arguments("test_spiking_vgg", dataset_info("digits"))["img_size"] == 8
+    model = spikezoo.create_model("test_spiking_vgg")
+    with pytest.raises(ValueError, match="--img-size"):
+        model(torch.zeros(1, 3, 28, 28))
+    spikezoo.save_checkpoint(model, tmp_path)
+    with pytest.raises(ValueError, match="--img-size"):
+        spikezoo.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=64)
 
 
 def test_validate_leaves_damaged_images_out_on_request(folder, capsys):

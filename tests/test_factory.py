@@ -11,7 +11,6 @@ from test_models import fill
 import spikezoo
 from spikezoo.checkpoint import (
     Config,
-    furthest_state,
     load_state,
     read_weights,
     save_state,
@@ -268,22 +267,6 @@ def test_states_of_the_version_before_are_read(tmp_path):
     save_file({}, path, {**metadata, "spikezoo.state": "spikezoo-state/9"})
     with pytest.raises(ValueError, match=r"not a training state of this version .*--initial-checkpoint"):
         load_state(path)
-
-
-def test_the_newest_intact_state_is_taken_and_said(tmp_path, caplog):
-    paths = [tmp_path / name for name in ("last.safetensors", "recovery-2-5.safetensors", "recovery-2-9.safetensors")]
-    for path, batch in zip(paths, (0, 5, 9), strict=True):
-        save_state(path, state_of(2, batch))
-    assert furthest_state(paths)[0] == paths[2] and not caplog.text
-    paths[2].write_bytes(paths[2].read_bytes()[:-1])
-    path, state = furthest_state(paths, "architecture")
-    assert path == paths[1] and state == {"architecture": NET, "epoch": 2, "batch": 5}
-    assert "recovery-2-9.safetensors" in caplog.text and "recovery-2-5.safetensors is taken" in caplog.text
-    for path in paths:
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match="No state is intact"):
-        furthest_state(paths)
-    assert furthest_state([]) is None
 
 
 def test_a_config_of_anything_reads(folder):

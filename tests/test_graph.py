@@ -103,13 +103,13 @@ class Written(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.norm, self.neuron = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), NEURON(8, (8, 8))
-        self.drop, self.path = nn.Dropout(0.5), DropPath(0.5)
+        self.drop, self.path, self.shortcut = nn.Dropout(0.5), DropPath(0.5), nn.Sequential()
 
     def forward(self, x):
         y = self.neuron(over_time(lambda z: self.norm(self.conv(z)), x))
         y = self.path(self.drop(y).transpose(0, 1)).transpose(0, 1)
         y = y.flatten(3).contiguous().unflatten(3, (8, 8))[..., None].squeeze(-1).to(x.dtype)
-        return sum([x, y])
+        return sum([self.shortcut(x), y])
 
 
 def test_what_is_seen_through():

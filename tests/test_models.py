@@ -36,7 +36,7 @@ TIED = (
     "test_plif",
 )  # whose linear layers tie them to their image size; they have no biases
 BARE = (MLP, "test_rmp_resnet")  # without norms
-PATCHED = ("test_spikformer", "test_autost")  # whose patches must divide the image
+PATCHED = ("test_spikformer", "test_autost", "test_spikingformer", "test_sdt")  # whose patches must divide the image
 
 
 # The table of the design: trainable parameters at 10 classes (ImageNet nets: 1000) from the papers' layouts.

@@ -1,15 +1,18 @@
 """Pictures: what is greyed out, which maps are drawn, the two commands, bad input."""
 
+import math
 import sys
 
 import pytest
 import torch
 from test_models import image_for, make
 from test_spikformer import create
+from torch import nn
 
 import spikezoo
 from spikezoo import pictures
 from spikezoo.cli import main
+from spikezoo.cli.landscape import loss_along
 
 pytest.importorskip("matplotlib")
 
@@ -199,6 +202,46 @@ def test_energies_side_by_side(bars, tmp_path):
     rows = [{"model": "a", "T": 1, "energy_exact_mj": "1", "energy_paper_mj": "2", "energy_ann_mj": "30"}] * 2
     pictures.draw_energies(rows, tmp_path / "energies.svg")
     assert bars == [[1, 1], [2, 2], [30, 30]]
+
+
+def test_curves_of_runs(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_measure", lambda *given: drawn.append(given))
+    for name, last in (("a", 50.0), ("b", 60.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.csv").write_text(f"epoch,eval_top1,eval_late\n1,40.0,\n2,{last},7\n")
+    runs, picture = [str(tmp_path / "a"), str(tmp_path / "b")], str(tmp_path / "curves.png")
+    assert main(["curves", *runs, "--plot", picture]) == 0
+    assert drawn[0][:3] == ({"a": {1: [40], 2: [50]}, "b": {1: [40], 2: [60]}}, "epoch", "eval_top1")
+    assert main(["curves", *runs, "--plot", picture, "--measure", "eval_late"]) == 0
+    assert drawn[1][0]["a"] == {2: [7]}
+    capsys.readouterr()
+    assert main(["curves", *runs, "--plot", picture, "--measure", "eval_top"]) == 2
+    assert "Did you mean 'eval_top1'" in capsys.readouterr().err
+    assert main(["curves", str(tmp_path), "--plot", picture]) == 2 and "no folder of a run" in capsys.readouterr().err
+
+
+def test_landscape(tmp_path, capsys):
+    model = spikezoo.create_model("test_spiking_vgg", T=1, in_chans=1, img_size=8)
+    spikezoo.save_checkpoint(model, tmp_path / "net", {"dataset": "digits"})
+    argv = ["landscape", str(tmp_path / "net"), "--images", "40", "--points", "3", "--plot", str(tmp_path / "x.png")]
+    assert main(argv) == 0 and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert "mean over the line" in capsys.readouterr().out
+    for bad in ("2", "1"):
+        assert main([*argv, "--points", bad]) == 2 and "an odd number from 3" in capsys.readouterr().err
+
+
+def test_loss_along_a_direction():
+    # One filter of weight 3: the direction has its size, so that a step of one takes it to 0 or to 6.
+    net = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[3.0], [0.0]]))
+        net[1].bias.zero_()
+    batch = [(torch.ones(1, 1), torch.tensor([0]))]
+    low, own, high = sorted(loss_along(net, batch, [-1.0, 0.0, 1.0]))
+    for loss, logit in ((low, 6.0), (own, 3.0), (high, 0.0)):
+        assert loss == pytest.approx(math.log(1 + math.exp(-logit)), rel=1e-4)
+    assert net[1].weight.flatten().tolist() == [3, 0]
 
 
 def test_curves_show_what_there_is(tmp_path, monkeypatch):

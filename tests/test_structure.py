@@ -67,6 +67,7 @@ ALLOWED = {
         "neurons",
         "observe",
         "pictures",
+        "precision",
         "registry",
         "saving",
         "search",
@@ -83,7 +84,7 @@ ALLOWED = {
     "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
     "__init__.py": {"*"},
 }
-SCRIPTS = ("train.py", "validate.py")
+SCRIPTS = ("train.py", "validate.py", "benchmark.py")
 
 
 def tracked():
@@ -275,3 +276,11 @@ def test_parser_of_encodings(tmp_path):
         encoding="utf-8",
     )
     assert list(_texts(path)) == [1, 3, 5, 7, 8]
+
+
+def test_the_loop_of_training_names_no_method():
+    # A method is a row of TRANSFORMS, or a file of a user's own: training calls its hooks.
+    names = re.compile("(?i)dynsnn|ticket|multisp")
+    assert names.search((PACKAGE / "transforms" / "__init__.py").read_text(encoding="utf-8"))
+    found = [path.name for path in (PACKAGE / "train").glob("*.py") if names.search(path.read_text(encoding="utf-8"))]
+    assert not found

@@ -672,3 +672,30 @@ def test_exempted_layers_stay_ordinary():
     baked = spikezoo.bake(net)
     assert baked.head.fc.weight.all() and torch.equal(baked.head.fc.weight, net.head.fc.weight)
     assert sorted(tickets(tune(baked))) == sorted(tickets(net))
+
+
+def test_cumulative_masks_only_shrink():
+    # Four weights, half of them kept. Scores 4 3 2 1 keep the first two; 1 4 3 2 keep the middle two. Once removed, the
+    # third stays so: the second alone is left, and the gain is its magnitude.
+    def masks(cumulative):
+        net = nn.Sequential(nn.Linear(4, 1, bias=False))
+        net = ticket(net, "slt", 0.5, cumulative=cumulative).train()
+        layer, found = net[0], []
+        for scores in ([4.0, 3, 2, 1], [1.0, 4, 3, 2]):
+            layer.parametrizations.weight.original.data.copy_(torch.tensor([scores]))
+            net(torch.ones(1, 4))
+            found.append((layer.weight != 0).int().tolist()[0])
+        return net, found
+
+    free, found = masks(False)
+    assert found == [[1, 1, 0, 0], [0, 1, 1, 0]]
+    shrinking, found = masks(True)
+    assert found == [[1, 1, 0, 0], [0, 1, 0, 0]]
+    # What was removed is part of the state, and of the recipe; those of other tickets are as ever.
+    name = "0.parametrizations.weight.0.alive"
+    assert shrinking.state_dict()[name].tolist() == [[False, True, False, False]] and name not in free.state_dict()
+    assert shrinking.recipe[0][1]["cumulative"] and "cumulative" not in free.recipe[0][1]
+    shrinking.eval()
+    shrinking[0].parametrizations.weight.original.data.copy_(torch.tensor([[1.0, 4, 3, 2]]).flip(1))
+    shrinking(torch.ones(1, 4))  # outside of training nothing is removed for good
+    assert shrinking.state_dict()[name].tolist() == [[False, True, False, False]]

@@ -189,7 +189,7 @@ def test_resume_where_the_summary_is_ahead_of_the_checkpoint(fast, tmp_path, mon
         fast.main(argv)
     assert len(summary(tmp_path / "run")) == 1
     fast.main(argv)
-    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["0", "1"]
+    assert [row["epoch"] for row in summary(tmp_path / "run")] == ["1", "2"]
 
 
 def test_resume_with_other_flags_raises_and_writes_nothing(fast, tmp_path):
@@ -319,8 +319,12 @@ def test_two_halves_equal_one_batch(fast, tmp_path, monkeypatch):
 
 def test_cosine_on_updates_by_hand(fast, tmp_path):
     fast.main(flags(tmp_path, "--epochs", "4", "--lr", "0.08", "--min-lr", "0.01", "--warmup-epochs", "1"))
-    # After 4, 8, 12 and 16 of 16 updates; the warmup is the schedule's first quarter, linear from 1e-5.
-    wanted = [0.01 + 0.07 * (1 + math.cos(math.pi * t / 16)) / 2 for t in (4, 8, 12, 16)]
+    # The warmup is the schedule's first quarter, linear from 1e-5; a row has the mean of its epoch's four updates.
+
+    def rate(t):
+        return 1e-5 + t * (0.08 - 1e-5) / 4 if t < 4 else 0.01 + 0.07 * (1 + math.cos(math.pi * t / 16)) / 2
+
+    wanted = [sum(map(rate, range(start, start + 4))) / 4 for start in (0, 4, 8, 12)]
     assert [float(row["lr"]) for row in summary(tmp_path / "run")] == pytest.approx(wanted)
 
 
@@ -331,7 +335,7 @@ def test_every_schedule_runs_and_resumes(fast, tmp_path, monkeypatch, sched):
     interrupted(fast, argv, 3, monkeypatch)
     fast.main(argv)
     rows = summary(tmp_path / "run")
-    assert [int(row["epoch"]) for row in rows] == list(range(len(rows))) and len(rows) in (2, 3)
+    assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1)) and len(rows) in (2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -648,9 +652,10 @@ def test_output_folder(train, tmp_path, capsys):
         assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
     rows = summary(folder)
-    columns = """epoch train_loss train_firing_rate train_images_per_second train_seconds eval_top1 eval_top5 eval_loss
-        eval_firing_rate eval_images_per_second eval_ema_top1 eval_ema_top5 eval_ema_loss eval_ema_firing_rate lr"""
-    assert list(rows[0]) == columns.split() and [row["epoch"] for row in rows] == ["0", "1"]
+    columns = """epoch train_loss train_top1 train_firing_rate train_images_per_second train_seconds eval_top1 eval_top5
+        eval_loss eval_firing_rate eval_images_per_second eval_ema_top1 eval_ema_top5 eval_ema_loss eval_ema_firing_rate
+        lr"""
+    assert list(rows[0]) == columns.split() and [row["epoch"] for row in rows] == ["1", "2"]
     assert all(math.isfinite(float(value)) for row in rows for value in row.values())
     top1 = [float(row["eval_ema_top1"]) for row in rows]
     assert top1[best] == max(top1)

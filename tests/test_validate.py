@@ -423,3 +423,10 @@ def test_as_a_process(folder):
         [sys.executable, str(SCRIPT), "--checkpoint", str(folder), "--T", "0"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stderr.startswith("ValueError: T=0")
+
+
+def test_slow_bfloat16_is_never_silent(validate, folder, monkeypatch, capsys):
+    for quick in (True, False):
+        monkeypatch.setattr("spikezoo.precision.fast_bfloat16", lambda device, quick=quick: quick)
+        validate.main(["--checkpoint", str(folder), "--amp"])
+        assert ("bfloat16 is several times slower than float32" in capsys.readouterr().err) is not quick

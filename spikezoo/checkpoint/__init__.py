@@ -12,7 +12,6 @@ from spikezoo.checkpoint.files import WEIGHTS_NAME as WEIGHTS_NAME
 from spikezoo.checkpoint.files import atomic as atomic
 from spikezoo.checkpoint.files import file_hash as file_hash
 from spikezoo.checkpoint.files import find_weights as find_weights
-from spikezoo.checkpoint.state import furthest_state as furthest_state
 from spikezoo.checkpoint.state import load_state as load_state
 from spikezoo.checkpoint.state import save_state as save_state
 from spikezoo.checkpoint.weights import check_nan as check_nan

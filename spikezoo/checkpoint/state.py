@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from spikezoo.checkpoint.files import atomic, open_tensors, write_tensors
 
-__all__ = ["furthest_state", "is_state", "load_state", "save_state"]
-
-_logger = logging.getLogger("spikezoo")
+__all__ = ["is_state", "load_state", "save_state"]
 
 # Files of the version before hold no digest of themselves and are read without it.
 STATE_VERSION, PLAIN_VERSION = "spikezoo-state/2", "spikezoo-state/1"
@@ -132,34 +129,3 @@ def is_state(path: Path) -> bool:
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
         return _KEY in metadata or "tree" in metadata
-
-
-def furthest_state(paths: Iterable[str | Path], *keys: str) -> tuple[Path, dict[str, Any]] | None:
-    """The training state that is furthest and intact, by epoch and batch; what is damaged is named in a warning.
-
-    Args:
-        paths: Files of states.
-        *keys: Entries to read besides ``epoch`` and ``batch``.
-
-    Returns:
-        The file, and these entries of it; None where no file is there.
-
-    Raises:
-        ValueError: There are files, and all are damaged.
-    """
-    found: list[tuple[tuple[int, int], Path, dict[str, Any]]] = []
-    damaged: list[str] = []
-    for path in map(Path, paths):
-        try:
-            state = load_state(path, "epoch", "batch", *keys)
-            found.append(((state["epoch"], state["batch"]), path, state))
-        except (ValueError, KeyError) as error:
-            damaged.append(str(error))
-    if not found:
-        if damaged:
-            raise ValueError(f"No state is intact. {damaged[0]}")
-        return None
-    _, path, state = max(found, key=lambda item: item[0])
-    for reason in damaged:
-        _logger.warning("Passed over, %s is taken: %s", path, reason)
-    return path, state

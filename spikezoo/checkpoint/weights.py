@@ -261,8 +261,8 @@ def load_weights(
             + _names("Missing", missing)
             + _names("Unexpected", unexpected)
             + _names("Shapes", shapes)
-            + "Create the model that the checkpoint was written for (same name, num_classes, in_chans, mpbn, neuron, "
-            "and the same transforms)."
+            + "Create the model that the checkpoint was written for (same name, num_classes, in_chans, img_size, which "
+            "is --img-size, mpbn, neuron, and the same transforms)."
         )
     check_nan(weights, f"Checkpoint {path}")
     model.load_state_dict(weights)

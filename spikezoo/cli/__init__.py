@@ -34,6 +34,8 @@ COMMANDS = (
     "activations",
     "events",
     "raster",
+    "curves",
+    "landscape",
 )
 
 
@@ -70,4 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return code

@@ -20,6 +20,7 @@ from spikezoo.convert import convert
 from spikezoo.evaluate import accuracy_over_time, check_results_file, environment, evaluate, write_rows
 from spikezoo.flags import Parser, add_flags, whole_flags
 from spikezoo.hub.provenance import training_facts
+from spikezoo.precision import slow_bfloat16
 from spikezoo.saving import save_checkpoint
 
 __all__ = ["main"]
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         pictures.check_picture(args.plot)
     name, ann, dataset, _ = open_net(args, {}, args.dataset, checkpoint=args.checkpoint)
     device = device_of(ann)
+    if args.amp and (said := slow_bfloat16(device)):
+        print(said, file=sys.stderr)
     learned = ann.neuron_config.kind == "qcfs"
     mode: str | float = args.mode or ("max" if learned else "99.9%")
     with suppress(ValueError):

@@ -36,6 +36,7 @@ from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_push, push_folder, push_to_hub
 from spikezoo.hub.provenance import portable_command, training_facts
 from spikezoo.observe import WithRates
+from spikezoo.precision import slow_bfloat16
 from spikezoo.registry import list_models
 from spikezoo.saving import describe
 
@@ -206,6 +207,8 @@ def measure(
     loader = loader_for(name, model, dataset, args, config.dataset)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
+    if args.amp and half is torch.bfloat16 and (said := slow_bfloat16(device)):
+        print(said, file=sys.stderr)
     result = evaluate(
         deploy(model.eval(), args.deploy) if args.deploy else model,
         loader,

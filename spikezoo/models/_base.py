@@ -252,7 +252,7 @@ class SpikingModel(nn.Module):
             raise ValueError(
                 f"Input of {size[0]}x{size[1]} pixels, and the linear layers of this model were built for "
                 f"{self.img_size[0]}x{self.img_size[1]}: create it with img_size={size[0]}"
-                f"{'' if size[0] == size[1] else f' (or ({size[0]}, {size[1]}))'}."
+                f"{'' if size[0] == size[1] else f' (or ({size[0]}, {size[1]}))'}. Commands call it --img-size."
             )
         if not self.fixed_img_size:
             self._check_size(size)

@@ -159,15 +159,16 @@ class PositionEncoding(nn.Module):
 
     Args:
         conv: The layer; keeps the shape.
+        neuron: A neuron before it, where its input is current.
     """
 
-    def __init__(self, conv: ConvNormNeuron) -> None:
+    def __init__(self, conv: ConvNormNeuron, neuron: nn.Module | None = None) -> None:
         super().__init__()
-        self.conv = conv
+        self.neuron, self.conv = neuron, conv
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[T, B, D, h, w]`` to ``[T, B, D, h, w]``; of spikes it makes 0, 1 and 2."""
-        return x + self.conv(x)
+        return x + self.conv(x if self.neuron is None else self.neuron(x))
 
 
 def _per_layer(name: str, value: Any, depth: int) -> list[Any]:
@@ -208,6 +209,8 @@ class Spikformer(SpikingModel):
     """
 
     has_patches = True  # the stem is a patch embedding
+    residuals: tuple[str, ...] = ("spike", "membrane")
+    fourth_fires = False  # whether the fourth convolution has a neuron where the residuals are potentials, too
 
     def __init__(
         self,
@@ -249,7 +252,7 @@ class Spikformer(SpikingModel):
             wanted = "a positive number, or 'head_dim' for one over the root of a head's channels"
             number("scale", scale, 0, bounds="()", expected=wanted)
         switch("qkv_bias", qkv_bias)
-        choice("residual", residual, ("spike", "membrane"))
+        choice("residual", residual, self.residuals)
         number("drop_path_rate", drop_path_rate, 0, 1)
         membrane = residual == "membrane"
         self.min_img_size = 2 ** sum(pools)
@@ -258,15 +261,14 @@ class Spikformer(SpikingModel):
         size, channels = tuple(self.img_size), self.in_chans
         layers: list[nn.Module] = []
         for index, pool in enumerate(pools):
-            width, last = dim >> (3 - index), index == 3
-            conv = ConvNormNeuron(channels, width, size, neuron=None if membrane and last else neurons, dd=dd)
+            width, silent = dim >> (3 - index), membrane and index == 3 and not self.fourth_fires
+            conv = ConvNormNeuron(channels, width, size, neuron=None if silent else neurons, dd=dd)
             layers.append(conv)
             channels = width
             if pool:
                 layers.append(Pool(nn.MaxPool2d(3, 2, 1)))
                 size = conv_out(size, 3, 2, 1)
-        encoding = ConvNormNeuron(dim, dim, size, neuron=None if membrane else neurons, dd=dd)
-        self._add_stem(Stem(*layers, PositionEncoding(encoding)), dim, self.min_img_size)
+        self._add_stem(Stem(*layers, self._make_encoding(dim, size, membrane)), dim, self.min_img_size)
 
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         behind_product = NeuronFactory(
@@ -274,24 +276,32 @@ class Spikformer(SpikingModel):
         )
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         for count, ratio, rate in zip(all_heads, ratios, rates, strict=True):
-            attn = SpikingSelfAttention(
-                dim,
-                count,
-                size,
-                qkv_bias=qkv_bias,
-                scale=(dim // count) ** -0.5 if scale == "head_dim" else float(scale),
-                membrane=membrane,
-                neuron=neurons,
-                attention_neuron=behind_product,
-                dd=dd,
+            factor = (dim // count) ** -0.5 if scale == "head_dim" else float(scale)
+            attn = self._make_attention(
+                dim, count, size, qkv_bias=qkv_bias, scale=factor, membrane=membrane, attention_neuron=behind_product
             )
             hidden = int(dim * number("mlp_ratios", ratio, 0, bounds="()"))
             if hidden == 0:
                 raise ValueError(f"mlp_ratios={ratio!r}: dim={dim} times that is no hidden channel; 4 is common.")
             mlp = SpikingMLP(dim, hidden, size, membrane=membrane, neuron=neurons, dd=dd)
             self._add_stage([SpikformerBlock(attn, mlp, rate)], dim, self.min_img_size)
+        self._make_neck(dim)
         self._finish(dim)
         self._init_weights()
+
+    # Other families put these parts together otherwise.
+
+    def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
+        """The fifth convolution, on the map of the tokens."""
+        neuron = None if membrane else self._neuron
+        return PositionEncoding(ConvNormNeuron(dim, dim, size, neuron=neuron, dd=self._dd))
+
+    def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
+        """The attention of a block; the arguments are those of :class:`SpikingSelfAttention`."""
+        return SpikingSelfAttention(dim, heads, size, neuron=self._neuron, dd=self._dd, **arguments)
+
+    def _make_neck(self, dim: int) -> None:
+        """What stands between the last block and the head: nothing."""
 
     @property
     def compile_options(self) -> dict[str, Any]:

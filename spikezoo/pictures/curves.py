@@ -24,7 +24,8 @@ def draw_training(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
     """Draw the curves of a training over its epochs: losses, accuracies, firing rate, learning rate; what there is.
 
     Args:
-        rows: Of ``summary.csv``: epoch (from 0), train_loss, eval_loss, train_top1, eval_top1, eval_firing_rate, lr.
+        rows: Of ``summary.csv``: epoch (from 0), train_loss, eval_loss, train_top1, eval_top1,
+            train_firing_rate, eval_firing_rate, lr.
         path: Picture file; the suffix names the format.
         title: Title of the picture.
 
@@ -35,7 +36,7 @@ def draw_training(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
     panels = (
         ("loss", {"train_loss": "training", "eval_loss": "test"}),
         ("accuracy (top-1), %", {"train_top1": "training", "eval_top1": "test"}),
-        ("spikes per neuron and time step", {"eval_firing_rate": "mean of the layers, test"}),
+        ("spikes per neuron and time step", {"train_firing_rate": "training", "eval_firing_rate": "test"}),
         ("learning rate", {"lr": "learning rate"}),
     )
 
@@ -199,7 +200,7 @@ def draw_rates(
     for label, color, rates in shown:
         row = torch.cat([rate.flatten().cpu() for rate in rates.values()]).sort(descending=True).values.numpy()
         ranked.plot(range(1, len(row) + 1), row, color=color, label=f"{label}: {len(row):,}, mean {row.mean():.3f}")
-        binned.hist(row, bins=40, range=(0, highest), color=color, alpha=0.6, label=label)
+        binned.hist(row, bins=40, range=(0, highest), color=color, histtype="step", linewidth=1.5, label=label)
     for axis, line in ((ranked, ranked.axhline), (binned, binned.axvline)):
         line(threshold, color="black", linestyle=":", linewidth=1, label=f"threshold {threshold:.3g}")
         axis.grid(alpha=0.3)

@@ -8,6 +8,7 @@ called.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from spikezoo.flags import import_files
 from spikezoo.train.flags import parse_args
 from spikezoo.train.plan import run_plan
 from spikezoo.train.run import Run
+from spikezoo.train.stopping import Stopped
 
 __all__ = ["main"]
 
@@ -35,15 +37,25 @@ def main(argv: Sequence[str] | None = None, prog: str = "spikezoo train") -> int
     logging.getLogger("timm").setLevel(logging.WARNING)
     argv = sys.argv[1:] if argv is None else list(argv)
     import_files(argv)
-    if any(flag.partition("=")[0] == "--plan" for flag in argv):
-        return run_plan(argv, prog)
-    args = parse_args(argv, prog)
+    try:
+        if any(flag.partition("=")[0] == "--plan" for flag in argv):
+            return run_plan(argv, prog)
+        return _one(parse_args(argv, prog))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr, flush=True)
+        return stopped.code
+
+
+def _one(args: argparse.Namespace) -> int:
     if args.time_budget:
         raise ValueError("--time-budget is for --plan FILE; a single run saves with --recovery-interval N.")
+    run = None
     try:
         run = Run(args)
         run.finish(run.train())
     finally:
+        if run is not None:
+            run.close()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0

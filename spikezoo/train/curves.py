@@ -26,7 +26,7 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
         return []
     summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
     rows = list(csv.DictReader(summary.read_text(encoding="utf-8").splitlines())) if summary.is_file() else []
-    pictures.draw_training(rows, paths[0])
+    pictures.draw_training([{**row, "epoch": str(int(row["epoch"]) - 1)} for row in rows], paths[0])
     if not layer_rates:
         return paths[:1]
     epochs = folder / LAYER_RATES

@@ -71,6 +71,10 @@ NOT_RECIPE = {
     "recovery_interval",
     "checkpoint_hist",
     "log_interval",
+    "log_wandb",
+    "wandb_project",
+    "log_tensorboard",
+    "stop_when_dead",
     "push_to_hub",
 }
 
@@ -295,6 +299,12 @@ def _run(group: argparse._ArgumentGroup) -> None:
         "--val-interval", type=int, default=1, metavar="N", help="evaluate every N epochs and at the end"
     )
     group.add_argument("--log-interval", type=int, default=50)
+    group.add_argument("--log-wandb", action=Switch, default=False, help="log to Weights & Biases too")
+    group.add_argument("--wandb-project", metavar="NAME", help="its project")
+    group.add_argument("--log-tensorboard", action=Switch, default=False, help="write TensorBoard's files too")
+    group.add_argument(
+        "--stop-when-dead", action=Switch, default=False, help="stop after an epoch with a layer that never fires"
+    )
     group.add_argument(
         "--push-to-hub", metavar="ORG/NAME", help="publish the trained weights and their card on the Hugging Face Hub"
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
-from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from timm.utils import update_summary
 
 from spikezoo.checkpoint import atomic
 from spikezoo.evaluate import environment, write_layer_rates
@@ -20,7 +19,7 @@ from spikezoo.train.curves import LAYER_RATES, plot
 if TYPE_CHECKING:
     from spikezoo.train.run import Run
 
-__all__ = ["begin", "deliver", "say_epoch", "write_epoch", "write_json"]
+__all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_rows", "write_epoch", "write_json"]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -45,23 +44,92 @@ def begin(run: Run) -> None:
     )
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, none where there is none.
+
+    Args:
+        path: The file.
+    """
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of rows with all their columns.
+
+    Args:
+        path: The file.
+        rows: At least one.
+    """
+    columns = dict.fromkeys(key for row in rows for key in row)
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def trim_rows(folder: Path, epoch: int) -> None:
+    """Keep the rows of the first epochs alone; those of an older version, which counted from 0, are counted from 1.
+
+    Args:
+        folder: The run's.
+        epoch: How many epochs are done.
+    """
+    for name in ("summary.csv", LAYER_RATES):
+        rows: list[dict[str, Any]] = list(read_rows(folder / name))
+        if not rows:
+            continue
+        shift = int(rows[0]["epoch"]) == 0
+        kept = [{**row, "epoch": int(row["epoch"]) + shift} for row in rows]
+        kept = [row for row in kept if row["epoch"] <= epoch]
+        if kept:
+            write_rows(folder / name, kept)
+        else:
+            (folder / name).unlink()
+
+
 def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted: dict[str, Any], lr: float) -> None:
-    """Append the epoch's row to summary.csv, and the rates of its layers to layer_rates.csv.
+    """Append the epoch's row to summary.csv, and where it was evaluated the rates of its layers to layer_rates.csv.
 
     Args:
         run: The run, whose epoch is done.
-        train: Loss, firing rate, images a second and seconds of the training.
-        results: Of the evaluation.
+        train: Loss, accuracy, firing rate, images a second and seconds of the training.
+        results: Of the evaluation; {} where there was none.
         acted: Columns of transforms.
-        lr: Learning rate.
+        lr: Mean learning rate of the epoch's batches.
     """
     keys = ("top1", "top5", "loss", "firing_rate", "images_per_second")
-    eval_row = OrderedDict((key, results[key]) for key in keys)
+    measured = {key: results.get(key) for key in keys}
     if "ema" in results:
-        eval_row.update((f"ema_{key}", results["ema"][key]) for key in keys[:4])
-    eval_row.update(acted)
-    update_summary(run.epoch - 1, train, eval_row, filename=run.folder / "summary.csv", lr=lr)
-    write_layer_rates(run.folder / LAYER_RATES, run.epoch - 1, results["layer_firing_rates"])
+        measured |= {f"ema_{key}": results["ema"][key] for key in keys[:4]}
+    row: dict[str, Any] = {"epoch": run.epoch}
+    row |= {f"train_{key}": value for key, value in train.items()}
+    row |= {f"eval_{key}": value for key, value in (measured | acted).items()} | {"lr": lr}
+    write_rows(run.folder / "summary.csv", [*read_rows(run.folder / "summary.csv"), row])
+    write_layer_rates(run.folder / LAYER_RATES, run.epoch, results.get("layer_firing_rates") or {})
+    for log in run.logs:
+        log({key: value for key, value in row.items() if value is not None}, run.epoch)
+
+
+def look_at_rates(run: Run, results: dict[str, Any]) -> None:
+    """With --stop-when-dead, end a run of which a layer is dead or saturated.
+
+    Args:
+        run: The run, whose epoch is done.
+        results: Of the evaluation; {} where there was none.
+
+    Raises:
+        SystemExit: Asked for, and there is one.
+    """
+    failing = failing_layers(results.get("layer_firing_rates") or {})
+    if failing and run.args.stop_when_dead:
+        told = ", ".join(f"{name} is {what}" for name, what in failing.items())
+        raise SystemExit(
+            f"Stopped after epoch {run.epoch}: {told}. A lower threshold, another initialisation or a smaller --lr may "
+            f"help. Saved: {run.folder / 'last.safetensors'}"
+        )
 
 
 def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
@@ -119,6 +187,8 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
     model.pretrained_cfg |= seen | {"label_names": list(names) if len(names) == model.num_classes else None}
     save_checkpoint(model, run.folder, row)
     pictures = plot(run.folder, final["layer_firing_rates"])
+    for log in run.logs:
+        log({f"final_{key}": value for key, value in measured.items() if value is not None}, run.epochs)
     rate = final["firing_rate"]
     run.say(f"\nTest accuracy   {final['top1']:.2f} % (last epoch{', averaged weights' if run.ema else ''})")
     if rate is not None:

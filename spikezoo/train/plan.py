@@ -29,8 +29,10 @@ from spikezoo.evaluate import write_rows
 from spikezoo.registry import is_model, list_models
 from spikezoo.train.curves import plot_results
 from spikezoo.train.flags import NOT_IN_CONFIGS, build_parser, convert, known_flags, parse_args, recipe_flags, seconds
+from spikezoo.train.lock import InUseError
 from spikezoo.train.rows import PlanRow, read_rows, share_out
-from spikezoo.train.run import OutOfTime, Run
+from spikezoo.train.run import Run
+from spikezoo.train.stopping import OutOfTime, Stopped
 
 # Flags that a plan sets itself for each of its runs.
 SET_BY_PLAN = {*NOT_IN_CONFIGS, "output", "experiment", "resume", "no_resume_opt"}
@@ -196,10 +198,16 @@ def run_plan(argv: Sequence[str], prog: str = "spikezoo train") -> int:
             if world > 1 and planned.args.device is None and torch.cuda.is_available():
                 planned.args.device = f"cuda:{local_rank % torch.cuda.device_count()}"
             run = Run(planned.args, deadline)
-            run.finish(run.train())
+            try:
+                run.finish(run.train())
+            finally:
+                run.close()
             del run
-        except OutOfTime as stopped:
+        except (OutOfTime, InUseError) as stopped:
             left.append(f"{planned.name} ({stopped})")
+        except Stopped:
+            write_results(folder, runs, chart)
+            raise
         except (Exception, SystemExit) as error:
             failed += 1
             if not isinstance(error, ValueError | OSError | SystemExit):

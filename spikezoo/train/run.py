@@ -7,6 +7,7 @@ import copy
 import functools
 import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -38,19 +39,18 @@ from spikezoo.train import output, state
 from spikezoo.train.build import Batches, build_model, build_teacher
 from spikezoo.train.flags import seconds
 from spikezoo.train.length import Length, Part, check_sizes
+from spikezoo.train.lock import release
+from spikezoo.train.logs import open_logs
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 from spikezoo.train.objective import Objective
+from spikezoo.train.stopping import OutOfTime, Stopped, find_peers, listening, lost_peers, wanted
 from spikezoo.train.teacher import TeacherCache
 from spikezoo.transforms import TRANSFORMS, Transform
 
-__all__ = ["OutOfTime", "Run", "not_finite"]
+__all__ = ["Run", "not_finite"]
 
 # Logits and the firing rates of every layer and time step, of a batch of images.
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-class OutOfTime(Exception):
-    """The time budget of a plan is over; what is needed to go on is saved."""
 
 
 def not_finite(model: nn.Module, images: Tensor, autocast: Callable[[], Any]) -> str:
@@ -92,6 +92,8 @@ class Run:
         self.main = args.rank == 0
         if self.main and args.push_to_hub:
             check_push(args.push_to_hub)  # or the training would be over before somebody hears of a wrong token
+        self.asked = 0  # the signal that asked this process to stop
+        self.peers = find_peers(self)
         random_seed(args.seed, 0)  # the same initial weights on every rank
         self.model = model = build_model(args, self.device)
         # What was made, with what a checkpoint brought along: it must be made the same way by whoever loads it.
@@ -111,7 +113,7 @@ class Run:
         if args.initial_checkpoint:
             self.batches.preserve_function(model)
         # Of Muon, the classifier's weights go to the optimiser for vectors. Others keep the groups that they had.
-        hybrid = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
+        hybrid: dict[str, Any] = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
         self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
         if isinstance(self.optimizer, FixedNormMuon):
             self.optimizer.fix_norms(normalised_weights(model))
@@ -130,10 +132,11 @@ class Run:
             if transform.start:
                 transform.start(self, arguments)
         self.epoch, self.batch, self.updates = 0, 0, 0
-        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0}
+        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0, "hits": 0, "lr": 0.0}
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self.compiled: Step | None = None
         self.folder, self.saver = state.prepare(self)
+        self.logs = open_logs(args, self.folder) if self.main else []
 
     def _choose_precision(self) -> None:
         args = self.args
@@ -199,7 +202,22 @@ class Run:
     # -------------------------------------------------------------------------------------------------- loop
 
     def train(self) -> dict[str, Any]:
-        """Run all epochs and return the last evaluation."""
+        """Run all epochs and return the last evaluation.
+
+        Raises:
+            OutOfTime: The deadline is over; the state is saved.
+            Stopped: A signal asked for it; the state is saved.
+        """
+        try:
+            with listening(self):
+                return self._train()
+        except RuntimeError as error:
+            # Of a rank that is killed, the others see a connection that is closed.
+            if self.args.distributed and re.search("(?i)connection|closed by peer|gloo|nccl|timed? ?out", str(error)):
+                raise SystemExit(lost_peers(self, error)) from error
+            raise
+
+    def _train(self) -> dict[str, Any]:
         args, model = self.args, self.model
         output.begin(self)
         net: nn.Module = WithRates(model, steps=args.tet)
@@ -229,9 +247,11 @@ class Run:
                 distribute_bn(model, args.world_size, True)
                 if self.ema:  # that of rank 0, which is the one in the checkpoints
                     distribute_bn(self.ema, args.world_size, False)
-            sums, lr = self.sums, self.optimizer.param_groups[0]["lr"]
+            sums = self.sums
+            lr = sums["lr"] / sums["batches"]
             train = {
                 "loss": sums["loss"] / sums["batches"],
+                "top1": 100 * sums["hits"] * args.world_size / sums["images"],
                 "firing_rate": sums["rate"] / sums["batches"] if model.neuron_config.spiking else None,
                 "images_per_second": sums["images"] / sums["seconds"],
                 "seconds": sums["seconds"],
@@ -370,6 +390,10 @@ class Run:
             self.sums["rate"] += rate or 0.0
             self.sums["batches"] += 1
             self.sums["images"] += len(images) * args.world_size
+            self.sums["lr"] += self.optimizer.param_groups[0]["lr"]
+            shown = logits.detach().mean(0) if args.tet else logits.detach()
+            wanted_class = target.argmax(1) if target.dim() > 1 else target
+            self.sums["hits"] += int((shown.argmax(1) == wanted_class).sum())
             loss = loss / group
             if self.scaler:
                 self.scaler(
@@ -399,13 +423,17 @@ class Run:
     def _save_if_due(self, total: int) -> None:
         interval = self.args.recovery_interval
         over = time.monotonic() >= self.deadline
-        if over or (interval and self.batch < total and self.batch % interval == 0):
+        asked = wanted(self)
+        if over or asked or (interval and self.batch < total and self.batch % interval == 0):
             self._check_finite()
             self._collect_rng()
             if self.saver:
                 self.saver.save_recovery(self.epoch, self.batch)
+            at = f"epoch {self.epoch + 1} of {self.epochs}, batch {self.batch} of {total}"
+            if asked:
+                raise Stopped(asked, f"at {at}: saved in {self.folder}. To go on: the same command with --resume auto.")
             if over:
-                raise OutOfTime(f"epoch {self.epoch + 1} of {self.epochs}, batch {self.batch} of {total}")
+                raise OutOfTime(at)
 
     def _stop(self, what: str, batch: int, layer: str) -> NoReturn:
         good = state.newest_state(self.folder)
@@ -422,13 +450,14 @@ class Run:
             self.length.scheduler.step(self.epoch, metric)
         if not self.saver:
             return
+        output.write_epoch(self, train, results, acted, lr)
         if results:
-            output.write_epoch(self, train, results, acted, lr)
             self.saver.save_checkpoint(self.epoch - 1, metric)
             self.saver.drop_recovery()
         else:  # not evaluated after this epoch
             self.saver.save_recovery(self.epoch, 0)
         output.say_epoch(self, train, results)
+        output.look_at_rates(self, results)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the weights that the run delivers, its pictures, and say where everything is.
@@ -438,3 +467,8 @@ class Run:
         """
         if self.main:
             output.deliver(self, results)
+
+    def close(self) -> None:
+        """Give the folder back."""
+        if self.main:
+            release(self.folder)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from timm.utils import CheckpointSaver, get_outdir, trim_summary
+from timm.utils import CheckpointSaver, get_outdir
 
-from spikezoo.checkpoint import atomic, furthest_state, load_state, save_state
+from spikezoo.checkpoint import atomic, load_state, save_state
 from spikezoo.evaluate import environment
 from spikezoo.train.flags import known_flags, recipe_flags
-from spikezoo.train.output import write_json
+from spikezoo.train.lock import lock, release
+from spikezoo.train.output import trim_rows, write_json
 
 if TYPE_CHECKING:
     from spikezoo.train.run import Run
@@ -40,7 +41,17 @@ class Saver(CheckpointSaver):
         self.snapshot = snapshot
 
     def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
-        save_state(save_path, {**self.snapshot(), "metric": metric, "saver": self.state_dict(epoch, metric)})
+        content = {**self.snapshot(), "metric": metric, "saver": self.state_dict(epoch, metric)}
+        try:
+            save_state(save_path, content)
+        except Exception as error:  # safetensors has an error of its own
+            if isinstance(error, OSError) or "os error" in str(error).lower():
+                good = newest_state(Path(self.checkpoint_dir))
+                raise OSError(
+                    f"{save_path} could not be written ({error}). Nothing half-written is left; the newest state is "
+                    f"{good or 'none yet'}. Make room, and go on with the same command and --resume auto."
+                ) from error
+            raise
 
     def _replace(self, src: str, dst: str) -> None:
         os.replace(src, dst)  # timm unlinks dst first, which leaves a moment without any checkpoint
@@ -90,9 +101,37 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 def newest_state(folder: Path) -> Path | None:
-    """The state of a run that is furthest: last.safetensors or a later mid-epoch recovery."""
-    found = furthest_state([*folder.glob("last.safetensors"), *folder.glob("recovery-*.safetensors")])
-    return found[0] if found else None
+    """The intact state of a run that is furthest: last.safetensors or a later mid-epoch recovery.
+
+    A damaged one is named and passed over where another is intact.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        ValueError: All of them are damaged.
+    """
+    found: list[tuple[int, int, Path]] = []
+    damaged: list[str] = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name == "last.safetensors" or path.name.startswith("recovery-"):
+            try:
+                state = load_state(path, "epoch", "batch")
+                found.append((state["epoch"], state["batch"], path))
+            except (ValueError, KeyError) as error:
+                damaged.append(f"{path}: {error}")
+    for epoch, batch, path in sorted(found, reverse=True):
+        try:
+            load_state(path)  # as a whole, with its hashes
+        except ValueError as error:
+            damaged.append(f"{path}: {error}")
+            continue
+        for said in damaged:
+            print(f"Damaged, and passed over: {said} Going on from {path}, epoch {epoch + 1}, batch {batch}.")
+        return path
+    if damaged:
+        raise ValueError(f"No state in {folder} is intact: {'; '.join(damaged)} Move them away to start anew.")
+    return None
 
 
 def fingerprint(run: Run) -> dict[str, Any]:
@@ -140,11 +179,21 @@ def prepare(run: Run) -> tuple[Path, Saver | None]:
     Raises:
         ValueError: The state is another run's; nothing was written.
     """
+    folder = Path(run.args.output) / run.args.experiment
+    try:
+        return _prepare(run, folder)
+    except BaseException:
+        release(folder)
+        raise
+
+
+def _prepare(run: Run, folder: Path) -> tuple[Path, Saver | None]:
     args = run.args
-    folder = Path(args.output) / args.experiment
     state: dict[str, Any] | None = None
     source: Path | None = None
     if args.resume == "auto":
+        if run.main and folder.is_dir():
+            lock(folder)
         source = newest_state(folder)
     elif args.resume:
         source = Path(args.resume)
@@ -162,6 +211,7 @@ def prepare(run: Run) -> tuple[Path, Saver | None]:
     saver = None
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         saver = Saver(
             functools.partial(snapshot, run),
             checkpoint_dir=str(folder),
@@ -173,7 +223,7 @@ def prepare(run: Run) -> tuple[Path, Saver | None]:
     if state is not None:
         restore(run, state, source, saver)
     if run.main:
-        trim_summary(folder / "summary.csv", run.epoch)
+        trim_rows(folder, run.epoch)
         with atomic(folder / "args.yaml") as temporary:
             known = known_flags().keys() - {"resume", "no_resume_opt"}
             kept = {key: value for key, value in vars(args).items() if key in known and value is not None}
@@ -221,7 +271,7 @@ def restore(run: Run, state: dict[str, Any], source: Path | None, saver: Saver |
     if run.scaler and state["scaler"] is not None:
         run.scaler.load_state_dict(state["scaler"])
     run.epoch, run.batch, run.updates = state["epoch"], state["batch"], state["updates"]
-    run.sums = dict(state["sums"])
+    run.sums = {**run.sums, **state["sums"]}
     set_rng_state(state["rng"][run.args.rank], run.device)
     if saver:
         saver.load_state_dict(state["saver"])

@@ -120,16 +120,19 @@ class Ticket(nn.Module):
         binary: Whether only their signs count.
         ranking: Whom the scores compete with.
         seed: Seed of the signs of ``frozen``.
+        cumulative: Whether a weight that was once removed in training stays removed.
     """
 
     frozen: Tensor
+    alive: Tensor | None
 
-    def __init__(self, frozen: Tensor, binary: bool, ranking: _Ranking, seed: int) -> None:
+    def __init__(self, frozen: Tensor, binary: bool, ranking: _Ranking, seed: int, cumulative: bool = False) -> None:
         super().__init__()
         self.binary, self.seed = binary, seed
         self.ranking, self.index = ranking, len(ranking.layers)
         # Not in the state dict: the seed gives it again.
         self.register_buffer("frozen", frozen, persistent=False)
+        self.register_buffer("alive", torch.ones_like(frozen, dtype=torch.bool) if cumulative else None)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Scores to start from, drawn as biprop's."""
@@ -140,6 +143,10 @@ class Ticket(nn.Module):
     def forward(self, scores: Tensor) -> Tensor:
         """The masked weights, shape of the scores."""
         mask = self.ranking.mask(self.index, scores)
+        if self.alive is not None:
+            mask = mask & self.alive
+            if self.training:
+                self.alive.copy_(mask)
         values = self.frozen
         if self.binary:
             gain = (values.abs() * mask).sum() / mask.sum()
@@ -209,6 +216,7 @@ def parametrise(
     scale_fan: bool = False,
     anneal: bool = False,
     seed: int = 0,
+    cumulative: bool = False,
 ) -> None:
     """Turn the weights of layers into tickets, in place.
 
@@ -221,6 +229,7 @@ def parametrise(
         scale_fan: Whether only kept inputs count for their size.
         anneal: Whether training starts at another sparsity.
         seed: Their seed.
+        cumulative: Whether masks only ever shrink.
 
     Raises:
         ValueError: A layer that is a ticket already, or that would keep no weight.
@@ -239,7 +248,7 @@ def parametrise(
         own = (seed << 16) + index
         frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
         set_ternary(layer, binary)
-        parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own))
+        parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own, cumulative))
         ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
     if shared is not None and shared.layers[0].original.device.type != "meta":
         # Scores at random say nothing of the end of a schedule, which bake checks.
@@ -258,6 +267,7 @@ def ticket(
     anneal: bool = False,
     seed: int = 0,
     exempt: Sequence[str] = (),
+    cumulative: bool = False,
 ) -> nn.Module:
     """Turn the weights of all convolutions and linear layers into tickets: scores that choose among frozen weights.
 
@@ -275,6 +285,8 @@ def ticket(
             cubic curve (biprop); :func:`set_epoch` tells the epoch.
         seed: Seed of the frozen weights; every layer draws its own.
         exempt: Names of layers that stay ordinary, wildcards allowed, for instance ``['head.fc']``.
+        cumulative: Multiply every new mask into the last one, as Algorithm 1 of BinW-SLT is printed: what was once
+            removed in training stays so, and more than ``sparsity`` goes. Otherwise a weight can come back (biprop).
 
     Returns:
         A copy with one more entry in its ``recipe``, in the mode of the model.
@@ -289,7 +301,7 @@ def ticket(
     number("sparsity", sparsity, 0, 1)
     for argument, value, valid in (("scope", scope, SCOPES), ("init", init, INITS)):
         choice(argument, value, valid)
-    for argument, flag in (("scale_fan", scale_fan), ("anneal", anneal)):
+    for argument, flag in (("scale_fan", scale_fan), ("anneal", anneal), ("cumulative", cumulative)):
         switch(argument, flag)
     whole("seed", seed, 0, 2**31 - 1)
     if anneal and scope != "global":
@@ -310,11 +322,11 @@ def ticket(
     layers = _layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
-    parametrise(layers, binary, sparsity, scope=scope, init=init, scale_fan=scale_fan, anneal=anneal, seed=seed)
-    arguments = {
-        "kind": name, "sparsity": sparsity, "scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal,
-        "seed": seed, "exempt": exempt,
-    }  # fmt: skip
+    how: dict[str, Any] = {"scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal, "seed": seed}
+    parametrise(layers, binary, sparsity, **how, cumulative=cumulative)
+    arguments = {"kind": name, "sparsity": sparsity, **how, "exempt": exempt}
+    if cumulative:  # recipes of others stay as they were
+        arguments["cumulative"] = True
     return _record(copied, "ticket", **arguments).train(model.training)
 
 
