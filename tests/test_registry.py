@@ -99,8 +99,8 @@ def test_model_info(name):
     assert cfg.description == row.note and cfg.paper_name == row.paper
 
 
-def test_readme_has_a_row_of_every_model():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_docs_have_a_row_of_every_model():
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
     table = text.partition("<!-- models -->")[2].partition("<!-- /models -->")[0]
     rows = [line.split(" | ")[:2] for line in table.splitlines() if line.startswith("| `")]
     wanted = [[f"| `{n}`", f"{_rows[n].parameters:,}"] for n in spikezoo.list_models() if not n.startswith("test_")]

@@ -1,4 +1,7 @@
-"""The README's table of models, from the registry: ``python -m tools.models`` writes it between its two marks."""
+"""Tables of nets, written between their marks: all models in docs/models.md, the best trained ones in the README.
+
+``python -m tools.models`` reads the registry and ``docs/results.csv``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import spikezoo
+from spikezoo.pictures import pareto_front
+from tools.results import read_claims, read_rows
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-MARKS = ("<!-- models -->\n", "<!-- /models -->\n")
+ROOT = Path(__file__).resolve().parent.parent
 HEAD = "| name | parameters | MACs a step | T | paper | weights |\n|---|---|---|---|---|---|\n"
 
 
@@ -39,9 +43,37 @@ def names() -> list[str]:
     return [name for name in spikezoo.list_models() if not name.startswith("test_")]
 
 
+def best_rows() -> list[str]:
+    """Lines of the trained nets that none beats in accuracy and energy on their dataset, by accuracy."""
+    papers, _ = read_claims(ROOT / "docs" / "claims.yaml")
+    by_data: dict[str, list[dict[str, str]]] = {}
+    for found in read_rows(ROOT / "docs" / "results.csv"):
+        by_data.setdefault(found["dataset"].rpartition(":")[2], []).append(found)
+    lines = []
+    for dataset, rows in by_data.items():
+        points = {(float(row["energy_exact_mj"]), float(row["top1"])): row for row in rows}
+        for point in reversed(pareto_front(list(points))):
+            net = points[point]
+            paper = papers.get(net["model"], {}).get("top1", "")
+            card = f"[`{net['model']}`](spikezoo/weights/{net['model']}/README.md)"
+            size = f"{int(net['bytes']) / 1e6:.2f}"
+            lines.append(f"| {card} | {dataset} | {net['T']} | {point[1]:.2f} | {paper} | {size} | {point[0]:.3g} |\n")
+    return lines
+
+
+BEST = "| net | data | T | top-1, % | the paper's | MB | mJ an image |\n|---|---|---|---|---|---|---|\n"
+
+
+def write(path: Path, mark: str, table: str) -> None:
+    """Put a table between two marks of a file."""
+    before, start, rest = path.read_text(encoding="utf-8").partition(f"<!-- {mark} -->\n")
+    _, end, after = rest.partition(f"<!-- /{mark} -->\n")
+    if not start or not end:
+        raise ValueError(f"{path} has no marks <!-- {mark} --> and <!-- /{mark} -->.")
+    path.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
+    print(f"Wrote the table of {mark} in {path.name}.")
+
+
 if __name__ == "__main__":
-    before, mark, rest = README.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    table = HEAD + "".join(map(row, names()))
-    README.write_text(before + mark + "\n" + table + "\n" + MARKS[1] + after, encoding="utf-8")
-    print(f"Wrote {len(names())} rows to {README.name}.")
+    write(ROOT / "docs" / "models.md", "models", HEAD + "".join(map(row, names())))
+    write(ROOT / "README.md", "best", BEST + "".join(best_rows()))
