@@ -1,4 +1,4 @@
-"""Neurons: surrogate gradients, LIF, IF and PLIF with optional membrane normalisation, ReLU and sign twins.
+"""Neurons: LIF, IF and PLIF with optional membrane normalisation, ReLU and sign twins.
 
 Axes: T time steps, B batch, C channels, H height, W width. A neuron takes its input current for all time
 steps at once, ``[T, B, ...]``, starts from rest and keeps nothing between calls: the membrane potential is a
@@ -9,7 +9,7 @@ local variable of ``forward``. One plain PyTorch loop over T serves eager mode, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikezoo.checks import UnknownArgumentError, choice, nearest, number, switch, whole
+from spikezoo.surrogate import SURROGATES, floor, sign, spike
 
 __all__ = [
     "IF",
@@ -31,102 +32,7 @@ __all__ = [
     "ReLU",
     "Sign",
     "SpikingNeuron",
-    "spike",
 ]
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Surrogate gradients: x is the distance to the threshold, alpha the steepness (SpikingJelly's convention).
-# --------------------------------------------------------------------------------------------------------------
-
-
-def _rectangle(x: Tensor, alpha: float) -> Tensor:
-    return torch.where(x.abs() <= 0.5 / alpha, alpha, 0.0).to(x.dtype)
-
-
-def _tanh(x: Tensor, alpha: float) -> Tensor:
-    slope = alpha * (1 - torch.tanh(alpha * x).square()) / (2 * math.tanh(alpha / 2))
-    return torch.where(x.abs() <= 0.5, slope, 0.0).to(x.dtype)
-
-
-def _triangle(x: Tensor, alpha: float) -> Tensor:
-    return (alpha - alpha * alpha * x.abs()).clamp_min(0)
-
-
-def _sigmoid(x: Tensor, alpha: float) -> Tensor:
-    s = torch.sigmoid(alpha * x)
-    return (1 - s) * s * alpha
-
-
-def _arctan(x: Tensor, alpha: float) -> Tensor:
-    z = x * (math.pi / 2 * alpha)
-    return (alpha / 2) / (1 + z * z)
-
-
-SURROGATES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
-    "rectangle": (_rectangle, 1.0),  # MPBN eq. 12: slope alpha within 0.5/alpha of the threshold
-    "tanh": (_tanh, 3.0),  # the MPBN authors' code: normalised tanh on the unit interval around the threshold
-    "triangle": (_triangle, 1.0),  # TET; SpikingJelly's PiecewiseQuadratic
-    "sigmoid": (_sigmoid, 4.0),  # SpikingJelly's default
-    "arctan": (_arctan, 2.0),  # SpikingJelly's ATan
-}
-
-
-class _Spike(torch.autograd.Function):
-    """Heaviside step forward, surrogate gradient backward."""
-
-    # With setup_context, torch.func takes it: gradients a sample by vmap, Jacobians.
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, surrogate: str, alpha: float, strict: bool) -> Tensor:
-        return (x > 0 if strict else x >= 0).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, float, bool], output: Tensor) -> None:
-        x, ctx.surrogate, ctx.alpha, _ = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        return grad * SURROGATES[ctx.surrogate][0](x, ctx.alpha), None, None, None
-
-
-class _Sign(torch.autograd.Function):
-    """Sign forward (0 at 0), 2 (1 - |x|) on [-1, 1] backward, as the binary-activation networks of biprop."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.sign()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (2 - 2 * x.abs()).clamp_min(0)
-
-
-def spike(x: Tensor, surrogate: str = "sigmoid", alpha: float | None = None, strict: bool = False) -> Tensor:
-    """Fire where the distance to the threshold is positive.
-
-    Args:
-        x: Membrane potential minus threshold, any shape.
-        surrogate: Name of the surrogate gradient: rectangle, tanh, triangle, sigmoid or arctan.
-        alpha: Steepness of the surrogate; None takes its default.
-        strict: Fire at ``x > 0`` instead of ``x >= 0``.
-
-    Returns:
-        Spikes 0 or 1, shape and dtype of ``x``.
-    """
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return (x > 0 if strict else x >= 0).to(x.dtype)
-    return _Spike.apply(x, surrogate, SURROGATES[surrogate][1] if alpha is None else alpha, strict)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -550,25 +456,7 @@ class Sign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the sign of ``x``, any shape."""
-        return F.dropout(_Sign.apply(x), self.drop, self.training)
-
-
-class _Floor(torch.autograd.Function):
-    """Floor forward, the identity backward."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.floor()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        return F.dropout(sign(x), self.drop, self.training)
 
 
 class QCFS(Maskable):
@@ -596,7 +484,7 @@ class QCFS(Maskable):
     def forward(self, x: Tensor) -> Tensor:
         """Quantise ``x``, any shape; with a mask ``[1, B, ...]``."""
         threshold = self.threshold.to(x.dtype)
-        rate = _Floor.apply((x / threshold).clamp(0, 1) * self.levels + 0.5) / self.levels
+        rate = floor((x / threshold).clamp(0, 1) * self.levels + 0.5) / self.levels
         return F.dropout(self.existing(rate * threshold), self.drop, self.training)
 
     def extra_repr(self) -> str:

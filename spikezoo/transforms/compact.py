@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from spikezoo.checks import choice, nearest, whole
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import Maskable
-from spikezoo.transforms.fold import _record, _refuse_tickets, _refuse_where
+from spikezoo.transforms.fold import record_transform, refuse_tickets, refuse_where
 
 __all__ = ["compact"]
 
@@ -210,7 +210,7 @@ def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict
         if neuron.mask is None:
             continue
         if name not in free:
-            _refuse_where(
+            refuse_where(
                 _silent(neuron.mask),
                 name,
                 f"it is pruned and cannot be taken out: in {type(model).__name__} this layer feeds attention heads or "
@@ -279,7 +279,7 @@ def compact(
         )
     if masks is not None and widths is None:
         raise ValueError("masks were given without widths: both are what a recipe holds. Leave both out.")
-    _refuse_tickets(model)
+    refuse_tickets(model)
     copied: Any = copy.deepcopy(model)
     walk = _Walk(copied)
     groups = walk.groups()
@@ -301,4 +301,4 @@ def compact(
         shape = neuron.shape[:1] if masks[name] == "channel" else neuron.shape
         if neuron.mask is None or neuron.mask.dim() != len(shape):
             neuron.mask = torch.ones(shape, dtype=torch.bool, device=device)
-    return _record(copied, "compact", widths=dict(widths), masks=dict(masks)).train(model.training)
+    return record_transform(copied, "compact", widths=dict(widths), masks=dict(masks)).train(model.training)

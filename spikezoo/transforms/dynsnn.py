@@ -25,7 +25,7 @@ from spikezoo.checks import choice, number, whole
 from spikezoo.counting import count
 from spikezoo.layers import TernaryConv2d, TernaryLinear
 from spikezoo.neurons import SpikingNeuron
-from spikezoo.transforms.fold import _record
+from spikezoo.transforms.fold import record_transform
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.rates import (
     PER,
@@ -145,7 +145,7 @@ def dynsnn(
         "per": per, "threshold": threshold, "compression": compression, "reactivate_at": epochs, "prune_at": prune_at,
         "weights": weights, "samples": samples,
     }  # fmt: skip
-    return _record(copied, "dynsnn", **arguments).train(model.training)
+    return record_transform(copied, "dynsnn", **arguments).train(model.training)
 
 
 def _plain_layers(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, Any]]:

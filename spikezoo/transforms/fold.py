@@ -13,7 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spikezoo.graph import trace
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, is_mean, set_ternary
-from spikezoo.neurons import FoldedThreshold, SpikingNeuron, spike
+from spikezoo.neurons import FoldedThreshold, SpikingNeuron
+from spikezoo.surrogate import spike
 
 __all__ = ["fold_bn", "fold_mpbn"]
 
@@ -21,7 +22,7 @@ __all__ = ["fold_bn", "fold_mpbn"]
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def _record(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
+def record_transform(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
     """Append a transform to the recipe of the copy that it made, and put what it added in evaluation mode too."""
     model.recipe = [*getattr(model, "recipe", []), (name, arguments)]  # type: ignore[assignment]
     return model.eval()
@@ -40,13 +41,13 @@ def _check_dtype(dtype: torch.dtype, transform: str) -> None:
         )
 
 
-def _refuse_tickets(model: nn.Module) -> None:
+def refuse_tickets(model: nn.Module) -> None:
     """Raise where the weights of a model are made from scores."""
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise ValueError("The weights of this model are tickets, which learn scores: spikezoo.bake it first.")
 
 
-def _refuse_where(bad: Tensor, layer: str, reason: str) -> None:
+def refuse_where(bad: Tensor, layer: str, reason: str) -> None:
     """Raise if any entry of a per-channel ``[C]`` or per-element ``[C, ...]`` mask is set, naming the first."""
     if not bad.any():
         return
@@ -95,13 +96,13 @@ def _fold_neuron(name: str, neuron: SpikingNeuron) -> FoldedThreshold:
     assert norm is not None
     _check_dtype(norm.weight.dtype, "fold_mpbn")
     scale, shift = norm.scale_shift()
-    _refuse_where(
+    refuse_where(
         ~(scale.isfinite() & shift.isfinite()),
         name,
         "the membrane norm's scale or shift is not finite; look for nan or inf in weight, bias, running_mean, "
         "running_var of its norm.",
     )
-    _refuse_where(
+    refuse_where(
         scale == 0,
         name,
         "the membrane norm's scale is zero, so the neuron's output no longer depends on its potential and no threshold "
@@ -163,7 +164,7 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
     for name, module in folded.named_modules():
         if isinstance(module, SpikingNeuron) and module.norm is not None:
             module.folded, module.norm = _fold_neuron(_dotted(name, module), module), None
-    return _record(folded, "fold_mpbn")
+    return record_transform(folded, "fold_mpbn")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
 def _check_pool(name: str, pool: nn.Module | None, scale: Tensor) -> None:
     """Raise where a pooling between convolution and norm does not commute with the norm."""
     if isinstance(pool, nn.MaxPool2d):
-        _refuse_where(
+        refuse_where(
             scale < 0,
             name,
             "a max-pool stands between convolution and norm and the norm's scale is negative, which would turn the "
@@ -228,7 +229,7 @@ def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None
         _check_pool(name, pool, weight)
     fuse: Any = fuse_linear_bn_weights if isinstance(target, nn.Linear) else fuse_conv_bn_weights
     fused_weight, fused_bias = fuse(target.weight, target.bias, mean, var, norm.eps, weight, bias)
-    _refuse_where(
+    refuse_where(
         ~(fused_weight.flatten(1).isfinite().all(1) & fused_bias.isfinite()),
         name,
         "the folded weight or bias is not finite; look for nan or inf in the layer and in its norm's statistics.",
@@ -262,7 +263,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(model).eval()
     layers = _normed(folded)
-    _refuse_tickets(model)
+    refuse_tickets(model)
     if not layers:
         raise ValueError(
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."
@@ -273,4 +274,4 @@ def fold_bn(model: nn.Module) -> nn.Module:
     for name, layer, pool, norm in layers:
         _fold_layer(name, layer, pool, folded.get_submodule(norm))
         folded.set_submodule(norm, nn.Identity())
-    return _record(folded, "fold_bn")
+    return record_transform(folded, "fold_bn")

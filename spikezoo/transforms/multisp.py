@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spikezoo.checks import number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Stem, set_ternary
 from spikezoo.neurons import NeuronConfig, NeuronFactory, ReLU
-from spikezoo.transforms.fold import _record
+from spikezoo.transforms.fold import record_transform
 from spikezoo.transforms.tickets import parametrise
 
 __all__ = ["PatchSelection", "kept_patches", "multisp"]
@@ -170,7 +170,7 @@ def multisp(
     arguments: dict[str, Any] = {"patch_ratio": patch_ratio, "fixed": fixed}
     if not fixed:
         arguments |= {"pep_sparsity": pep_sparsity, "binary_pep": binary_pep, "seed": seed}
-    return _record(copied, "multisp", **arguments).train(model.training)
+    return record_transform(copied, "multisp", **arguments).train(model.training)
 
 
 def _binarise(stem: nn.Module) -> None:

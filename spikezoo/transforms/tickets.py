@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from spikezoo.checkpoint.sparse import seeded_signs
 from spikezoo.checks import choice, nearest, number, switch, whole
 from spikezoo.layers import set_ternary
-from spikezoo.transforms.fold import _record
+from spikezoo.transforms.fold import record_transform
 
 __all__ = ["KINDS", "bake", "release", "set_epoch", "ticket", "tune"]
 
@@ -327,7 +327,7 @@ def ticket(
     arguments = {"kind": name, "sparsity": sparsity, **how, "exempt": exempt}
     if cumulative:  # recipes of others stay as they were
         arguments["cumulative"] = True
-    return _record(copied, "ticket", **arguments).train(model.training)
+    return record_transform(copied, "ticket", **arguments).train(model.training)
 
 
 def _check_none_empty(layers: Mapping[str, nn.Module]) -> None:
@@ -397,7 +397,7 @@ def bake(model: nn.Module) -> nn.Module:
         layer.baked = True  # for tune
         if isinstance(parametrization, Ticket):
             layer.sign_seeds = {"weight": parametrization.seed}  # for the checkpoint
-    return _record(copied, "bake").train(model.training)
+    return record_transform(copied, "bake").train(model.training)
 
 
 def set_final(model: nn.Module) -> None:
@@ -427,7 +427,7 @@ def release(model: nn.Module, layers: Sequence[str]) -> nn.Module:
         if getattr(modules[name], "baked", False):
             modules[name].baked, modules[name].sign_seeds = False, {}
             modules[name].requires_grad_(True)
-    return _record(copied, "release", layers=list(layers)).train(model.training)
+    return record_transform(copied, "release", layers=list(layers)).train(model.training)
 
 
 def tune(model: nn.Module, binary: bool = False) -> nn.Module:
@@ -455,4 +455,4 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
         set_ternary(layer, binary)
         layer.weight.requires_grad_(True)
         parametrize.register_parametrization(layer, "weight", Tuned(layer.weight, binary))
-    return _record(copied, "tune", binary=binary).train(model.training)
+    return record_transform(copied, "tune", binary=binary).train(model.training)

@@ -17,8 +17,8 @@ from spikezoo.checkpoint import atomic
 from spikezoo.deploy import PRECISIONS
 from spikezoo.evaluate import write_rows
 from spikezoo.flags import choose_device
-from spikezoo.neurons import SURROGATES
 from spikezoo.pictures import check_picture
+from spikezoo.surrogate import SURROGATES
 from tools.benchmark.growth import draw_growth, growth_markdown
 from tools.benchmark.measuring import in_process, measure, run_task
 from tools.benchmark.models import make_model

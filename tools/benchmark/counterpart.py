@@ -18,7 +18,8 @@ from spikezoo.graph import Node, trace
 from spikezoo.layers import ConvNormNeuron, Pool
 from spikezoo.models._base import SpikingModel
 from spikezoo.models.spikformer import Spikformer
-from spikezoo.neurons import LIF, SURROGATES, NeuronConfig, SpikingNeuron
+from spikezoo.neurons import LIF, NeuronConfig, SpikingNeuron
+from spikezoo.surrogate import SURROGATES
 from tools.benchmark.models import SETTLED, random_images, settle
 from tools.benchmark.settings import NoCounterpartError
 

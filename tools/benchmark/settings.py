@@ -12,7 +12,7 @@ import torch
 import spikezoo
 from spikezoo.checks import nearest
 from spikezoo.deploy import PRECISIONS, has_compiler
-from spikezoo.neurons import SURROGATES
+from spikezoo.surrogate import SURROGATES
 
 Row = dict[str, Any]
 
