@@ -15,8 +15,8 @@ from spikezoo import cli, registry
 from spikezoo.checkpoint import copy_checkpoint, file_hash, read_config
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.data import create_loader
+from spikezoo.hub import ship as shipping
 from spikezoo.hub.provenance import portable_command, training_facts
-from spikezoo.hub.ship import ship as shipping
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "test_spiking_vgg"
