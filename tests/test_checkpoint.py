@@ -479,6 +479,8 @@ def test_round_trips_cover_every_transform():
 @pytest.mark.parametrize(("name", "mpbn", "chain"), ROUND_TRIPS)
 def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
     model = pruned(made(name, **({"mpbn": mpbn} if mpbn else {})))
+    if mpbn and name in ("test_plif", "test_sdt"):
+        settle(model)  # of these the drawn statistics of membrane norms let no spike reach the head
     for transform in chain:
         if transform == "compact":
             mask_a_channel(model)
