@@ -469,7 +469,7 @@ def test_plif_layer_by_hand():
     part = model.stages[1][0]
     for x in part.norm(part.conv(wave((6, 6, 16, 16), 1))).unflatten(0, (3, 2)):
         v = v + (x - v) * torch.sigmoid(part.neuron.w)
-        spikes.append((v >= 0.25).double())
+        spikes.append((v >= 0.5).double())
         v = v * (1 - spikes[-1])
     assert torch.equal(part(wave((3, 2, 6, 16, 16), 1)), torch.stack(spikes)) and torch.stack(spikes).any()
     x = image_for(model, 1, torch.float64)

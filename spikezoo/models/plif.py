@@ -189,7 +189,7 @@ ROWS = {
         4,
         "Micro-model for tests.",
         32,
-        arguments={"hidden": 24, "drops": (0.0, 0.0), "neuron_defaults": {**PLIF_NEURON, "threshold": 0.25}},
+        arguments={"hidden": 24, "drops": (0.0, 0.0), "neuron_defaults": {**PLIF_NEURON, "threshold": 0.5}},
     ),
 }
 

@@ -149,7 +149,7 @@ ROWS = {
     "sdt_8_512": _imagenet_row(512, 8, 29_689_384),
     "sdt_10_512": _imagenet_row(512, 10, 36_005_416),
     "sdt_8_768": _imagenet_row(768, 8, 66_338_632),
-    "test_sdt": _row(16, 3, 11_284, "Micro-model for tests.", mlp_ratios=2, qkv_bias=True),
+    "test_sdt": _row(16, 3, 11_564, "Micro-model for tests.", mlp_ratios=(2, 3, 1.5), qkv_bias=True),
 }
 
 default_cfgs = register_rows(__name__, SpikeDrivenTransformer, ROWS)
