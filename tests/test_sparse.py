@@ -623,13 +623,13 @@ MALFORMED = {
         for seed in BAD_SEEDS
     },
     **{
-        f"{shape.tolist()[:3]} of {mask}": (bitmask(mask, shape=shape), "needs|too few|do not end")
+        f"{shape.tolist()[:3]} of {mask}": (bitmask(mask, shape=shape), "needs|too few|do not end|masks ask for")
         for shape in HUGE
         for mask in ("bits", "deflate", "gaps", "holes")
         if len(shape) > 1 or shape[0] > 2**20 or mask in ("bits", "deflate")
     },
     "no mask and a huge shape": (
-        bitmask("gaps", shape=torch.tensor([2**40]), bitmask=deflated([]), compressed=torch.ones(0)), "too few"
+        bitmask("gaps", shape=torch.tensor([2**40]), bitmask=deflated([]), compressed=torch.ones(0)), "masks ask for"
     ),
 }  # fmt: skip
 

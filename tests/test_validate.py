@@ -261,7 +261,7 @@ def test_a_name_alone_takes_the_natural_dataset(validate, monkeypatch, capsys):
         asked.append((name, split, data_dir, download))
         return torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.tensor([0, 9])
 
-    monkeypatch.setattr(data, "load_arrays", load_arrays)
+    monkeypatch.setattr(data.catalogue, "load_arrays", load_arrays)
     monkeypatch.setitem(registry._rows, "mpbn_resnet19", replace(registry._rows["mpbn_resnet19"], weights={}))
     assert validate.main(["--model", "mpbn_resnet19"]) == 0
     assert asked == [("cifar10", "test", None, True)]

@@ -31,6 +31,11 @@ def build_model(args: argparse.Namespace, device: torch.device) -> Any:
         args: Parsed flags.
         device: Where to.
     """
+    if args.data_dir and Path(args.data_dir).is_file():
+        raise ValueError(
+            f"--data-dir {args.data_dir} is one file, which would be training and test set at once: give a folder "
+            "that holds train/ and val/, or train.tar and val.tar."
+        )
     arguments = model_arguments(args)
     if args.initial_checkpoint:
         model: Any = create_from(args.model, args.initial_checkpoint, **arguments)
@@ -68,11 +73,6 @@ class Batches:
     """
 
     def __init__(self, args: argparse.Namespace, model: Any, device: torch.device) -> None:
-        if args.data_dir and Path(args.data_dir).is_file():
-            raise ValueError(
-                f"--data-dir {args.data_dir} is one file, which would be training and test set at once: give a folder "
-                "that holds train/ and val/, or train.tar and val.tar."
-            )
         self.args = args
         given = (args.mean, args.std, args.frames_by, args.duration_us, args.crop_pct, args.interpolation)
         seen = input_options(model, args.dataset, *given)
