@@ -392,8 +392,11 @@ def answers(model, **size):
         return model.eval()(image_for(model, **size))
 
 
-def settle(model):
-    """Take the statistics of the norms, layer after layer, from random images, with moderate scales and shifts."""
+def settle(model, lift=0.0):
+    """Take the statistics of the norms, layer after layer, from random images, with moderate scales and shifts.
+
+    The lift of membrane norms lets more neurons fire.
+    """
     images = torch.randn(4, *image_for(model).shape[1:])
     model.train()
     with torch.no_grad():
@@ -401,6 +404,8 @@ def settle(model):
             if isinstance(module, nn.modules.batchnorm._BatchNorm | MembraneNorm) and module.weight is not None:
                 module.weight.uniform_(1.2, 2.2)
                 module.bias.uniform_(-0.2, 0.2)
+                if isinstance(module, MembraneNorm):
+                    module.bias.add_(lift)
         for _ in range(40):
             model(images)
     model.eval()
@@ -479,8 +484,10 @@ def test_round_trips_cover_every_transform():
 @pytest.mark.parametrize(("name", "mpbn", "chain"), ROUND_TRIPS)
 def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
     model = pruned(made(name, **({"mpbn": mpbn} if mpbn else {})))
+    # Of some nets the drawn statistics of membrane norms let no difference between images reach the head.
+    lift = 0.6 if mpbn == "channel" and name == "test_sdt" else 0.0
     if mpbn and name in ("test_plif", "test_sdt"):
-        settle(model)  # of these the drawn statistics of membrane norms let no spike reach the head
+        settle(model, lift)
     for transform in chain:
         if transform == "compact":
             mask_a_channel(model)
@@ -489,7 +496,7 @@ def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
         given |= {"layers": ["head.fc"]} if transform == "release" else {}
         model = apply(model, transform, **given)
         if transform in ("ticket", "multisp"):
-            settle(model)  # other weights want other statistics, or nothing fires
+            settle(model, lift)  # other weights want other statistics, or nothing fires
     before = answers(model)
     assert (before[0] - before[1]).abs().max() > 0.05  # it fires down to the head, or all answers were equal
     loaded = load(spikezoo.save_checkpoint(model, tmp_path))

@@ -25,6 +25,7 @@ def check_picture(path: str | Path) -> Any:
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"Picture {str(path)!r}: expected a name that ends in {', '.join(FORMATS)}.")
     try:
+        import matplotlib  # noqa: F401  (the part alone may stand imported without it)
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError("A picture needs matplotlib: pip install 'spikezoo-snn[plot]'") from error
