@@ -623,7 +623,10 @@ MALFORMED = {
         for seed in BAD_SEEDS
     },
     **{
-        f"{shape.tolist()[:3]} of {mask}": (bitmask(mask, shape=shape), "needs|too few|do not end|masks ask for")
+        f"{shape.tolist()[:3]} of {mask}": (
+            bitmask(mask, shape=shape),
+            "masks ask for" if len(shape) > 1 or shape[0] > 2**20 else "needs|too few|do not end",
+        )
         for shape in HUGE
         for mask in ("bits", "deflate", "gaps", "holes")
         if len(shape) > 1 or shape[0] > 2**20 or mask in ("bits", "deflate")
