@@ -70,8 +70,8 @@ def test_magnitude_by_hand():
 @pytest.mark.parametrize("method", pruning.METHODS)
 def test_a_run_prunes_resumes_and_delivers_plain_weights(method, tmp_path, monkeypatch):
     monkeypatch.setattr("spikezoo.train.output.plot", lambda *_: [])
-    flags = "--model test_spiking_vgg --T 1 --dataset digits --subset 64 -b 32 --lr 0.05 --epochs 2 --seed 3".split()
-    flags += ["--prune", f"method={method}", "sparsity=0.6", "penalty=0.5", "temperature=0.01"]
+    flags = "--model test_spiking_vgg --T 1 --dataset digits --subset 64 -b 32 --lr 0.05 --epochs 2 --seed 3"
+    flags = [*flags.split(), "--prune", f"method={method}", "sparsity=0.6", "penalty=0.5", "temperature=0.01"]
     run = ["train", *flags, "--recovery-interval", "1", "--output"]
     assert cli.main([*run, str(tmp_path / "whole"), "--experiment", "run"]) == 0
     compute, calls = Objective.__call__, []
@@ -111,7 +111,7 @@ def test_bad_arguments():
             spikezoo.apply(model, "prune", **bad)
     with pytest.raises(ValueError, match="bake"):
         spikezoo.apply(spikezoo.create_model("test_spiking_vgg", ticket={"kind": "mpslt"}), "prune")
-    net, optimizer, run = layer_of([1.0, 2.0], method="magnitude", until=4)
+    net, _, run = layer_of([1.0, 2.0], method="magnitude", until=4)
     run.epochs = 3
     with pytest.raises(ValueError, match="after epoch 4"):
         pruning.start(run, net.recipe[-1][1])

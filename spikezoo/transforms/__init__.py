@@ -94,7 +94,7 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     "prune": Transform(
         pruning.prune,
-        flag="weights that training removes: method=magnitude (deep_r, gradient_rewiring) sparsity=0.9 penalty=1e-3 ...",
+        flag="weights that training removes: method=magnitude (deep_r, gradient_rewiring) sparsity=0.9 ...",
         start=pruning.start,
         after_epoch=pruning.after_epoch,
         deliver=pruning.deliver,
