@@ -17,7 +17,9 @@ from spikezoo.neurons import MembraneNorm, NeuronFactory
 
 __all__ = [
     "ConvNormNeuron",
+    "Flatten",
     "LinearNormNeuron",
+    "Pool",
     "ResidualBlock",
     "Stem",
     "TernaryConv2d",

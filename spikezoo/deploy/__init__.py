@@ -142,7 +142,7 @@ class Deployed(nn.Module):
             ValueError: A shape that the model does not take, or an input that is not finite: a neuron turns nan into
                 silence, and logits of nothing would look like logits.
         """
-        self.model._check_input(x)  # type: ignore[operator]
+        self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
         fresh = self.compiled and tuple(x.shape) not in self._shapes
         if fresh:
@@ -226,7 +226,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
     if example is not None:
-        copied._check_input(example)
+        copied.check_input(example)
     shape = None if example is None else example.shape[1:]
     graph = None if precision == "exact" else trace(copied, shape)
     if graph is not None:
