@@ -14,7 +14,6 @@ from test_models import fill, image_for
 from torch import nn
 
 import spikezoo
-from spikezoo import registry
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit
 from spikezoo.neurons import SpikingNeuron

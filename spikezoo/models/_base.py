@@ -143,15 +143,21 @@ class SpikingModel(nn.Module):
     # ------------------------------------------------------------------------------------------- construction
 
     def add_stem(self, stem: nn.Module, channels: int, reduction: int) -> None:
+        """Set the first layers, of so many output channels at 1/reduction of the image's size."""
         self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": "stem"})
         self.stem = stem
 
     def add_stage(self, stage: Sequence[nn.Module], channels: int, reduction: int) -> None:
+        """Append a stage, which is a level of features; the arguments are those of :meth:`add_stem`."""
         self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{len(self.stages)}"})
         self.stages.append(nn.Sequential(*stage))
 
     def finish(self, num_features: int, head_bias: bool = True) -> None:
-        """Add the head, once the subclass knows its number of features."""
+        """Add the head, once the subclass knows its number of features.
+
+        What only building needs goes: ``neuron_factory`` makes a layer's neurons from its channels and size of the map,
+        ``dd`` holds device and dtype of its parameters.
+        """
         self.num_features = self.head_hidden_size = num_features
         self.head = ClassifierHead(num_features, self.num_classes, self._global_pool, self.drop_rate, **self.dd)
         self._head_bias = head_bias
@@ -163,6 +169,7 @@ class SpikingModel(nn.Module):
             self.head.fc.register_parameter("bias", None)
 
     def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError where height and width are too small for this net."""
         if min(size) < self.min_img_size:
             raise ValueError(
                 f"img_size={tuple(size)} is smaller than the total stride {self.min_img_size} of this net: give images "
@@ -222,6 +229,7 @@ class SpikingModel(nn.Module):
         return (*((self.T,) if self.takes_events else ()), self.in_chans, *self.img_size)
 
     def check_input(self, x: Tensor) -> None:
+        """Raise ValueError, with what to do, where the model cannot take this input."""
         if x.dim() not in (4, 5):
             raise ValueError(
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "

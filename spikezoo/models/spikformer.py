@@ -317,6 +317,7 @@ class Spikformer(SpikingModel):
                     nn.init.zeros_(module.bias)
 
     def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError where the patches do not fit into height and width."""
         stride = self.min_img_size
         if any(pixels % stride for pixels in size):
             near = tuple(max(round(pixels / stride), 1) * stride for pixels in size)
