@@ -32,6 +32,7 @@ from spikezoo.deploy.bf16 import to_bf16
 from spikezoo.deploy.int8 import EightBit, to_int8
 from spikezoo.deploy.norms import ExactNorm, exact_norms
 from spikezoo.graph import trace
+from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
@@ -65,8 +66,8 @@ class Deployed(nn.Module):
         self.model, self.precision, self.notes = model, precision, notes
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-        # Patches are chosen by the spikes of all time steps.
-        self._whole = any(isinstance(module, PatchSelection) for module in model.modules())
+        # Patches are chosen by the spikes of all time steps, and each step has a factor of its own.
+        self._whole = any(isinstance(module, PatchSelection | StepScale) for module in model.modules())
         self.compiled = compiled
         self._compile()
         self.eval()

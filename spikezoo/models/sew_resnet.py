@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
+from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out, set_norms
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import NeuronFactory, nearest
 from spikezoo.registry import ModelRow, register_rows
@@ -92,10 +92,11 @@ class SEWResNet(SpikingModel):
         zero_init_residual: Start with a zero scale (and with 'and' a shift of 1) in the last norm of each block.
         stem: conv7 (7x7 of stride 2 and 3x3 max-pooling of stride 2) or, for small images, conv3 (3x3 of stride 1).
         stem_width: Channels of the stem.
+        norm: bn, tdbn or tebn, see :func:`~spikezoo.layers.set_norms`.
         **kwargs: Arguments of :class:`SpikingModel`.
 
     Raises:
-        ValueError: Another ``connect`` or ``stem``.
+        ValueError: Another ``connect``, ``stem`` or ``norm``.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class SEWResNet(SpikingModel):
         zero_init_residual: bool = False,
         stem: str = "conv7",
         stem_width: int = 64,
+        norm: str = "bn",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -141,6 +143,7 @@ class SEWResNet(SpikingModel):
             reduction *= 2 if index else 1
             self.add_stage(blocks, channels, reduction)
         self.finish(channels)
+        set_norms(self, norm, self.neuron_config.threshold, self.T, dd)
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
