@@ -13,18 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from spikezoo.checks import choice
 from spikezoo.neurons import MembraneNorm, NeuronFactory
 
 __all__ = [
     "ConvNormNeuron",
+    "Flatten",
     "LinearNormNeuron",
+    "Pool",
     "ResidualBlock",
     "Stem",
+    "StepScale",
     "TernaryConv2d",
     "TernaryLinear",
     "checkpointed",
     "conv_out",
     "over_time",
+    "set_norms",
     "set_ternary",
     "signs_and_gain",
 ]
@@ -155,6 +160,28 @@ def set_ternary(layer: nn.Module, ternary: bool) -> None:
     layer.__class__ = classes.get(type(layer), type(layer))
 
 
+class StepScale(nn.Module):
+    """A learned factor of every time step, behind a norm over T*B: what TEBN adds to it.
+
+    Args:
+        T: Time steps.
+    """
+
+    def __init__(self, T: int, dd: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(T, **dd))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Scale ``[T, B, ...]``, or one frame ``[1, B, ...]`` for each of T steps."""
+        steps = x.shape[0] if T is None else T
+        if steps != len(self.weight):
+            raise ValueError(
+                f"Input of {steps} time steps, and norm='tebn' has learned a factor for each of T={len(self.weight)}: "
+                f"create the model with T={steps}."
+            )
+        return x * self.weight.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 class ConvNormNeuron(nn.Module):
     """Convolution, optional pooling, optional batch norm over T*B, optional neuron.
 
@@ -194,6 +221,7 @@ class ConvNormNeuron(nn.Module):
             self.out_size = conv_out(self.out_size, 2, 2, 0)
         # An Identity once folded, too.
         self.norm: nn.Module = nn.BatchNorm2d(out_chs, affine=affine, **dd) if norm else nn.Identity()
+        self.steps: StepScale | None = None  # of TEBN, see set_norms
         self.neuron = neuron(out_chs, self.out_size) if neuron is not None else None
 
     def _stateless(self, x: Tensor) -> Tensor:
@@ -205,7 +233,43 @@ class ConvNormNeuron(nn.Module):
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[T, B, C, H, W]`` to ``[T, B, C', H', W']``; one frame is computed once and broadcast to T."""
         x = over_time(self._stateless, x)
+        if self.steps is not None:
+            x = self.steps(x, T)
         return broadcast_steps(x, T) if self.neuron is None else _fire(self.neuron, x, T)
+
+
+NORMS = ("bn", "tdbn", "tebn")
+
+
+def set_norms(model: nn.Module, kind: str, threshold: float, T: int, dd: dict[str, Any]) -> None:
+    """Make the batch norms behind a model's convolutions those of a paper; all take statistics over time and batch.
+
+    - 'bn' starts with a scale of 1.
+    - 'tdbn', threshold-dependent ("Going Deeper With Directly-Trained Larger Spiking Neural Networks",
+      arXiv:2011.05280), starts with the scale alpha * threshold: alpha is 1, and one over the root of 2 where two
+      branches are added before a neuron. The paper multiplies by alpha * threshold in every pass and learns a scale
+      that starts at 1, the authors' later code (MS-ResNet) and SpikingJelly start here: the functions are the same, the
+      optimiser's steps are not. It is a batch norm, and folds as one.
+    - 'tebn', temporal effective ("Temporal Effective Batch Normalization in Spiking Neural Networks", NeurIPS 2022),
+      has a learned factor of every time step behind the norm. The norm folds into its convolution; the factors stay,
+      since the same weights serve all steps, and a threshold of every step would need a decay of every step, too. The
+      authors' code has such a norm in shortcuts without convolution as well; here those stay spikes.
+
+    Args:
+        model: A model of :class:`ConvNormNeuron` with affine norms; changed in place.
+        kind: bn, tdbn or tebn.
+        threshold: Of the neurons.
+        T: Time steps.
+        dd: Device and dtype of the factors.
+    """
+    choice("norm", kind, NORMS)
+    for layer in model.modules():
+        if not isinstance(layer, ConvNormNeuron) or not isinstance(layer.norm, nn.BatchNorm2d):
+            continue
+        if kind == "tdbn":
+            nn.init.constant_(layer.norm.weight, threshold * (0.5**0.5 if layer.neuron is None else 1))
+        elif kind == "tebn":
+            layer.steps = StepScale(T, dd)
 
 
 class LinearNormNeuron(nn.Module):

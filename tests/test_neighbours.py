@@ -37,6 +37,7 @@ NETS = [
     ("test_plif", {}),
     ("test_plif", {"pooling": "avg", "bias": True, "neuron": "lif", "threshold": 0.5}),
     ("test_sew_resnet", {"connect": "and", "depths": (1, 1, 1), "threshold": 0.1}),
+    ("test_ms_resnet", {"norm": "tebn", "depths": (1, 1, 1)}),
 ]
 
 

@@ -42,7 +42,7 @@ ALLOWED = {
         "train",
         "transforms",
     },
-    "layers.py": {"neurons"},
+    "layers.py": {"checks", "neurons"},
     "graph.py": {"layers", "neurons"},
     "registry.py": {"checks", "neurons", "checkpoint", "factory lazily"},
     "models": {"checks", "layers", "registry", "encoding", "neurons", "models"},

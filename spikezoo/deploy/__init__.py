@@ -32,6 +32,7 @@ from spikezoo.deploy.bf16 import to_bf16
 from spikezoo.deploy.int8 import EightBit, to_int8
 from spikezoo.deploy.norms import ExactNorm, exact_norms
 from spikezoo.graph import trace
+from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
@@ -65,8 +66,8 @@ class Deployed(nn.Module):
         self.model, self.precision, self.notes = model, precision, notes
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-        # Patches are chosen by the spikes of all time steps.
-        self._whole = any(isinstance(module, PatchSelection) for module in model.modules())
+        # Patches are chosen by the spikes of all time steps, and each step has a factor of its own.
+        self._whole = any(isinstance(module, PatchSelection | StepScale) for module in model.modules())
         self.compiled = compiled
         self._compile()
         self.eval()
@@ -142,7 +143,7 @@ class Deployed(nn.Module):
             ValueError: A shape that the model does not take, or an input that is not finite: a neuron turns nan into
                 silence, and logits of nothing would look like logits.
         """
-        self.model._check_input(x)  # type: ignore[operator]
+        self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
         fresh = self.compiled and tuple(x.shape) not in self._shapes
         if fresh:
@@ -226,7 +227,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
     if example is not None:
-        copied._check_input(example)
+        copied.check_input(example)
     shape = None if example is None else example.shape[1:]
     graph = None if precision == "exact" else trace(copied, shape)
     if graph is not None:

@@ -141,7 +141,7 @@ class _Walk:
         if node.kind == "head":
             self.read(node, node.module)
         joins = node.kind == "join" and len({source.width for source in sources}) == 1
-        if not (joins or node.kind in ("norm", "pool", "neuron", "flatten", "average", "head")):
+        if not (joins or node.kind in ("norm", "scale", "pool", "neuron", "flatten", "average", "head")):
             for source in sources:  # who knows what it does to its channels
                 source.fixed = True
             self.new(node).fixed = True
