@@ -55,7 +55,7 @@ def shortened(args: argparse.Namespace, data) -> argparse.Namespace:
         if str(getattr(args, name)).removeprefix("local-dir:").startswith("output"):
             setattr(args, name, None)
     args.dataset, args.data_dir = data[args.dataset][0], str(data[args.dataset][1])
-    args.subset, args.test_subset, args.batch_size, args.validation_batch_size = 8, 8, 4, 4
+    args.subset, args.test_subset, args.batch_size, args.validation_batch_size = 8, 8, 8, 8
     args.epochs, args.updates, args.train_time, args.warmup_epochs, args.cooldown_epochs = 1, None, None, 0, 0
     args.torchcompile, args.amp, args.workers, args.teacher_cache, args.views = False, False, 0, None, None
     args.holdout, args.device, args.val_interval = 0, "cpu", 1
