@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import spikezoo
-from spikezoo.checkpoint import load_state
+from spikezoo.checkpoint import Config, load_state
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
 from spikezoo.factory import create_from
@@ -1304,3 +1304,18 @@ def test_shrunk_images_stay_in_the_range_of_a_code(fast, tmp_path, monkeypatch):
 def test_bad_distillation(train, name, value, told):
     with pytest.raises(ValueError, match=f"--distill-{name} .*{told}"):
         train.parse_args(flags("o", "--teacher", "local-dir:x", f"--distill-{name}", value))
+
+
+def test_operations_and_energy_are_counted_at_the_end(fast, tmp_path):
+    fast.main(flags(tmp_path, "--epochs", 1, "--count", 5, "--norm-ops", 4))
+    results = Config.read(tmp_path / "run").results
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    loader = create_loader("digits", "test", batch_size=5, **input_options(model, "digits"))
+    counts = spikezoo.count(model, next(iter(loader))[0], inputs="analog", norm_ops=4)
+    for name in ("energy_exact_mj", "energy_paper_mj"):
+        assert results[name] == pytest.approx(getattr(counts, name))
+    # The paper's energy is 0.9 pJ an operation of a spike and 4.6 pJ one of a number.
+    numbers = (counts.energy_paper_mj * 1e9 - 0.9 * counts.sops_paper) / 4.6
+    assert results["ops_g"] == pytest.approx((numbers + counts.sops_paper) / 1e9) and numbers > 0
+    with pytest.raises(ValueError, match="--count -1"):
+        fast.main(flags(tmp_path, "--count", -1))

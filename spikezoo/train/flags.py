@@ -70,6 +70,8 @@ NOT_RECIPE = {
     "time_budget",
     "recovery_interval",
     "checkpoint_hist",
+    "count",
+    "norm_ops",
     "log_interval",
     "log_wandb",
     "wandb_project",
@@ -298,6 +300,10 @@ def _run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--val-interval", type=int, default=1, metavar="N", help="evaluate every N epochs and at the end"
     )
+    group.add_argument(
+        "--count", type=int, default=0, metavar="N", help="count operations and energy on N test images at the end"
+    )
+    group.add_argument("--norm-ops", type=int, default=0, metavar="N", help="with --count: of norms, an element")
     group.add_argument("--log-interval", type=int, default=50)
     group.add_argument("--log-wandb", action=Switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--wandb-project", metavar="NAME", help="its project")
@@ -412,7 +418,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise where a flag is out of its range, or where flags do not go together."""
     for low, names in (
         (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
-        (0, "rate_penalty rate_target mixup cutmix clip_grad"),
+        (0, "rate_penalty rate_target mixup cutmix clip_grad count norm_ops"),
         (1, "epochs updates batch_size validation_batch_size grad_accum_steps"),
         (1, "log_interval val_interval checkpoint_hist img_size in_chans num_classes T"),
     ):
