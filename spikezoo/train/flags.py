@@ -205,6 +205,15 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
     add_flags(group, "channels-last", "torchcompile")
+    group.add_argument(
+        "--sync-bn", action=Switch, default=False, help="norms take the statistics of all processes' batches together"
+    )
+    group.add_argument(
+        "--dist-bn",
+        default="reduce",
+        choices=("reduce", "broadcast", ""),
+        help="running statistics after an epoch: their mean over processes, rank 0's, or each its own",
+    )
 
 
 def _optimisation(group: argparse._ArgumentGroup) -> None:
@@ -439,6 +448,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--teacher-cache {args.teacher_cache} without --teacher: whose logits? Add --teacher NAME.TAG."
         )
+    if args.sync_bn and (args.torchcompile or args.grad_checkpointing):
+        other = "torchcompile" if args.torchcompile else "grad-checkpointing"
+        raise ValueError(f"--sync-bn --{other}: norms that wait for other processes cannot have it. Drop one of them.")
     if args.grad_checkpointing and args.torchcompile:
         raise ValueError(
             "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "
