@@ -141,7 +141,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     Warns:
         UserWarning: Of some images the ONNX network gives other logits by a rounding.
 
-    Example:
+    Examples:
         >>> spikezoo.export(spikezoo.create_model('mpbn_resnet20').eval(), 'mpbn_resnet20.onnx')
     """
     suffix, path = check_suffix(path), Path(path)

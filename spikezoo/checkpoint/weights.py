@@ -115,7 +115,7 @@ def load_sparse_file(path: str | Path, *, most: int | None = None) -> dict[str, 
         ValueError: Damaged in any bit, truncated, of an unknown version, no safetensors file, or more numbers than
             ``most``.
 
-    Example:
+    Examples:
         >>> state = spikezoo.load_sparse_file('output/quickstart/model.safetensors')
     """
     path = find_weights(path)

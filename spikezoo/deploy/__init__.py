@@ -211,7 +211,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8
             of a model without spikes or on a GPU.
 
-    Example:
+    Examples:
         >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
         >>> logits = fast(images)
     """

@@ -193,7 +193,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Names to tensors; may lie under 'state_dict' or 'model', with or without 'module.' before each name.
         model: The model that it is for.
 
-    Example:
+    Examples:
         >>> spikezoo.create_model('sew_resnet34', checkpoint_path='sew34_checkpoint_319.pth')  # calls it
     """
     for key in ("state_dict", "model"):

@@ -363,7 +363,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Names to tensors; may lie under 'state_dict' or 'model', with or without 'module.' before each name.
         model: The model that it is for.
 
-    Example:
+    Examples:
         >>> spikezoo.create_model('spikformer_in_8_512', checkpoint_path='checkpoint-305.pth.tar')  # calls it
         >>> timm.models.load_checkpoint(model, 'checkpoint-305.pth.tar', filter_fn=checkpoint_filter_fn)
     """

@@ -15,7 +15,7 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     tune        baked tickets with their zeros fixed, to train the other weights
     compact     channels whose neurons are masked, out of the weights; equal up to rounding
 
-Example:
+Examples:
     >>> model = replay(spikezoo.create_model('mpbn_resnet20'), [('fold_mpbn', {}), ('fold_bn', {})])
 """
 
@@ -121,7 +121,7 @@ def register_transform(name: str, change: Callable[..., nn.Module | None], **opt
     Raises:
         ValueError: A name that is taken, or is none.
 
-    Example:
+    Examples:
         >>> def magnitude(model, sparsity=0.5): ...
         >>> spikezoo.register_transform('magnitude', magnitude, flag='sparsity=0.5', after_epoch=cut)
     """

@@ -104,7 +104,7 @@ def prune(
     Raises:
         ValueError: An argument that makes no sense, weights that are a ticket's.
 
-    Example:
+    Examples:
         >>> model = spikezoo.create_model('spiking_mlp_340', prune=dict(method='deep_r', sparsity=0.95))
     """
     choice("method", method, METHODS)
