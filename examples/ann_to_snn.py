@@ -2,12 +2,15 @@
 
 # %% Train a small network of ReLUs on digits
 import os
+import shutil
 from pathlib import Path
 
 import spikezoo
 from spikezoo import cli, data, evaluate
 
 output, epochs = Path("output/examples"), os.environ.get("EPOCHS", "10")
+for name in ("ann", "qcfs"):
+    shutil.rmtree(output / name, ignore_errors=True)
 flags = f"""--model spiking_mlp_340 --neuron relu --dataset digits --epochs {epochs} -b 64
     --opt adamw --lr 3e-3 --output {output} --experiment ann"""
 assert cli.main(["train", *flags.split()]) == 0

@@ -2,6 +2,7 @@
 
 # %% Half of the hidden neurons go after half of the run; a penalty on firing rates makes some of them superfluous
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import spikezoo
 from spikezoo import cli
 
 output, epochs = Path("output/examples"), int(os.environ.get("EPOCHS", "16"))
+shutil.rmtree(output / "pruned", ignore_errors=True)
 flags = f"""--model spiking_mlp_340 --T 4 --dataset digits --epochs {epochs} -b 32 --opt adamw --lr 4e-3
     --weight-decay 0 --rate-penalty 1 --dynsnn compression=0.5 prune_at={max(1, epochs // 2)}
     --output {output} --experiment pruned"""

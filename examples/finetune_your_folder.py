@@ -2,6 +2,7 @@
 
 # %% Four classes of digits stand for your own images: images/train/CLASS/*.png and images/val/CLASS/*.png
 import os
+import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -20,6 +21,7 @@ for number, (pixels, label) in enumerate(zip(digits.images, digits.target, stric
 
 # %% The net keeps its weights but those of the head; flags are those of `spikezoo train`
 epochs = os.environ.get("EPOCHS", "4")
+shutil.rmtree(output / "finetuned", ignore_errors=True)
 flags = f"""--model spiking_conv4.digits --pretrained --num-classes 4 --dataset folder --data-dir {output}/images
     --epochs {epochs} -b 32 --opt adamw --lr 1e-3 --hflip 0 --scale 0.9 1 --ratio 1 1
     --output {output} --experiment finetuned"""

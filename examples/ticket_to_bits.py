@@ -2,6 +2,7 @@
 
 # %% Train the scores of CONV-4 on digits: 40 % of the weights are removed, the others are +gain or -gain
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import spikezoo
 from spikezoo import cli
 
 output, epochs = Path("output/examples"), os.environ.get("EPOCHS", "15")
+shutil.rmtree(output / "ticket", ignore_errors=True)
 flags = f"""--model spiking_conv4 --T 2 --dataset digits --ticket kind=mpslt sparsity=0.4 --epochs {epochs} -b 32
     --opt adam --lr 0.01 --weight-decay 0 --output {output} --experiment ticket"""
 assert cli.main(["train", *flags.split()]) == 0
