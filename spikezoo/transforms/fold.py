@@ -215,7 +215,11 @@ def _normed(model: nn.Module) -> list[tuple[str, Any, nn.Module | None, str]]:
 
 def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None, norm: nn.Module) -> None:
     """Fuse a norm into the convolution or linear layer before it, in place."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(
+            f"Layer {name!r}: its norm is a {type(norm).__name__}, and fold_bn folds batch norms alone, which in "
+            "evaluation are a constant scale and shift a channel."
+        )
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         raise ValueError(
