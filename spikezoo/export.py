@@ -141,7 +141,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     Warns:
         UserWarning: Of some images the ONNX network gives other logits by a rounding.
 
-    Example:
+    Examples:
         >>> spikezoo.export(spikezoo.create_model('mpbn_resnet20').eval(), 'mpbn_resnet20.onnx')
     """
     suffix, path = check_suffix(path), Path(path)
@@ -156,7 +156,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     example = example.detach().cpu()
     encoding = net.encoding
     if suffix == ".onnx" and encoding == "poisson":  # random: no operation of ONNX gives the same numbers
-        net._check_input(example)
+        net.check_input(example)
         example, _ = net.encode(example) if example.dim() == 4 else (example.transpose(0, 1), 0)
         example, net.encoding = example.transpose(0, 1), "direct"
     cfg = net.pretrained_cfg

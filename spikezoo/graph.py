@@ -309,7 +309,7 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     Raises:
         ValueError: No such model, or a forward pass that needs the values of its tensors.
 
-    Example:
+    Examples:
         >>> [node.name for node in trace(spikezoo.create_model('spiking_vgg9')).of('layer')]
     """
     if not isinstance(getattr(model, "head", None), ClassifierHead) or not hasattr(model, "forward_frames"):

@@ -18,7 +18,9 @@ from spikezoo.neurons import MembraneNorm, NeuronFactory
 
 __all__ = [
     "ConvNormNeuron",
+    "Flatten",
     "LinearNormNeuron",
+    "Pool",
     "ResidualBlock",
     "Stem",
     "StepScale",

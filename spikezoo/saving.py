@@ -189,7 +189,7 @@ def save_checkpoint(
         ValueError: A model that cannot be rebuilt from its name, or that holds NaN; results that are no plain data.
         OSError: No room or no permission; nothing half-written stays.
 
-    Example:
+    Examples:
         >>> spikezoo.save_checkpoint(model, 'checkpoints/mine', {'dataset': 'cifar10', 'top1': 92.2})
     """
     if Path(folder).suffix == ".safetensors":

@@ -28,6 +28,7 @@ ALLOWED = {
         "checkpoint",
         "checks",
         "config_files",
+        "counting",
         "data",
         "evaluate",
         "factory",

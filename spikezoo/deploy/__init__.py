@@ -143,7 +143,7 @@ class Deployed(nn.Module):
             ValueError: A shape that the model does not take, or an input that is not finite: a neuron turns nan into
                 silence, and logits of nothing would look like logits.
         """
-        self.model._check_input(x)  # type: ignore[operator]
+        self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
         fresh = self.compiled and tuple(x.shape) not in self._shapes
         if fresh:
@@ -211,7 +211,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8
             of a model without spikes or on a GPU.
 
-    Example:
+    Examples:
         >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
         >>> logits = fast(images)
     """
@@ -227,7 +227,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
     if example is not None:
-        copied._check_input(example)
+        copied.check_input(example)
     shape = None if example is None else example.shape[1:]
     graph = None if precision == "exact" else trace(copied, shape)
     if graph is not None:

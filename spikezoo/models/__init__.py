@@ -11,3 +11,4 @@ from spikezoo.models import spiking_mlp as spiking_mlp
 from spikezoo.models import spiking_resnet as spiking_resnet
 from spikezoo.models import spiking_vgg as spiking_vgg
 from spikezoo.models import spikingformer as spikingformer
+from spikezoo.models._base import SpikingModel as SpikingModel

@@ -137,12 +137,12 @@ class MSResNet(SpikingModel):
         }
         if stem not in stems:
             raise ValueError(f"stem={stem!r} does not exist. {nearest(stem, stems)}")
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         reduction = 1 if stem == "conv3" else 2
         self.min_img_size = reduction
         for stride in strides:
             self.min_img_size *= stride
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         size: Sequence[int] = self.img_size
         channels = self.in_chans
         layers: list[nn.Module] = []
@@ -153,7 +153,7 @@ class MSResNet(SpikingModel):
             )
             layers.append(layer)
             channels, size = stem_width, layer.out_size
-        self._add_stem(CurrentStem(*layers), stem_width, reduction)
+        self.add_stem(CurrentStem(*layers), stem_width, reduction)
         for width, depth, stride in zip(widths, depths, strides, strict=True):
             blocks: list[nn.Module] = []
             for position in range(depth):
@@ -164,9 +164,9 @@ class MSResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = width, block.out_size
             reduction *= stride
-            self._add_stage(blocks, width, reduction)
+            self.add_stage(blocks, width, reduction)
         self.neck.append(Fire(neurons(channels, size)))
-        self._finish(channels)
+        self.finish(channels)
         set_norms(self, norm, self.neuron_config.threshold, self.T, dd)
         self._init_weights(norm == "tdbn")
 

@@ -96,14 +96,14 @@ class SpikeDrivenTransformer(Spikformer):
     residuals = ("membrane",)
 
     def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
-        return PositionEncoding(ConvNormNeuron(dim, dim, size, dd=self._dd), self._neuron(dim, size))
+        return PositionEncoding(ConvNormNeuron(dim, dim, size, dd=self.dd), self.neuron_factory(dim, size))
 
     def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
         taken = {name: arguments[name] for name in ("qkv_bias", "attention_neuron")}
-        return MaskAttention(dim, size, neuron=self._neuron, dd=self._dd, **taken)
+        return MaskAttention(dim, size, neuron=self.neuron_factory, dd=self.dd, **taken)
 
     def _make_neck(self, dim: int) -> None:
-        self.neck.append(AverageNeuron(self._neuron(dim, (1, 1))))
+        self.neck.append(AverageNeuron(self.neuron_factory(dim, (1, 1))))
 
     def _init_weights(self) -> None:
         # The authors': the classifier keeps torch's.

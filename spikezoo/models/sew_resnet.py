@@ -115,11 +115,11 @@ class SEWResNet(SpikingModel):
         for name, value, valid in (("connect", connect, CONNECTS), ("stem", stem, ("conv7", "conv3"))):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} does not exist. {nearest(value, valid)}")
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         large = stem == "conv7"
         reduction = 4 if large else 1
         self.min_img_size = reduction * 2 ** (len(widths) - 1)
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         kernel, stride = (7, 2) if large else (3, 1)
         first = ConvNormNeuron(
             self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, neuron=neurons, dd=dd
@@ -129,7 +129,7 @@ class SEWResNet(SpikingModel):
         if large:
             layers.append(Pool(nn.MaxPool2d(3, 2, 1)))
             size = conv_out(size, 3, 2, 1)
-        self._add_stem(Stem(*layers), stem_width, reduction)
+        self.add_stem(Stem(*layers), stem_width, reduction)
         channels = stem_width
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks: list[nn.Module] = []
@@ -141,8 +141,8 @@ class SEWResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = 4 * width if bottleneck else width, block.out_size
             reduction *= 2 if index else 1
-            self._add_stage(blocks, channels, reduction)
-        self._finish(channels)
+            self.add_stage(blocks, channels, reduction)
+        self.finish(channels)
         set_norms(self, norm, self.neuron_config.threshold, self.T, dd)
         self._init_weights(zero_init_residual)
 
@@ -193,7 +193,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Names to tensors; may lie under 'state_dict' or 'model', with or without 'module.' before each name.
         model: The model that it is for.
 
-    Example:
+    Examples:
         >>> spikezoo.create_model('sew_resnet34', checkpoint_path='sew34_checkpoint_319.pth')  # calls it
     """
     for key in ("state_dict", "model"):

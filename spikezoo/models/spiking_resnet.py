@@ -62,7 +62,7 @@ class SpikingResNet(SpikingModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         kind, norm = "bn" if norm is True else norm, bool(norm)
         reduction = {"conv3": 1, "conv3x3": 2, "conv7": 4}[stem]
         total = reduction
@@ -70,7 +70,7 @@ class SpikingResNet(SpikingModel):
             total *= stride
         self.min_img_size = total
         self.fixed_img_size = flatten
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         kernel, stride = (7, 2) if stem == "conv7" else (3, 1)
         first = ConvNormNeuron(
             self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, norm=norm, neuron=neurons, dd=dd
@@ -84,7 +84,7 @@ class SpikingResNet(SpikingModel):
         elif stem == "conv7":
             layers.append(Pool(nn.AvgPool2d(3, 2, 1)))
             size = conv_out(size, 3, 2, 1)
-        self._add_stem(Stem(*layers), stem_width, reduction)
+        self.add_stem(Stem(*layers), stem_width, reduction)
         channels = stem_width
         for width, depth, stride in zip(widths, depths, strides, strict=True):
             blocks: list[nn.Module] = []
@@ -102,7 +102,7 @@ class SpikingResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = width, block.out_size
             reduction *= stride
-            self._add_stage(blocks, width, reduction)
+            self.add_stage(blocks, width, reduction)
         if flatten:
             self.neck.append(Flatten())
             channels *= size[0] * size[1]
@@ -111,7 +111,7 @@ class SpikingResNet(SpikingModel):
                 LinearNormNeuron(channels, hidden, pool=True, norm=False, bias=norm, neuron=neurons, dd=dd)
             )
             channels = hidden
-        self._finish(channels, head_bias=norm)
+        self.finish(channels, head_bias=norm)
         if kind:
             self._init_weights()
             set_norms(self, kind, self.neuron_config.threshold, self.T, dd)

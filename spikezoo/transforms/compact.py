@@ -270,7 +270,7 @@ def compact(
         ValueError: A layer that would have no channel left, pruned channels that feed attention or its residual
             stream (the message names the layer), tickets that are not baked, or widths that do not fit.
 
-    Example:
+    Examples:
         >>> smaller = spikezoo.compact(pruned)
     """
     if not isinstance(getattr(model, "head", None), ClassifierHead) or not hasattr(model, "feature_info"):

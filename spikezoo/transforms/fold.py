@@ -144,7 +144,7 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
         ValueError: No membrane norm, folded already, another dtype, statistics that are not finite, or a scale of
             exactly zero, which no threshold can express.
 
-    Example:
+    Examples:
         >>> folded = fold_mpbn(spikezoo.create_model('mpbn_resnet20'))
     """
     neurons = [
@@ -259,7 +259,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
         ValueError: No batch norm to fold (also: folded already), another dtype, weights that are not finite, or a
             pooling that does not commute with the norm.
 
-    Example:
+    Examples:
         >>> folded = fold_bn(spikezoo.create_model('spiking_vgg9'))
     """
     refuse_tickets(model)
