@@ -220,7 +220,7 @@ class MetaSpikeFormer(SpikingModel):
             )
         hidden = whole("mlp_ratio", mlp_ratio)
         number("drop_path_rate", drop_path_rate, 0, 1)
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         product_config = dataclasses.replace(self.neuron_config, threshold=threshold)
         behind_product = NeuronFactory(product_config, neurons.mpbn, neurons.drop, **dd)
@@ -228,7 +228,7 @@ class MetaSpikeFormer(SpikingModel):
         self.min_img_size = 1
         for stride in strides:
             self.min_img_size *= stride
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         size: Sequence[int] = self.img_size
         channels, reduction = self.in_chans, 1
         for stage, (width, depth, stride) in enumerate(zip(widths, depths, strides, strict=True)):
@@ -237,7 +237,7 @@ class MetaSpikeFormer(SpikingModel):
             blocks: list[nn.Module] = [Fire(neurons(channels, size)), conv] if stage else []
             reduction *= stride
             if not stage:
-                self._add_stem(CurrentStem(conv), width, reduction)
+                self.add_stem(CurrentStem(conv), width, reduction)
             channels, size = width, conv_out(size, kernel, stride, kernel // 2)
             for _ in range(depth):
                 if stage < 3:
@@ -246,9 +246,9 @@ class MetaSpikeFormer(SpikingModel):
                 attn = RepAttention(width, heads, size, neuron=neurons, attention_neuron=behind_product, dd=dd)
                 mlp = SpikingMLP(width, hidden * width, size, membrane=True, neuron=neurons, dd=dd)
                 blocks.append(SpikformerBlock(attn, mlp, next(rates)))
-            self._add_stage(blocks, width, reduction)
+            self.add_stage(blocks, width, reduction)
         self.neck.append(AverageNeuron(neurons(channels, (1, 1))))
-        self._finish(channels)
+        self.finish(channels)
         # The authors': convolutions keep torch's.
         if isinstance(self.head.fc, nn.Linear):
             trunc_normal_(self.head.fc.weight, std=0.02)
