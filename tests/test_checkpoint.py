@@ -423,7 +423,9 @@ def pruned(model):
 
 def mask_a_channel(model):
     """Prune one channel of every layer that compact can take it out of."""
-    part = {"test_sew_resnet": "branch.0.", "test_ms_resnet": "conv1."}.get(model.pretrained_cfg["architecture"])
+    part = {"test_sew_resnet": "branch.0.", "test_ms_resnet": "conv1.", "test_metaspikeformer": "conv1."}.get(
+        model.pretrained_cfg["architecture"]
+    )
     part = part or ("fc1" if hasattr(model, "has_patches") else "")
     for name, module in model.named_modules():
         if isinstance(module, SpikingNeuron) and part in name:
@@ -488,7 +490,7 @@ def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
     model = pruned(made(name, **({"mpbn": mpbn} if mpbn else {})))
     # Of some nets the drawn statistics of membrane norms let no difference between images reach the head.
     lift = 0.6 if mpbn == "channel" and name == "test_sdt" else 0.0
-    if mpbn and name in ("test_plif", "test_sdt"):
+    if mpbn and name in ("test_plif", "test_sdt", "test_metaspikeformer"):
         settle(model, lift)
     for transform in chain:
         if transform == "compact":

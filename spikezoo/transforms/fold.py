@@ -248,7 +248,8 @@ def fold_bn(model: nn.Module) -> nn.Module:
 
     Equal up to rounding, not bit for bit: a membrane potential within a rounding of its threshold may decide
     differently. An average pooling between convolution and norm commutes with the norm; a max-pool does so only where
-    the norm's scale is not negative.
+    the norm's scale is not negative. A module with a method ``merged`` (a RepConv) becomes the convolution that it
+    returns. Factors of time steps (``norm='tebn'``) stay, see :func:`~spikezoo.layers.set_norms`.
 
     Args:
         model: Any model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`, or of
@@ -265,9 +266,13 @@ def fold_bn(model: nn.Module) -> nn.Module:
     Examples:
         >>> folded = fold_bn(spikezoo.create_model('spiking_vgg9'))
     """
-    folded = copy.deepcopy(model).eval()
-    layers = _normed(folded)
     refuse_tickets(model)
+    folded = copy.deepcopy(model).eval()
+    for name, module in [*folded.named_modules()]:
+        if hasattr(module, "merged"):
+            _check_dtype(next(module.parameters()).dtype, "fold_bn")
+            folded.set_submodule(name, module.merged())
+    layers = _normed(folded)
     if not layers:
         raise ValueError(
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."
