@@ -224,7 +224,8 @@ class MetaSpikeFormer(SpikingModel):
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         product_config = dataclasses.replace(self.neuron_config, threshold=threshold)
         behind_product = NeuronFactory(product_config, neurons.mpbn, neurons.drop, **dd)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, depths[3] + depths[4]))
+        drops: Any = calculate_drop_path_rates(drop_path_rate, depths[3] + depths[4])
+        rates = iter(drops)
         self.min_img_size = 1
         for stride in strides:
             self.min_img_size *= stride
