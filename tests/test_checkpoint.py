@@ -608,6 +608,17 @@ def test_other_channels_fit_the_first_convolution(tmp_path, caplog, channels):
     assert loaded.in_chans == channels
 
 
+@pytest.mark.parametrize(("trained", "wanted"), [(1, 3), (1, 2), (2, 1), (2, 4)])
+def test_nets_of_other_than_three_channels_are_fitted_too(tmp_path, trained, wanted):
+    # An image whose channels are all the same has one answer, however many there are.
+    model = fill(spikezoo.create_model("test_spiking_vgg", in_chans=trained)).eval()
+    spikezoo.save_checkpoint(model, tmp_path)
+    loaded = load(tmp_path, in_chans=wanted).eval()
+    grey = torch.rand(2, 1, *model.img_size)
+    stems = [m.stem[0].conv(grey.expand(-1, m.in_chans, -1, -1)) for m in (model, loaded)]
+    torch.testing.assert_close(stems[1], stems[0])
+
+
 def test_time_steps_are_the_checkpoints_unless_given(tmp_path):
     for T in (1, 6):
         spikezoo.save_checkpoint(fill(spikezoo.create_model("test_spiking_resnet", T=T)), tmp_path)

@@ -67,6 +67,7 @@ ALLOWED = {
         "checkpoint",
         "checks",
         "cli",
+        "config_files",
         "convert",
         "counting",
         "data",
@@ -75,6 +76,7 @@ ALLOWED = {
         "export",
         "factory",
         "flags",
+        "gallery",
         "hub",
         "neurons",
         "observe",
@@ -93,6 +95,7 @@ ALLOWED = {
     "hub/client.py": {"checkpoint"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "saving", "transforms"},
     "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "saving", "_version"},
+    "gallery": {"checkpoint", "counting", "data", "encoding", "factory", "gallery", "neurons", "observe", "registry"},
     "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
     "__init__.py": {"*"},
 }
