@@ -320,7 +320,9 @@ def test_dual_spike_attention_by_hand():
     assert [name for name, row in layers.items() if row.input != "spikes"] == ["stem.0.conv"]
     grouped = layers["stages.1.1.mlp.conv.conv"]
     assert grouped.weights == 24 * 8 * 9 and grouped.macs == 2 * 24 * 8 * 9 * 16 * 16 and c.uncounted == {}
-    assert "mm" in c.by_module["stages.1.1.attn"].ops or "matmul" in c.by_module["stages.1.1.attn"].ops
+    products = c.by_module["stages.1.1.attn"]
+    assert (products.ops, products.input) == ("bmm", "spikes x analog")
+    assert products.macs == 2 * 2 * 2 * 6 * 64 * 256  # two products at two steps: 2 heads, 6 channels, 8x8 patches
 
 
 def test_head_rates_learn():
