@@ -484,6 +484,9 @@ def test_spaces_from_files_and_mappings(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             Space.of(bad)
+    path.write_text("depth: [1, 2]\ndepth: [3]\n")
+    with pytest.raises(ValueError, match=r"key 'depth' stands in line 1 already"):
+        Space.of(str(path))
     with pytest.raises(FileNotFoundError, match=r"No file at .*nowhere\.yaml"):
         Space.of(str(tmp_path / "nowhere.yaml"))
     path.write_text("- 1")

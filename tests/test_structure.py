@@ -88,7 +88,7 @@ ALLOWED = {
         "train",
         "transforms",
     },
-    "search": {"checks", "factory", "neurons", "checkpoint", "data", "evaluate", "search"},
+    "search": {"checks", "config_files", "factory", "neurons", "checkpoint", "data", "evaluate", "search"},
     "factory.py": {"checks", "neurons", "checkpoint", "registry", "models", "transforms", "hub.client lazily"},
     "saving.py": {"_version", "checkpoint", "models", "transforms", "factory"},
     "hub": {"_version", "checkpoint", "registry", "factory", "saving", "hub"},

@@ -732,6 +732,24 @@ def test_args_yaml_repeats_the_run_in_a_new_folder(fast, tmp_path):
     assert not torch.equal(first["head.fc.weight"], third["head.fc.weight"])  # the seed matters
 
 
+def test_resume_with_other_class_names(fast, tmp_path):
+    arrays = {"label_names": np.array(["cat", "dog"])}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = np.zeros((4, 8, 8, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(4) % 2
+    argv = ["--model", "test_mpbn_vgg", "--dataset", f"npz:{tmp_path / 'a.npz'}", "-b", "2", "--epochs", "1"]
+    argv += ["--T", "1", "--device", "cpu", "--experiment", "run", "--output", str(tmp_path / "out")]
+    np.savez(tmp_path / "a.npz", **arrays)
+    fast.main(argv)
+    folder = tmp_path / "out" / "run"
+    assert load_state(folder / "last.safetensors")["label_names"] == ["cat", "dog"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    np.savez(tmp_path / "a.npz", **{**arrays, "label_names": np.array(["cat", "cow"])})
+    with pytest.raises(ValueError, match=r"last\.safetensors was trained .* class 1 is 'dog', and here .*cow"):
+        fast.main([*argv, "--resume", "auto"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_the_best_checkpoints_are_kept(fast, tmp_path):
     fast.main(flags(tmp_path, "--epochs", "4", "--checkpoint-hist", "2", "--eval-metric", "loss", "--subset", "32"))
     folder = tmp_path / "run"

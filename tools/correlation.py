@@ -33,7 +33,7 @@ from spikezoo.search.evolution import RANDOM_DRAWS, random_net
 from spikezoo.search.exhaustive import cover, keeping
 from spikezoo.search.metrics import METRICS, batch_of, find_metric, score
 from spikezoo.search.report import aligned, figure_of
-from spikezoo.search.space import Constraints, Net, Setting, Space, cost, read_yaml, window
+from spikezoo.search.space import Constraints, Net, Setting, Space, cost, read_space, window
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CorrelationConfig:
             ValueError: An unknown key or a value that makes no sense.
             FileNotFoundError: No such file.
         """
-        content = read_yaml(path)
+        content = read_space(path)
         known = [item.name for item in fields(cls)]
         for key in content:
             if key not in known:

@@ -1,6 +1,7 @@
 """Model families; importing this package registers them."""
 
 from spikezoo.models import autost as autost
+from spikezoo.models import metaspikeformer as metaspikeformer
 from spikezoo.models import ms_resnet as ms_resnet
 from spikezoo.models import plif as plif
 from spikezoo.models import qkformer as qkformer

@@ -8,7 +8,8 @@ average of the tokens and the classifier.
 Where paper and code differ, the code is the default: heads cut channels apart that meet nobody, so that their number
 changes nothing; a convolution between heads (talking_heads) and a neuron (attn_lif) are made and never called, which
 official parameter counts hold and ours do not; drop path is made and never applied (``drop_path_rate`` drops here). Not
-here: the erosion that the code adds for event cameras (dvs_mode).
+here: the erosion that the code adds for event cameras (dvs_mode), and the second residual that it has within an MLP
+whose hidden channels are as many as the outer ones (``mlp_ratios=1``, which no named net has), around its first layer.
 """
 
 from __future__ import annotations

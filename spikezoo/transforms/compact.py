@@ -214,7 +214,8 @@ def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict
                 _silent(neuron.mask),
                 name,
                 f"it is pruned and cannot be taken out: in {type(model).__name__} this layer feeds attention heads or "
-                "a sum, which keep their size. Leave the layer out of the pruning, or use the masked model as it is.",
+                "a sum, which keep their size, as a depthwise convolution does. Leave the layer out of the pruning, or "
+                "use the masked model as it is.",
             )
         if not neuron.mask.all():
             masks[name] = "channel" if neuron.mask.dim() == 1 else "unit"
