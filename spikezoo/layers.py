@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from spikezoo.checks import choice
-from spikezoo.neurons import MembraneNorm, NeuronFactory
+from spikezoo.neurons import NeuronFactory
 
 __all__ = [
     "ConvNormNeuron",
@@ -60,7 +60,7 @@ def conv_out(size: Sequence[int], kernel: int, stride: int, padding: int) -> tup
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Normalise by batch statistics as in training, but leave the running ones alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | MembraneNorm)]
+    norms: list[Any] = [m for m in module.modules() if hasattr(m, "momentum")]
     saved = [(m.momentum, getattr(m, "num_batches_tracked", None)) for m in norms]
     for m in norms:
         m.momentum = 0.0
@@ -191,6 +191,8 @@ class ConvNormNeuron(nn.Module):
         size: Height and width of the input.
         kernel: Kernel size.
         stride: Stride of the convolution.
+        padding: Of the convolution; None takes half the kernel, rounded down.
+        groups: Groups of the convolution.
         bias: Whether the convolution has a bias.
         norm: Whether there is a norm.
         affine: Whether it has a scale and a shift.
@@ -206,6 +208,8 @@ class ConvNormNeuron(nn.Module):
         *,
         kernel: int = 3,
         stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
         bias: bool = False,
         norm: bool = True,
         affine: bool = True,
@@ -214,8 +218,9 @@ class ConvNormNeuron(nn.Module):
         dd: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=bias, **dd)
-        self.out_size = conv_out(size, kernel, stride, kernel // 2)
+        padding = kernel // 2 if padding is None else padding
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, padding, groups=groups, bias=bias, **dd)
+        self.out_size = conv_out(size, kernel, stride, padding)
         self.pool = pool
         if pool is not None:
             self.out_size = conv_out(self.out_size, 2, 2, 0)

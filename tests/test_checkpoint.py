@@ -423,9 +423,10 @@ def pruned(model):
 
 def mask_a_channel(model):
     """Prune one channel of every layer that compact can take it out of."""
-    part = {"test_sew_resnet": "branch.0.", "test_ms_resnet": "conv1.", "test_metaspikeformer": "conv1."}.get(
-        model.pretrained_cfg["architecture"]
-    )
+    parts = {"test_sew_resnet": "branch.0.", "test_qkformer": "fc1"}
+    parts |= dict.fromkeys(("test_ms_resnet", "test_metaspikeformer"), "conv1.")
+    parts["test_spikingresformer"] = "-"  # whose neurons all read sums and products
+    part = parts.get(model.pretrained_cfg["architecture"])
     part = part or ("fc1" if hasattr(model, "has_patches") else "")
     for name, module in model.named_modules():
         if isinstance(module, SpikingNeuron) and part in name:
