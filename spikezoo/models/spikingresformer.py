@@ -107,7 +107,8 @@ class DualSpikeAttention(nn.Module):
         first, second = self.patches(x).flatten(3).unflatten(2, (self.heads, -1)).chunk(2, 3)
         places = x.flatten(3).unflatten(2, (self.heads, -1))  # [T, B, heads, c, n]
         factor = (self.rate_in(places) * places.shape[3]).sqrt().reciprocal()
-        attn = self.neuron_attn(first.transpose(3, 4) @ places.to(first.dtype) * factor.to(x.dtype))  # [T, B, heads, patches, n]
+        product = first.transpose(3, 4) @ places.to(first.dtype)  # [T, B, heads, patches, n]
+        attn = self.neuron_attn(product * factor.to(x.dtype))
         factor = (self.rate_attn(attn) * attn.shape[3]).sqrt().reciprocal()
         current = second @ attn.to(second.dtype) * factor.to(x.dtype)
         return self.proj(self.neuron(current.flatten(2, 3).unflatten(3, size)))
