@@ -1,4 +1,4 @@
-"""torch.hub's entry points: ``torch.hub.load('OWNER/spikezoo', 'mpbn_resnet20', T=2)``, one function a model."""
+"""torch.hub's entry points, one function a model: ``torch.hub.load(CHECKOUT, "mpbn_resnet20", source="local")``."""
 
 # torch.hub checks these before it calls a function below; spikezoo itself comes from the checkout.
 dependencies = ["torch", "timm", "huggingface_hub", "safetensors"]

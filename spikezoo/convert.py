@@ -257,7 +257,7 @@ def convert(
     Warns:
         UserWarning: Shortcuts join neurons of a QCFS network with different thresholds.
 
-    Example:
+    Examples:
         >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
         >>> snn = spikezoo.convert(spikezoo.create_model('spiking_vgg16', neuron='qcfs', checkpoint_path='last.pth'))
     """

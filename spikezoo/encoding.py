@@ -43,7 +43,7 @@ def poisson(x: Tensor, T: int, seed: int | None = None) -> tuple[Tensor, int]:
     Raises:
         ValueError: Values outside [0, 1], or not a number; T below 1.
 
-    Example:
+    Examples:
         >>> spikes, T = poisson(torch.full((1, 1, 2, 2), 0.5), T=100, seed=0)
     """
     if not isinstance(T, int) or T < 1:
@@ -64,7 +64,7 @@ def ttfs(x: Tensor, T: int) -> tuple[Tensor, int]:
     Raises:
         ValueError: Values outside [0, 1], or not a number; T below 2.
 
-    Example:
+    Examples:
         >>> spikes, T = ttfs(torch.tensor([[[[1.0, 0.0]]]]), T=8)  # the first pixel spikes first, the second last
     """
     if not isinstance(T, int) or T < 2:

@@ -141,7 +141,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     Warns:
         UserWarning: Of some images the ONNX network gives other logits by a rounding.
 
-    Example:
+    Examples:
         >>> spikezoo.export(spikezoo.create_model('mpbn_resnet20').eval(), 'mpbn_resnet20.onnx')
     """
     suffix, path = check_suffix(path), Path(path)
@@ -156,7 +156,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     example = example.detach().cpu()
     encoding = net.encoding
     if suffix == ".onnx" and encoding == "poisson":  # random: no operation of ONNX gives the same numbers
-        net._check_input(example)
+        net.check_input(example)
         example, _ = net.encode(example) if example.dim() == 4 else (example.transpose(0, 1), 0)
         example, net.encoding = example.transpose(0, 1), "direct"
     cfg = net.pretrained_cfg
@@ -316,6 +316,8 @@ class _NirGraph:
             if len(set(nodes)) < len(nodes):
                 raise _refuse(node.owner, "it adds a signal to itself, and NIR has one edge between two nodes.")
             return _Signal(nodes, x.shape)
+        if node.kind == "scale":
+            raise _refuse(node.name, "it scales every time step by a factor of its own, and NIR's do the same at each.")
         raise _refuse(node.owner, f"{node.what} has no counterpart in NIR.")
 
     def conv(self, node: Node, x: _Signal) -> _Signal:
@@ -419,7 +421,7 @@ def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, A
     (nir,) = _optional("nir")
     for node in trace(model).of("other"):
         if len(node.inputs) > 1 and node.module is None and any(word in node.name for word in ("mat", "mul", "bmm")):
-            raise _refuse(node.owner, "attention multiplies signals by each other, and NIR has no node for that.")
+            raise _refuse(node.owner, f"{node.what} multiplies signals by each other, and NIR has no node for that.")
     if any(isinstance(module, SpikingNeuron) and module.norm is not None for module in model.modules()):
         model = fold_mpbn(model)
     if any(isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) for module in model.modules()):

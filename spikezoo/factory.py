@@ -366,7 +366,7 @@ def create_model(
         FileNotFoundError: No checkpoint at ``checkpoint_path``.
         OSError: The Hub does not answer or does not have it.
 
-    Example:
+    Examples:
         >>> model = spikezoo.create_model('mpbn_resnet20', T=2, num_classes=100)
     """
     source = _find(*_tagged(name, pretrained), checkpoint_path, use_ema, kwargs)
@@ -388,7 +388,7 @@ def create_from(name: str, path: str | Path, **arguments: Any) -> SpikingModel:
     Raises:
         ValueError: The layouts differ.
 
-    Example:
+    Examples:
         >>> model = create_from('spiking_resnet20', 'output/twin', T=1, neuron='lif')
     """
     path = Path(path).expanduser()

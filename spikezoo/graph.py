@@ -24,6 +24,7 @@ Kinds of nodes:
     layer     convolution or linear layer
     norm      batch norm
     pool      pooling; ``pooling`` is torch's module of it
+    scale     factor of every time step (TEBN)
     neuron    spiking neuron, or its twin ReLU, Sign or QCFS
     join      sum of two signals
     flatten   a map becomes features, channel by channel
@@ -45,7 +46,7 @@ from timm.layers import ClassifierHead, DropPath
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, TernaryConv2d, TernaryLinear
+from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, StepScale, TernaryConv2d, TernaryLinear
 from spikezoo.neurons import QCFS, ReLU, Sign, SpikingNeuron
 
 __all__ = ["Graph", "Node", "trace"]
@@ -55,6 +56,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "layer": (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, TernaryConv2d, TernaryLinear),
     "norm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     "pool": (Pool, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d),
+    "scale": (StepScale,),
     "neuron": (SpikingNeuron, ReLU, Sign, QCFS),
     "pass": (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, DropPath),
 }
@@ -307,7 +309,7 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     Raises:
         ValueError: No such model, or a forward pass that needs the values of its tensors.
 
-    Example:
+    Examples:
         >>> [node.name for node in trace(spikezoo.create_model('spiking_vgg9')).of('layer')]
     """
     if not isinstance(getattr(model, "head", None), ClassifierHead) or not hasattr(model, "forward_frames"):

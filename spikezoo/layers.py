@@ -13,18 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spikezoo.neurons import MembraneNorm, NeuronFactory
+from spikezoo.checks import choice
+from spikezoo.neurons import NeuronFactory
 
 __all__ = [
     "ConvNormNeuron",
+    "Flatten",
     "LinearNormNeuron",
+    "Pool",
     "ResidualBlock",
     "Stem",
+    "StepScale",
     "TernaryConv2d",
     "TernaryLinear",
     "checkpointed",
     "conv_out",
     "over_time",
+    "set_norms",
     "set_ternary",
     "signs_and_gain",
 ]
@@ -55,7 +60,7 @@ def conv_out(size: Sequence[int], kernel: int, stride: int, padding: int) -> tup
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Normalise by batch statistics as in training, but leave the running ones alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | MembraneNorm)]
+    norms: list[Any] = [m for m in module.modules() if hasattr(m, "momentum")]
     saved = [(m.momentum, getattr(m, "num_batches_tracked", None)) for m in norms]
     for m in norms:
         m.momentum = 0.0
@@ -155,6 +160,28 @@ def set_ternary(layer: nn.Module, ternary: bool) -> None:
     layer.__class__ = classes.get(type(layer), type(layer))
 
 
+class StepScale(nn.Module):
+    """A learned factor of every time step, behind a norm over T*B: what TEBN adds to it.
+
+    Args:
+        T: Time steps.
+    """
+
+    def __init__(self, T: int, dd: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(T, **dd))
+
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
+        """Scale ``[T, B, ...]``, or one frame ``[1, B, ...]`` for each of T steps."""
+        steps = x.shape[0] if T is None else T
+        if steps != len(self.weight):
+            raise ValueError(
+                f"Input of {steps} time steps, and norm='tebn' has learned a factor for each of T={len(self.weight)}: "
+                f"create the model with T={steps}."
+            )
+        return x * self.weight.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
 class ConvNormNeuron(nn.Module):
     """Convolution, optional pooling, optional batch norm over T*B, optional neuron.
 
@@ -164,6 +191,8 @@ class ConvNormNeuron(nn.Module):
         size: Height and width of the input.
         kernel: Kernel size.
         stride: Stride of the convolution.
+        padding: Of the convolution; None takes half the kernel, rounded down.
+        groups: Groups of the convolution.
         bias: Whether the convolution has a bias.
         norm: Whether there is a norm.
         affine: Whether it has a scale and a shift.
@@ -179,6 +208,8 @@ class ConvNormNeuron(nn.Module):
         *,
         kernel: int = 3,
         stride: int = 1,
+        padding: int | None = None,
+        groups: int = 1,
         bias: bool = False,
         norm: bool = True,
         affine: bool = True,
@@ -187,13 +218,15 @@ class ConvNormNeuron(nn.Module):
         dd: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=bias, **dd)
-        self.out_size = conv_out(size, kernel, stride, kernel // 2)
+        padding = kernel // 2 if padding is None else padding
+        self.conv = nn.Conv2d(in_chs, out_chs, kernel, stride, padding, groups=groups, bias=bias, **dd)
+        self.out_size = conv_out(size, kernel, stride, padding)
         self.pool = pool
         if pool is not None:
             self.out_size = conv_out(self.out_size, 2, 2, 0)
         # An Identity once folded, too.
         self.norm: nn.Module = nn.BatchNorm2d(out_chs, affine=affine, **dd) if norm else nn.Identity()
+        self.steps: StepScale | None = None  # of TEBN, see set_norms
         self.neuron = neuron(out_chs, self.out_size) if neuron is not None else None
 
     def _stateless(self, x: Tensor) -> Tensor:
@@ -205,7 +238,43 @@ class ConvNormNeuron(nn.Module):
     def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[T, B, C, H, W]`` to ``[T, B, C', H', W']``; one frame is computed once and broadcast to T."""
         x = over_time(self._stateless, x)
+        if self.steps is not None:
+            x = self.steps(x, T)
         return broadcast_steps(x, T) if self.neuron is None else _fire(self.neuron, x, T)
+
+
+NORMS = ("bn", "tdbn", "tebn")
+
+
+def set_norms(model: nn.Module, kind: str, threshold: float, T: int, dd: dict[str, Any]) -> None:
+    """Make the batch norms behind a model's convolutions those of a paper; all take statistics over time and batch.
+
+    - 'bn' starts with a scale of 1.
+    - 'tdbn', threshold-dependent ("Going Deeper With Directly-Trained Larger Spiking Neural Networks",
+      arXiv:2011.05280), starts with the scale alpha * threshold: alpha is 1, and one over the root of 2 where two
+      branches are added before a neuron. The paper multiplies by alpha * threshold in every pass and learns a scale
+      that starts at 1, the authors' later code (MS-ResNet) and SpikingJelly start here: the functions are the same, the
+      optimiser's steps are not. It is a batch norm, and folds as one.
+    - 'tebn', temporal effective ("Temporal Effective Batch Normalization in Spiking Neural Networks", NeurIPS 2022),
+      has a learned factor of every time step behind the norm. The norm folds into its convolution; the factors stay,
+      since the same weights serve all steps, and a threshold of every step would need a decay of every step, too. The
+      authors' code has such a norm in shortcuts without convolution as well; here those stay spikes.
+
+    Args:
+        model: A model of :class:`ConvNormNeuron` with affine norms; changed in place.
+        kind: bn, tdbn or tebn.
+        threshold: Of the neurons.
+        T: Time steps.
+        dd: Device and dtype of the factors.
+    """
+    choice("norm", kind, NORMS)
+    for layer in model.modules():
+        if not isinstance(layer, ConvNormNeuron) or not isinstance(layer.norm, nn.BatchNorm2d):
+            continue
+        if kind == "tdbn":
+            nn.init.constant_(layer.norm.weight, threshold * (0.5**0.5 if layer.neuron is None else 1))
+        elif kind == "tebn":
+            layer.steps = StepScale(T, dd)
 
 
 class LinearNormNeuron(nn.Module):

@@ -315,7 +315,7 @@ def list_pretrained(filter: str | Sequence[str] = "") -> list[Pretrained]:
     Args:
         filter: Wildcards, for instance ``'*resnet*'`` or several of them.
 
-    Example:
+    Examples:
         >>> print(*spikezoo.list_pretrained(), sep='\\n')
     """
     found = []

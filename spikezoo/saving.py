@@ -189,7 +189,7 @@ def save_checkpoint(
         ValueError: A model that cannot be rebuilt from its name, or that holds NaN; results that are no plain data.
         OSError: No room or no permission; nothing half-written stays.
 
-    Example:
+    Examples:
         >>> spikezoo.save_checkpoint(model, 'checkpoints/mine', {'dataset': 'cifar10', 'top1': 92.2})
     """
     if Path(folder).suffix == ".safetensors":
@@ -205,11 +205,15 @@ def save_checkpoint(
     _check_rebuilds(model, facts)
     if dtype is not None:
         state = _rounded(model, state, dtype, sparse)
+    # Readers of timm's folders, transformers among them, give the classes themselves, and names where there are some.
+    arguments = {key: value for key, value in facts["model_args"].items() if sparse or key != "num_classes"}
+    names = None if sparse else model.pretrained_cfg.get("label_names")
     config = {
         "architecture": facts["architecture"],
         "num_classes": model.num_classes,
         "num_features": model.num_features,
-        "model_args": facts["model_args"],
+        **({"label_names": list(names)} if names else {}),
+        "model_args": arguments,
         "pretrained_cfg": {
             **known_facts(model.pretrained_cfg),
             "num_classes": model.num_classes,

@@ -51,31 +51,38 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def register_again(monkeypatch):
-    """A function that registers an architecture anew, with what lies in registry.SHIPPED by then."""
-    import timm
+def forget_model(name):
+    """Take an architecture out of timm's registry and spikezoo's."""
     from timm.models import _registry
 
     from spikezoo import registry
 
-    monkeypatch.setattr(registry, "_rows", dict(registry._rows))
-    before = {}
+    _registry._clear_model_entries(name)
+    for known in (_registry._model_entrypoints, registry._rows, registry._classes):
+        known.pop(name, None)
 
-    def forget(name):
-        _registry._clear_model_entries(name)
-        _registry._model_entrypoints.pop(name)
+
+@pytest.fixture
+def register_again(monkeypatch):
+    """A function that registers an architecture anew, with what lies in registry.SHIPPED by then."""
+    import timm
+
+    from spikezoo import registry
+
+    rows, classes = dict(registry._rows), dict(registry._classes)
+    before = {}
 
     def register(name):
         row, cls = registry._rows[name], registry._classes[name]
         module = sys.modules[timm.model_entrypoint(name).__module__]
         before.setdefault(name, (module, module.default_cfgs, module.__all__[:], getattr(module, name)))
-        forget(name)
+        forget_model(name)
         registry.register_rows(module.__name__, cls, {name: row})
 
     yield register
     for name, (module, cfgs, names, entry) in before.items():
-        forget(name)
+        forget_model(name)
+        registry._rows[name], registry._classes[name] = rows[name], classes[name]
         module.default_cfgs, module.__all__[:] = cfgs, names
         setattr(module, name, entry)
         timm.models.register_model(entry)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, over_time
-from spikezoo.models._base import SpikingModel
+from spikezoo.models import SpikingModel
 from spikezoo.registry import ModelRow, register_rows
 
 
@@ -40,18 +40,18 @@ class NewcomerNet(SpikingModel):
     def __init__(self, widths, maximum=False, **kwargs):
         super().__init__(**kwargs)
         size, channels = self.img_size, widths[0]
-        stem = ConvNormNeuron(self.in_chans, channels, size, neuron=self._neuron, dd=self._dd)
+        stem = ConvNormNeuron(self.in_chans, channels, size, neuron=self.neuron_factory, dd=self.dd)
         pools = [Pool(nn.MaxPool2d(2) if maximum else nn.AvgPool2d(2))]
         size = (size[0] // 2, size[1] // 2)
-        self._add_stem(Stem(stem, *pools), channels, 2)
+        self.add_stem(Stem(stem, *pools), channels, 2)
         for index, width in enumerate(widths):
             blocks = []
             for position in range(2):
                 stride = 2 if index and position == 0 else 1
-                blocks.append(NewcomerBlock(channels, width, size, stride, self._neuron, self._dd))
+                blocks.append(NewcomerBlock(channels, width, size, stride, self.neuron_factory, self.dd))
                 channels, size = width, blocks[-1].out_size
-            self._add_stage(blocks, width, 2 ** (index + 1))
-        self._finish(channels)
+            self.add_stage(blocks, width, 2 ** (index + 1))
+        self.finish(channels)
 
 
 ROWS = {

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -162,7 +163,7 @@ def test_natural_dataset_unknown(shape):
         ("digit", "--dataset digits"),
         ("zzz", "e.g. --dataset digits"),
         ("hfds/", "unknown dataset"),
-        ("wds/some", "streams are not read"),
+        ("hfids/some", "streams cannot be resumed"),
         ("some/file.npz", "--dataset npz:some/file.npz"),
     ],
 )
@@ -997,6 +998,79 @@ def test_tar(folder, tmp_path):
         file.write(b"no tar")
     with pytest.raises(ValueError, match="no images"):
         _folder(path)
+
+
+def _shard(path, samples):
+    """A tar file of (name, content), in that order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def _png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_webdataset_shards(tmp_path):
+    # Two shards of three; labels as text, or as JSON, and whatever else lies there is passed by.
+    for shard in range(2):
+        samples = []
+        for i in range(3):
+            number = 3 * shard + i
+            label = (".cls", str(number % 3).encode()) if i else (".json", json.dumps({"label": number % 3}).encode())
+            samples += [(f"a/{number:03}{label[0]}", label[1]), (f"a/{number:03}.png", _png(40 * number))]
+        _shard(tmp_path / "my" / f"my-train-{shard:06}.tar", [*samples, ("note.txt", b"x")])
+    _shard(tmp_path / "my" / "val" / "0.tar", [("x.jpg", _png(0)), ("x.cls", b"2"), ("x.json", b"{}")])
+    options = {"data_dir": str(tmp_path), "img_size": 8, "batch_size": 2, "mean": [0], "std": [1], "num_classes": 3}
+    seen = [(x.mean((1, 2, 3)) * 255, y) for x, y in create_loader("wds/my", "train", **options)]
+    values = torch.cat([x for x, _ in seen]).round().tolist()
+    assert values == [0, 40, 80, 120, 160, 200] and torch.cat([y for _, y in seen]).tolist() == [0, 1, 2, 0, 1, 2]
+    assert [y.tolist() for _, y in create_loader("wds/my", "test", **options)] == [[2]]
+    options["batch_size"] = 1
+    # Two ranks share the epoch, and it is gone on with in its middle.
+    whole = [value for rank in (0, 1) for value in _epoch("wds/my", rank, 0, options)]
+    assert sorted(whole) == [0, 40, 80, 120, 160, 200]
+    assert (
+        _epoch("wds/my", 1, 1, {**options, "batch_size": 1}) == _epoch("wds/my", 1, 0, {**options, "batch_size": 1})[1:]
+    )
+    (tmp_path / "my" / "classnames.txt").write_text("cat\ndog\nowl\n")
+    assert create_loader("wds/my", "test", **options).info.label_names == ("cat", "dog", "owl")
+
+
+def _epoch(name, rank, start, options):
+    loader = create_loader(name, "train", train=True, rank=rank, world_size=2, hflip=0, scale=(1, 1), **options)
+    loader.set_epoch(1)
+    return [value for x, _ in loader.iterate(start) for value in (x.mean((1, 2, 3)) * 255).round().tolist()]
+
+
+def test_bad_shards(tmp_path):
+    options = {"data_dir": str(tmp_path), "img_size": 8, "num_classes": 3}
+    with pytest.raises(FileNotFoundError, match=r"train-000000\.tar"):
+        create_loader("wds/my", "train", **options)
+    path = tmp_path / "train.tar"
+    for samples, said in (
+        ([("a.png", _png(0))], "a.png has no label beside it"),
+        ([("a.png", _png(0)), ("a.cls", b"one")], "label a.cls is b'one'"),
+        ([("a.png", _png(0)), ("a.json", b'{"label": true}')], "under label"),
+        ([("a.txt", b"x")], "no images"),
+    ):
+        _shard(path, samples)
+        with pytest.raises(ValueError, match=said):
+            create_loader("wds/my", "train", **options)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    with pytest.raises(ValueError, match="not packed"):
+        create_loader("wds/my", "train", **options)
+    _shard(path, [("a.png", _png(0)[:45]), ("a.cls", b"4")])
+    with pytest.raises(ValueError, match=r"train.tar:a.png cannot be read"):
+        next(iter(create_loader("wds/my", "train", **options)))
+    (tmp_path / "classnames.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match=r"there is a class 4, and classnames\.txt names 1"):
+        create_loader("wds/my", "train", **options)
 
 
 def test_missing_folders(folder, tmp_path):

@@ -265,7 +265,14 @@ def test_nir_in_spikingjelly(tmp_path):
     ("name", "arguments", "message"),
     [
         ("test_spiking_vgg", {}, r"'stages.0.0.pool': NIR has no max-pooling. .* Export to .onnx"),
-        ("test_spikformer", {}, r"'stages.0.0.attn': attention multiplies signals"),
+        ("test_spikformer", {}, r"'stages.0.0.attn': the matmul of a SpikingSelfAttention multiplies signals"),
+        ("test_sdt", {}, r"'stages.0.0.attn': the mul of a MaskAttention multiplies signals"),
+        (
+            "test_sew_resnet",
+            {"connect": "and"},
+            r"'stages.0.0': the mul of a SEWBlock multiplies signals by each other",
+        ),
+        ("test_mpbn_resnet", {"norm": "tebn"}, r"'stem.0.steps': it scales every time step by a factor of its own"),
         ("test_mpbn_vgg", {"reset": "soft"}, r"'stem.0.neuron': .*reset='soft'"),
         ("test_mpbn_vgg", {"v_init": 0.25}, r"'stem.0.neuron': .* start at rest, and these at v_init=0.25"),
         ("test_mpbn_vgg", {"neuron": "relu"}, r"'stem.0.neuron': NIR has no neuron such as ReLU"),

@@ -344,6 +344,9 @@ def test_fold_bn_raises_where_it_cannot():
         layer = ConvNormNeuron(1, 1, (1, 1), dd={})
         layer.norm = nn.BatchNorm2d(1, track_running_stats=False)
         fold_bn(layer)
+    layer.norm = nn.GroupNorm(1, 1)
+    with pytest.raises(ValueError, match="its norm is a GroupNorm, and fold_bn folds batch norms alone"):
+        fold_bn(layer)
 
 
 def test_linear_layer_without_norm_keeps_its_weights():

@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import load
 from huggingface_hub import ModelCard, constants
+from safetensors.torch import load_file
 
 import spikezoo
 from spikezoo import cli, registry
@@ -622,3 +623,16 @@ def test_torch_hub(hub):
     assert hubconf.mpbn_resnet20(T=1).T == 1
     with pytest.raises(ValueError, match="no pretrained weights"):
         hubconf.rmp_in_vgg16(pretrained=True)
+
+
+def test_dense_folders_are_timms(tmp_path):
+    # As transformers' wrapper of timm does: the number of classes beside the arguments, then all weights.
+    model = spikezoo.create_model("test_spiking_vgg", T=2, num_classes=7).eval()
+    spikezoo.push_to_hub(model, "ORG/NAME", {"dataset": "digits"}, sparse=False, dry_run=tmp_path / "folder")
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    again = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"]).eval()
+    again.load_state_dict(load_file(tmp_path / "folder" / "model.safetensors"))
+    images = torch.rand(2, *model.input_shape)
+    assert torch.equal(again(images), model(images))
+    ours = spikezoo.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True).eval()
+    assert torch.equal(ours(images), model(images)) and ours.num_classes == 7

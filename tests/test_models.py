@@ -18,6 +18,7 @@ from torch import nn
 
 import spikezoo
 from spikezoo.checks import UnknownArgumentError
+from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.observe import firing_rates
 from spikezoo.registry import _rows
@@ -108,6 +109,8 @@ def fill(model, gain=None):
                 value = tau * 0.3 * value + 0.25 * (tau - 1)
             elif tensor.dim() >= 2 and not is_norm:
                 value = gain * value / math.sqrt(tensor[0].numel())
+            elif isinstance(module, StepScale):
+                value = 1 + 0.5 * value
             else:
                 value = 0.3 * value
             tensor.copy_(value)

@@ -34,9 +34,15 @@ NETS = [
     ("test_ms_resnet", {"stem": "conv3x3", "pooled_shortcut": True, "depths": (1, 1, 1)}),
     ("test_spikingformer", {}),
     ("test_sdt", {}),
+    ("test_qkformer", {}),
+    ("test_qkformer", {"layout": "imagenet", "img_size": 64}),
+    ("test_spikingresformer", {}),
+    ("test_spikingresformer", {"stem": "conv7", "img_size": 64}),
     ("test_plif", {}),
     ("test_plif", {"pooling": "avg", "bias": True, "neuron": "lif", "threshold": 0.5}),
     ("test_sew_resnet", {"connect": "and", "depths": (1, 1, 1), "threshold": 0.1}),
+    ("test_ms_resnet", {"norm": "tebn", "depths": (1, 1, 1)}),
+    ("test_metaspikeformer", {}),
 ]
 
 
@@ -343,6 +349,103 @@ def test_official_transformers(kind, tmp_path):
     )
 
 
+class OfficialRep(nn.Module):
+    """RepConv with the official names: the middle norm pads with its own answer to zero."""
+
+    def __init__(self, dim):
+        super().__init__()
+        pad = nn.Module()
+        pad.bn = nn.BatchNorm2d(dim)
+        depthwise = nn.Conv2d(dim, dim, 3, groups=dim, bias=False)
+        last = nn.Sequential(depthwise, nn.Conv2d(dim, dim, 1, bias=False), nn.BatchNorm2d(dim))
+        self.body = nn.ModuleList([nn.Conv2d(dim, dim, 1, bias=False), pad, last])
+
+    def forward(self, x):
+        norm = self.body[1].bn
+        x = norm(self.body[0](x))
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        padded = (norm.bias - norm.running_mean * scale).view(1, -1, 1, 1)
+        padded = padded.repeat(len(x), 1, x.shape[2] + 2, x.shape[3] + 2)
+        padded[..., 1:-1, 1:-1] = x
+        return self.body[2](padded)
+
+
+class OfficialMeta(nn.Module):
+    """Meta-SpikeFormer of few channels with the official names and a second classifier for a teacher."""
+
+    def __init__(self, widths=(4, 6, 8, 8, 16), heads=2, ratio=2, classes=5):
+        super().__init__()
+        self.heads = heads
+        names = ("1_1", "1_2", "2", "3", "4")
+        for index, (a, b) in enumerate(itertools.pairwise((3, *widths))):
+            down = nn.Module()
+            kernel, stride = (7, 2) if index == 0 else (3, 2 if index < 4 else 1)
+            down.encode_conv = nn.Conv2d(a, b, kernel, stride, kernel // 2)
+            down.encode_bn = nn.BatchNorm2d(b)
+            self.add_module(f"downsample{names[index]}", down)
+        for name, dim in (("1_1", widths[0]), ("1_2", widths[1]), ("2_1", widths[2]), ("2_2", widths[2])):
+            block = nn.Module()
+            block.Conv = nn.Module()
+            block.Conv.pwconv1, block.Conv.bn1 = nn.Conv2d(dim, 2 * dim, 1, bias=False), nn.BatchNorm2d(2 * dim)
+            block.Conv.dwconv = nn.Conv2d(2 * dim, 2 * dim, 7, padding=3, groups=2 * dim, bias=False)
+            block.Conv.pwconv2, block.Conv.bn2 = nn.Conv2d(2 * dim, dim, 1, bias=False), nn.BatchNorm2d(dim)
+            block.conv1, block.bn1 = nn.Conv2d(dim, ratio * dim, 3, padding=1, bias=False), nn.BatchNorm2d(ratio * dim)
+            block.conv2, block.bn2 = nn.Conv2d(ratio * dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim)
+            self.add_module(f"ConvBlock{name}", nn.ModuleList([block]))
+        for name, dim in (("block3", widths[3]), ("block4", widths[4])):
+            block = nn.Module()
+            block.attn, block.mlp = nn.Module(), nn.Module()
+            for part in ("q", "k", "v", "proj"):
+                block.attn.add_module(f"{part}_conv", nn.Sequential(OfficialRep(dim), nn.BatchNorm2d(dim)))
+            block.mlp.fc1_conv, block.mlp.fc1_bn = nn.Conv1d(dim, ratio * dim, 1), nn.BatchNorm1d(ratio * dim)
+            block.mlp.fc2_conv, block.mlp.fc2_bn = nn.Conv1d(ratio * dim, dim, 1), nn.BatchNorm1d(dim)
+            self.add_module(name, nn.ModuleList([block]))
+        self.head, self.head_kd = nn.Linear(widths[-1], classes), nn.Linear(widths[-1], classes)
+
+    @staticmethod
+    def each(x, *layers):
+        return nn.Sequential(*layers)(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    def down(self, name, x):
+        part = self.get_submodule(f"downsample{name}")
+        return self.each(x, part.encode_conv, part.encode_bn)
+
+    def conv_block(self, name, x):
+        part = self.get_submodule(f"ConvBlock{name}.0")
+        y = fire(self.each(fire(x), part.Conv.pwconv1, part.Conv.bn1))
+        x = x + self.each(y, part.Conv.dwconv, part.Conv.pwconv2, part.Conv.bn2)
+        return x + self.each(fire(self.each(fire(x), part.conv1, part.bn1)), part.conv2, part.bn2)
+
+    def block(self, part, x):
+        spikes = fire(x)
+        q, k, v = (fire(self.each(spikes, part.attn.get_submodule(f"{name}_conv"))) for name in "qkv")
+        q, k, v = (z.flatten(3).unflatten(2, (self.heads, -1)).transpose(3, 4) for z in (q, k, v))
+        y = q @ (k.transpose(3, 4) @ v) * 0.125
+        x = x + self.each(fire(y.transpose(3, 4).reshape(x.shape), v_threshold=0.05), part.attn.proj_conv)
+        y = fire(self.each(fire(x.flatten(3)), part.mlp.fc1_conv, part.mlp.fc1_bn))
+        return x + self.each(y, part.mlp.fc2_conv, part.mlp.fc2_bn).unflatten(3, x.shape[3:])
+
+    def forward(self, x):
+        x = self.conv_block("1_1", self.down("1_1", x))
+        x = self.conv_block("1_2", self.down("1_2", fire(x)))
+        x = self.conv_block("2_2", self.conv_block("2_1", self.down("2", fire(x))))
+        x = self.block(self.block3[0], self.down("3", fire(x)))
+        x = self.block(self.block4[0], self.down("4", fire(x)))
+        x = fire(x.flatten(3).mean(3)).mean(0)
+        return (self.head(x) + self.head_kd(x)) / 2
+
+
+def test_official_metaspikeformer(tmp_path):
+    official = randomise(OfficialMeta())
+    with torch.no_grad():  # these neurons take half of their current
+        for part in official.modules():
+            if isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+                part.weight *= 3
+                part.bias += 2
+    arguments = {"num_classes": 5, "depths": (1, 1, 2, 1, 1), "img_size": 32}
+    same("test_metaspikeformer", official, official, tmp_path / "w.pth", **arguments)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # SEW-ResNet
 # --------------------------------------------------------------------------------------------------------------
@@ -536,3 +639,108 @@ def test_mask_attention_by_hand():
     assert heads[0].state_dict().keys() == heads[1].state_dict().keys()
     with pytest.raises(ValueError, match=r"residual='spike'.*membrane"):
         spikezoo.create_model("test_sdt", residual="spike")
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Meta-SpikeFormer
+# --------------------------------------------------------------------------------------------------------------
+
+
+def test_metaspikeformer_counts_by_hand():
+    # As the official code counts them: its functions 8_384 and 8_512; 8_256 has the channels of its other repositories.
+    for name, (a, b, c, d, e) in {
+        "metaspikeformer_8_256": (32, 64, 128, 256, 360),
+        "metaspikeformer_8_384": (48, 96, 192, 384, 480),
+        "metaspikeformer_8_512": (64, 128, 256, 512, 640),
+    }.items():
+        down = 49 * 3 * a + sum(9 * i * o for i, o in itertools.pairwise((a, b, c, d, e))) + 3 * (a + b + c + d + e)
+        convs = sum(2 * 2 * n * n + 49 * 2 * n + 3 * 2 * n + 2 * 36 * n * n + 5 * 2 * n for n in (a, b, c, c))
+        rep = [2 * n * n + 9 * n + 3 * 2 * n for n in (d, e)]
+        mlp = [2 * 4 * n * n + 5 * n + 5 * 2 * n for n in (d, e)]
+        total = down + convs + sum(many * (4 * r + m) for many, r, m in zip((6, 2), rep, mlp, strict=True))
+        assert spikezoo.model_info(name).parameters == total + 1000 * (e + 1)
+        model = spikezoo.create_model(name, device="meta")
+        assert (model.T, model.neuron_config.tau, model.neuron_config.detach_reset) == (1, 2.0, True)
+
+
+@torch.no_grad()
+def test_rep_conv_is_one_convolution_of_spikes():
+    model = make("test_metaspikeformer", T=2).eval()
+    x = image_for(model)
+    rep, spikes = model.stages[4][2].attn.q.conv.double(), (wave((2, 16, 4, 4), 3) > 0).double()
+    torch.testing.assert_close(rep.merged()(spikes), rep(spikes), rtol=0, atol=1e-12)
+    # In training the statistics are those of the map, without its border, which is what the norm makes of zero.
+    current = rep.conv1(spikes)[..., 1:-1, 1:-1]
+    mean, var = current.mean((0, 2, 3)), current.var((0, 2, 3))
+    norm = rep.norm1
+    running = 0.9 * norm.running_mean + 0.1 * mean, 0.9 * norm.running_var + 0.1 * var
+    inner = (current - mean.view(-1, 1, 1)) / (var * 31 / 32 + norm.eps).sqrt().view(-1, 1, 1)
+    inner = inner * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    border = norm.bias - running[0] * norm.weight / (running[1] + norm.eps).sqrt()
+    padded = border.view(1, -1, 1, 1).expand(2, -1, 6, 6).clone()
+    padded[..., 1:-1, 1:-1] = inner
+    wanted = nn.functional.batch_norm(
+        rep.conv3(rep.conv2(padded)), None, None, rep.norm2.weight, rep.norm2.bias, True, 0, rep.norm2.eps
+    )
+    torch.testing.assert_close(rep.train()(spikes), wanted, rtol=0, atol=1e-10)
+    torch.testing.assert_close(norm.running_var, running[1])
+    # Folded, spikes alone enter the attention's convolutions; a depthwise convolution's sums enter the next one.
+    folded = spikezoo.fold_bn(make("test_metaspikeformer", T=2))
+    for net, analog in ((model.float().eval(), 4 + 2 * 4 * 2), (folded, 4)):
+        c = spikezoo.count(net, x)
+        layers = {n: row for n, row in c.by_module.items() if row.weights and not n.startswith("head")}
+        found = [n for n, row in layers.items() if row.input == "analog"]
+        assert len(found) == analog and c.uncounted == {}
+        assert [n for n in found if ".attn." not in n and "pointwise2" not in n] == ["stem.0.conv"]
+
+
+@torch.no_grad()
+def test_metaspikeformer_blocks_by_hand():
+    model = make("test_metaspikeformer", T=2).double().eval()
+    x = image_for(model, 1, torch.float64)
+    rows = spikezoo.count(model, x).by_module
+    stem, *levels = model.forward_intermediates(x, intermediates_only=True, time_mean=False)
+
+    def spikes(currents):  # tau 2, threshold 1
+        v, out = 0, []
+        for current in currents:
+            v = v + (current - v) / 2
+            out.append((v >= 1).double())
+            v = v * (1 - out[-1])
+        return torch.stack(out)
+
+    block, first = model.stages[0][0], spikes(stem)
+    y = block.pointwise1.conv(first.flatten(0, 1))
+    y = spikes(block.pointwise1.norm(y).unflatten(0, (2, 1))).flatten(0, 1)
+    y = stem + block.pointwise2.norm(block.pointwise2.conv(block.depthwise(y))).unflatten(0, (2, 1))
+    second = spikes(y)
+    torch.testing.assert_close(levels[0], y + block.conv2(block.conv1(second)), rtol=0, atol=1e-12)
+    assert first.any() and rows["stages.0.0.pointwise1.conv"].sops_exact == first.sum().item() * 8
+    reach = nn.functional.conv2d(second.flatten(0, 1), torch.ones(8, 4, 3, 3).double(), padding=1)
+    assert rows["stages.0.0.conv1.conv"].sops_exact == reach.sum().item()
+    down = spikes(levels[0])
+    strided = nn.functional.conv2d(down.flatten(0, 1), torch.ones(6, 4, 3, 3).double(), stride=2, padding=1)
+    assert rows["stages.1.1.conv"].sops_exact == strided.sum().item()
+
+    attn = model.stages[4][2].attn
+    x = model.stages[4][1](model.stages[4][0](levels[3]))
+    inside = spikes(x)
+    q, k, v = (layer(inside)[:, 0].flatten(2).unflatten(1, (2, 8)) for layer in (attn.q, attn.k, attn.v))
+    product = torch.stack([q[t, h].T @ (k[t, h] @ v[t, h].T) for t in range(2) for h in range(2)]).unflatten(0, (2, 2))
+    current, potential, out = product.transpose(2, 3).reshape(2, 1, *x.shape[2:]) * 0.125, 0, []
+    for step in current:
+        potential = potential + (step - potential) / 2
+        out.append((potential >= 0.05).double())
+        potential = potential * (1 - out[-1])
+    assert 0 < torch.stack(out).mean() < 1
+    torch.testing.assert_close(attn(x), attn.proj(torch.stack(out)), rtol=0, atol=1e-12)
+    assert rows["stages.4.2.attn.q.conv.conv1"].sops_exact == inside.sum().item() * 16
+
+
+def test_metaspikeformer_arguments_teach():
+    with pytest.raises(ValueError, match=r"strides=\(2, 2\): expected five whole numbers"):
+        spikezoo.create_model("test_metaspikeformer", strides=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"heads=3: heads must divide the last two, and 8 is no multiple of it: take 9"
+    ):
+        spikezoo.create_model("test_metaspikeformer", heads=3)

@@ -6,15 +6,14 @@ import newcomer
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import forget_model
 from test_compact import same_answers
 from test_convert import settled
 from test_export import simulate
 from test_models import fill, image_for
-from timm.models import _registry
 from torch import nn
 
 import spikezoo
-from spikezoo import registry
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit
 from spikezoo.neurons import SpikingNeuron
@@ -27,9 +26,7 @@ LINE = ["stem.0.neuron", "stages.0.0.fire2", "stages.0.1.fire2"]  # added to eac
 def _registered():
     newcomer.register()
     yield
-    _registry._clear_model_entries(NAME)
-    _registry._model_entrypoints.pop(NAME)
-    del registry._rows[NAME], registry._classes[NAME]
+    forget_model(NAME)
 
 
 @pytest.fixture(autouse=True)

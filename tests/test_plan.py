@@ -306,7 +306,7 @@ def test_our_plans_make_models(train, path):
         arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first
         model = spikezoo.create_model(run.args.model, device="meta", **arguments)
         assert [name for name, _ in model.recipe] == [
-            flag for flag in ("ticket", "dynsnn") if getattr(run.args, flag) not in (None, {})
+            flag for flag in ("ticket", "dynsnn", "prune") if getattr(run.args, flag) not in (None, {})
         ]
         assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket
 

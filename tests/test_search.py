@@ -309,7 +309,7 @@ def test_an_interrupted_evolution_ends_as_if_it_had_not_been(tmp_path, monkeypat
 
 def test_lower_is_better(monkeypatch):
     # A metric that reads the network and wants small values: the number of its parameters.
-    measured = search.Metric("count", False, lambda model, images: float(sum(p.numel() for p in model.parameters())))
+    measured = search.Metric("count", False, lambda model, *_: float(sum(p.numel() for p in model.parameters())))
     monkeypatch.setitem(search.METRICS, "ntk", measured)
     settings = Evolution(population=6, generations=2, mutations=2, crossovers=2)
     result = search.evolve(
@@ -358,6 +358,24 @@ def test_synflow_by_hand():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert search.synflow(model, (2, 1, 1)) == pytest.approx(0.75 + 0.5 + 1.0, abs=1e-12)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.training
+
+
+def test_snip_by_hand():
+    # One unit in, currents 1.25 and 0 in the first layer, slopes 1 and 0; it fires once: logits (2, -1). The loss of
+    # class 0 has the gradients (p - 1, 1 - p), p = 1 / (1 + exp(-3)). |w g|: of the second layer (2 + 1)(1 - p); of
+    # the first the gradient of the current is 2 (p - 1) - (1 - p) = -3 (1 - p), times the weight 1.25 and input 1.
+    model = TwoLayers([[1.25, 0.0], [0.0, 0.0]], [[2.0, 0.0], [-1.0, 0.0]], 1)
+    left = 1 - 1 / (1 + math.exp(-3))
+    assert search.snip(model, torch.tensor([[1.0, 0.0]]), torch.tensor([0])) == pytest.approx(
+        3 * left + 3.75 * left, rel=1e-6
+    )
+    setting, net = Setting(T=1, img_size=8), Net(16, (1,), (1,))
+    images = search.noise(setting, 12)
+    scores = [search.score(net, "snip", setting, images=images, labels=torch.full((12,), k)) for k in (1, 2)]
+    assert scores[0] != scores[1] and all(score > 0 for score in scores)
+    assert search.score(net, "snip", setting, images=images) == search.score(
+        net, "snip", setting, images=images, labels=torch.arange(12) % setting.num_classes
+    )
 
 
 def test_ntk_by_hand():
@@ -466,6 +484,9 @@ def test_spaces_from_files_and_mappings(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             Space.of(bad)
+    path.write_text("depth: [1, 2]\ndepth: [3]\n")
+    with pytest.raises(ValueError, match=r"key 'depth' stands in line 1 already"):
+        Space.of(str(path))
     with pytest.raises(FileNotFoundError, match=r"No file at .*nowhere\.yaml"):
         Space.of(str(tmp_path / "nowhere.yaml"))
     path.write_text("- 1")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import spikezoo
-from spikezoo.checkpoint import load_state
+from spikezoo.checkpoint import Config, load_state
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
 from spikezoo.factory import create_from
@@ -528,6 +528,9 @@ def test_impossible_numbers(train, flag, value):
 
 
 def test_compiled_recomputation_is_refused(train):
+    for other in ("--torchcompile", "--grad-checkpointing"):
+        with pytest.raises(ValueError, match=f"--sync-bn {other}"):
+            train.parse_args(["--sync-bn", other])
     with pytest.raises(ValueError, match="--grad-checkpointing --torchcompile"):
         train.parse_args(["--grad-checkpointing", "--torchcompile"])
 
@@ -729,6 +732,24 @@ def test_args_yaml_repeats_the_run_in_a_new_folder(fast, tmp_path):
     assert not torch.equal(first["head.fc.weight"], third["head.fc.weight"])  # the seed matters
 
 
+def test_resume_with_other_class_names(fast, tmp_path):
+    arrays = {"label_names": np.array(["cat", "dog"])}
+    for split in ("train", "test"):
+        arrays[f"{split}_images"] = np.zeros((4, 8, 8, 3), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(4) % 2
+    argv = ["--model", "test_mpbn_vgg", "--dataset", f"npz:{tmp_path / 'a.npz'}", "-b", "2", "--epochs", "1"]
+    argv += ["--T", "1", "--device", "cpu", "--experiment", "run", "--output", str(tmp_path / "out")]
+    np.savez(tmp_path / "a.npz", **arrays)
+    fast.main(argv)
+    folder = tmp_path / "out" / "run"
+    assert load_state(folder / "last.safetensors")["label_names"] == ["cat", "dog"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    np.savez(tmp_path / "a.npz", **{**arrays, "label_names": np.array(["cat", "cow"])})
+    with pytest.raises(ValueError, match=r"last\.safetensors was trained .* class 1 is 'dog', and here .*cow"):
+        fast.main([*argv, "--resume", "auto"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_the_best_checkpoints_are_kept(fast, tmp_path):
     fast.main(flags(tmp_path, "--epochs", "4", "--checkpoint-hist", "2", "--eval-metric", "loss", "--subset", "32"))
     folder = tmp_path / "run"
@@ -906,9 +927,11 @@ DISTRIBUTED = """
     import torch
     import torch.distributed as dist
 
+    import spikezoo
     from spikezoo import train
     from spikezoo.train import objective, output, run
     from spikezoo.train.state import save_state
+    from spikezoo.train.sync import SyncedNorms
 
     torch.set_num_threads(1)
     output.plot = lambda *_: []
@@ -947,6 +970,17 @@ DISTRIBUTED = """
     for name, ran in (("whole", runs[0]), ("parts", runs[-1])):
         state = {{"model": ran.model.state_dict(), "ema": ran.ema.state_dict()}}
         save_state(f"{{name}}-{{rank}}.safetensors", state)
+
+    # Halves of a batch with --sync-bn, in float64.
+    torch.manual_seed(5)
+    images, labels = torch.rand(8, 3, 8, 8, dtype=torch.double), torch.arange(8) % 6
+    model = spikezoo.create_model("test_mpbn_vgg", T=2, num_classes=6).double()
+    net = torch.nn.parallel.DistributedDataParallel(model)
+    with SyncedNorms():
+        logits = net(images[rank::2])
+    torch.nn.functional.cross_entropy(logits, labels[rank::2]).backward()
+    gradients = {{name: p.grad for name, p in model.named_parameters()}}
+    save_state(f"synced-{{rank}}.safetensors", {{"model": model.state_dict(), "gradients": gradients}})
     destroy()
 """
 
@@ -979,6 +1013,18 @@ def test_two_processes(tmp_path, capsys):
         assert_same_weights(ranks[0]["ema"], ranks[1]["ema"])
         assert_same_weights(tmp_path / name / "run" / "model.safetensors", ranks[0]["ema"])
     assert_same_end(tmp_path / "whole" / "run", tmp_path / "parts" / "run")
+
+    # --sync-bn: two processes with halves of a batch learn what one learns of all of it, by norms of both kinds.
+    torch.manual_seed(5)
+    images, labels = torch.rand(8, 3, 8, 8, dtype=torch.double), torch.arange(8) % 6
+    model = spikezoo.create_model("test_mpbn_vgg", T=2, num_classes=6).double()
+    F.cross_entropy(model(images), labels).backward()
+    for rank in range(2):
+        synced = load_state(tmp_path / f"synced-{rank}.safetensors")
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(synced["gradients"][name], parameter.grad, rtol=1e-6, atol=1e-9)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(synced["model"][name], value, rtol=1e-6, atol=1e-9)
 
     results = json.loads((tmp_path / "whole" / "run" / "config.json").read_text())["spikezoo"]["results"]
     assert results["samples"] == 7  # 4 and 3, none twice
@@ -1304,3 +1350,18 @@ def test_shrunk_images_stay_in_the_range_of_a_code(fast, tmp_path, monkeypatch):
 def test_bad_distillation(train, name, value, told):
     with pytest.raises(ValueError, match=f"--distill-{name} .*{told}"):
         train.parse_args(flags("o", "--teacher", "local-dir:x", f"--distill-{name}", value))
+
+
+def test_operations_and_energy_are_counted_at_the_end(fast, tmp_path):
+    fast.main(flags(tmp_path, "--epochs", 1, "--count", 5, "--norm-ops", 4))
+    results = Config.read(tmp_path / "run").results
+    model = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    loader = create_loader("digits", "test", batch_size=5, **input_options(model, "digits"))
+    counts = spikezoo.count(model, next(iter(loader))[0], inputs="analog", norm_ops=4)
+    for name in ("energy_exact_mj", "energy_paper_mj"):
+        assert results[name] == pytest.approx(getattr(counts, name))
+    # The paper's energy is 0.9 pJ an operation of a spike and 4.6 pJ one of a number.
+    numbers = (counts.energy_paper_mj * 1e9 - 0.9 * counts.sops_paper) / 4.6
+    assert results["ops_g"] == pytest.approx((numbers + counts.sops_paper) / 1e9) and numbers > 0
+    with pytest.raises(ValueError, match="--count -1"):
+        fast.main(flags(tmp_path, "--count", -1))

@@ -31,9 +31,9 @@ from spikezoo.evaluate import environment, evaluate, write_rows
 from spikezoo.flags import Parser, add_flags, leave
 from spikezoo.search.evolution import RANDOM_DRAWS, random_net
 from spikezoo.search.exhaustive import cover, keeping
-from spikezoo.search.metrics import METRICS, find_metric, images_of, score
+from spikezoo.search.metrics import METRICS, batch_of, find_metric, score
 from spikezoo.search.report import aligned, figure_of
-from spikezoo.search.space import Constraints, Net, Setting, Space, cost, read_yaml, window
+from spikezoo.search.space import Constraints, Net, Setting, Space, cost, read_space, window
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class CorrelationConfig:
             ValueError: An unknown key or a value that makes no sense.
             FileNotFoundError: No such file.
         """
-        content = read_yaml(path)
+        content = read_space(path)
         known = [item.name for item in fields(cls)]
         for key in content:
             if key not in known:
@@ -193,13 +193,15 @@ def _train(
     return {**kept, "train_losses": losses, "train_seconds": round(time.perf_counter() - started, 2)}
 
 
-def _measure(config: CorrelationConfig, setting: Setting, net: Net, images: Tensor) -> dict[str, Any]:
+def _measure(config: CorrelationConfig, setting: Setting, net: Net, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """All metrics of one net, and how long each took."""
     values: dict[str, Any] = {}
     seconds: dict[str, float] = {}
     for name in config.metrics:
         started = time.perf_counter()
-        values[name] = score(net, name, setting, images=images, seed=config.seed, **config.model_arguments)
+        values[name] = score(
+            net, name, setting, images=images, labels=labels, seed=config.seed, **config.model_arguments
+        )
         seconds[name] = round(time.perf_counter() - started, 4)
     return {**values, "metric_seconds": seconds}
 
@@ -278,12 +280,12 @@ def correlate(
     mine = [index for index in range(rank, len(nets), world_size) if not files[index].is_file()]
     if mine:
         facts = environment()  # of the code that runs, whatever becomes of the checkout meanwhile
-        images = images_of(
+        images, labels = batch_of(
             config.dataset, config.metrics, setting, config.seed, data_dir=data_dir, download=download, device=place
         )
     for index in tqdm(mine, desc="nets", disable=not progress, leave=False):
         net = nets[index]
-        row = {**net._asdict(), **cost(net, setting)._asdict(), **_measure(config, setting, net, images)}
+        row = {**net._asdict(), **cost(net, setting)._asdict(), **_measure(config, setting, net, images, labels)}
         row |= _train(config, setting, net, place, data_dir, download)
         _write_json(files[index], {"index": index, **row, "environment": facts})
     if not all(path.is_file() for path in files):

@@ -35,11 +35,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from spikezoo import pictures
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import is_number, nearest
+from spikezoo.config_files import read_yaml
 from spikezoo.evaluate import write_rows
 from spikezoo.flags import Parser, add_flags, leave
 from spikezoo.hub.provenance import portable_command, portable_place
@@ -206,11 +205,7 @@ def read_claims(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[Claim
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No claims at {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    content = _check_keys(content, {"checkpoints", "claims"}, set(), str(path))
+    content = _check_keys(read_yaml(path), {"checkpoints", "claims"}, set(), str(path))
     papers = content.get("checkpoints") or {}
     for name, numbers in papers.items():
         where = f"{path}, checkpoint {name}"

@@ -74,10 +74,12 @@ class Config:
     def of(cls, config: Mapping[str, Any]) -> Config:
         """Take the entries of a config as JSON or a training state holds them, {} for none."""
         block, form = config.get("spikezoo", {}), config.get("sparsity_config", {})
-        architecture = config.get("architecture")
+        architecture, arguments = config.get("architecture"), dict(config.get("model_args", {}))
+        if "num_classes" in config and "spikezoo" in config:  # dense files of ours have it there alone
+            arguments.setdefault("num_classes", config["num_classes"])
         return cls(
             architecture=architecture if isinstance(architecture, str) else "",
-            model_args=dict(config.get("model_args", {})),
+            model_args=arguments,
             recipe=[(name, dict(arguments)) for name, arguments in block.get("recipe", [])],
             inputs=dict(block.get("inputs") or {}),
             dataset=block.get("dataset"),

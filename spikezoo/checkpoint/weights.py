@@ -115,7 +115,7 @@ def load_sparse_file(path: str | Path, *, most: int | None = None) -> dict[str, 
         ValueError: Damaged in any bit, truncated, of an unknown version, no safetensors file, or more numbers than
             ``most``.
 
-    Example:
+    Examples:
         >>> state = spikezoo.load_sparse_file('output/quickstart/model.safetensors')
     """
     path = find_weights(path)
@@ -205,7 +205,7 @@ def _adapt(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Modu
             said.append(f"the classifier ({', '.join(sorted(names))}) starts afresh with {model.num_classes} classes")
     both = stem in own and stem in weights and own[stem].dim() == 4  # of a linear layer nothing can be repeated
     if "in_chans" in changed and both and own[stem].shape != weights[stem].shape:
-        weights[stem] = adapt_input_conv(own[stem].shape[1], weights[stem])
+        weights[stem] = adapt_input_conv(own[stem].shape[1], weights[stem], weights[stem].shape[1])
         said.append(f"{stem} was fitted to {own[stem].shape[1]} channels by summing or repeating its own")
     if said:
         _logger.warning("Loading weights into %s: %s.", type(model).__name__, "; ".join(said))

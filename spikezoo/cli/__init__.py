@@ -36,6 +36,7 @@ COMMANDS = (
     "raster",
     "curves",
     "landscape",
+    "gallery",
 )
 
 

@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         result = search.exact(space, args.metric, setting, constraints, top=args.top)
         print(f"Space {space.name}: all {space.size:,} nets covered in {result.seconds:.2f} s, exact")
     else:
-        images = None
+        images = labels = None
         if dataset and args.metric in search.MEASURED:
-            images = search.images_of(dataset, args.metric, setting, args.seed, data_dir=args.data_dir)
+            images, labels = search.batch_of(dataset, args.metric, setting, args.seed, data_dir=args.data_dir)
         log = f"{args.output}/evolution.jsonl" if args.output else None
         result = search.evolve(
             space,
@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             constraints,
             settings=search.Evolution(seed=args.seed),
             images=images,
+            labels=labels,
             top=args.top,
             log=log,
             progress=True,

@@ -132,7 +132,7 @@ def count(
     Raises:
         ValueError: A batch that the model does not take, a model that returns nothing, energies below zero or nan.
 
-    Example:
+    Examples:
         >>> print(spikezoo.count(model, images).table())
     """
     prices = _Prices(mac_pj, sop_pj, pj_per_byte, norm_ops, neuron_ops)

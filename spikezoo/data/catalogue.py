@@ -107,8 +107,8 @@ def _check_timm_name(name: str) -> None:
         hint = f"for a file of arrays type --dataset npz:{name}"
     elif os.path.exists(name):
         hint = f"for a folder or tar file of images type --dataset folder --data-dir {name}"
-    elif name.lower().startswith(("hfids/", "wds/", "tfds/")):
-        hint = "streams are not read, as they cannot be resumed in mid-epoch; type --dataset hfds/NAME or folder"
+    elif name.lower().startswith(("hfids/", "tfds/")):
+        hint = "streams cannot be resumed in mid-epoch; type --dataset hfds/NAME, wds/NAME (shards on disk) or folder"
     elif near := difflib.get_close_matches(name.lower(), list_datasets(), n=3, cutoff=0.5):
         hint = f"did you mean {' or '.join(near)}? Type --dataset {near[0]}"
     else:

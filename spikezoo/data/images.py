@@ -21,9 +21,10 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from spikezoo.data.info import check_split, data_root, is_litter, number_classes, renumber, shared_names, subfolders
+from spikezoo.data.shards import Shards, find_shards
 
 FOLDER_NAMES = ("imagenet", "folder")
-TIMM_PREFIXES = ("torch/", "hfds/")
+TIMM_PREFIXES = ("torch/", "hfds/", "wds/")
 EVERY_PART = ("train", "val", "validation", "test")
 _TORCH_FOLDERS = ("torch/folder", "torch/image_folder")  # torchvision numbers the classes of each split by itself
 _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image format)"
@@ -250,11 +251,26 @@ def _open_folder(name: str, split: str, data_dir: str | None, known: Sequence[st
     return Images(reader, classes, [numbers[label] for label in labels])
 
 
+def _open_shards(name: str, split: str, data_dir: str | None) -> Images:
+    """Open WebDataset shards; the names of the classes, if any, are the lines of ``classnames.txt`` beside them."""
+    paths = find_shards(name, check_split(split), data_root(data_dir))
+    reader = Shards(paths, sorted(_KINDS))
+    names: list[str] = []
+    for place in {Path(path).parent for path in paths} | {Path(path).parent.parent for path in paths}:
+        if (place / "classnames.txt").is_file():
+            names = (place / "classnames.txt").read_text(encoding="utf-8").splitlines()
+    if names and max(reader.labels) >= len(names):
+        raise ValueError(
+            f"{name}: there is a class {max(reader.labels)}, and classnames.txt names {len(names)}, from 0."
+        )
+    return Images(reader, names, reader.labels)
+
+
 def open_images(name: str, split: str, data_dir: str | None, download: bool = True, known: Sequence[str] = ()) -> Any:
     """Open a split of a dataset that timm reads by number.
 
     Args:
-        name: ``imagenet``, ``folder``, ``torch/NAME`` or ``hfds/NAME``.
+        name: ``imagenet``, ``folder``, ``torch/NAME``, ``hfds/NAME`` or ``wds/NAME`` (WebDataset shards).
         split: ``train`` or ``test``; passed on as it is for ``hfds/``.
         data_dir: Folder of the data.
         download: Whether data that is not on disk may be downloaded.
@@ -269,6 +285,8 @@ def open_images(name: str, split: str, data_dir: str | None, download: bool = Tr
     """
     if not name.lower().startswith(TIMM_PREFIXES) or name.lower() in _TORCH_FOLDERS:
         return _open_folder(name, split, data_dir, known)
+    if name.lower().startswith("wds/"):
+        return _open_shards(name, split, data_dir)
     root: str | None = str(data_root(data_dir))
     if name.lower().startswith("torch/"):
         split = "train" if check_split(split) == "train" else "validation"  # torchvision's two

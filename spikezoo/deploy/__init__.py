@@ -33,6 +33,7 @@ from spikezoo.deploy.int8 import EightBit, to_int8
 from spikezoo.deploy.kernel import compiler, kernel
 from spikezoo.deploy.norms import ExactNorm, exact_norms
 from spikezoo.graph import Graph, trace
+from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
@@ -66,8 +67,8 @@ class Deployed(nn.Module):
         self.model, self.precision, self.notes = model, precision, notes
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-        # Patches are chosen by the spikes of all time steps.
-        self._whole = any(isinstance(module, PatchSelection | Spikes) for module in model.modules())
+        # Patches are chosen by the spikes of all time steps, each step has a factor of its own, and bits are one form.
+        self._whole = any(isinstance(module, PatchSelection | StepScale | Spikes) for module in model.modules())
         self.compiled = compiled
         self._compile()
         self.eval()
@@ -153,7 +154,7 @@ class Deployed(nn.Module):
             ValueError: A shape that the model does not take, or an input that is not finite: a neuron turns nan into
                 silence, and logits of nothing would look like logits.
         """
-        self.model._check_input(x)  # type: ignore[operator]
+        self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
         new = tuple(x.shape) not in self._shapes
         fresh = self.compiled and new
@@ -249,7 +250,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8 or
             bits of a model without spikes or on a GPU.
 
-    Example:
+    Examples:
         >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
         >>> logits = fast(images)
     """
@@ -263,7 +264,7 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
     if example is not None:
-        copied._check_input(example)
+        copied.check_input(example)
     shape = None if example is None else example.shape[1:]
     graph = None if precision == "exact" else trace(copied, shape)
     if graph is not None:

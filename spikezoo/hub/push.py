@@ -55,7 +55,7 @@ def push_folder(
         HubError: The Hub does not answer or refuses.
         ValueError: Damaged, or a file that does not say what model it belongs to.
 
-    Example:
+    Examples:
         >>> spikezoo.push_folder('output/quickstart', 'me/quickstart', dry_run='card')
     """
     check_repo_id(repo_id)
@@ -109,7 +109,7 @@ def push_to_hub(
         HubError: The Hub does not answer or refuses.
         ValueError: A model that cannot be rebuilt from its name, or that holds NaN.
 
-    Example:
+    Examples:
         >>> spikezoo.push_to_hub(model, 'me/my-net', {'dataset': 'cifar10', 'top1': 92.2})
     """
     with _staging(repo_id, dry_run) as folder:

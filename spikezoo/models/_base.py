@@ -52,8 +52,8 @@ def init_without_norms(model: nn.Module) -> None:
 class SpikingModel(nn.Module):
     """Base of all models: arguments, neurons, forward passes and timm's contract.
 
-    A subclass adds the stem with ``_add_stem``, then its stages (sequences of blocks) with ``_add_stage``, optionally
-    fills ``neck``, and ends with ``_finish``.
+    A subclass adds the stem with ``add_stem``, then its stages (sequences of blocks) with ``add_stage``, optionally
+    fills ``neck``, and ends with ``finish``.
 
     Args:
         num_classes: Classes of the head; 0 leaves it out.
@@ -130,8 +130,8 @@ class SpikingModel(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.recipe: list[tuple[str, dict[str, Any]]] = []  # the transforms applied, in order
-        self._dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self._neuron = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self._dd)
+        self.dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.neuron_factory = NeuronFactory(self.neuron_config, self.mpbn, neuron_drop, **self.dd)
         self._global_pool = global_pool
         self.feature_info: list[dict[str, Any]] = []
         self.min_img_size = 1  # the total stride, set by the subclass
@@ -142,27 +142,34 @@ class SpikingModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------- construction
 
-    def _add_stem(self, stem: nn.Module, channels: int, reduction: int) -> None:
+    def add_stem(self, stem: nn.Module, channels: int, reduction: int) -> None:
+        """Set the first layers, of so many output channels at 1/reduction of the image's size."""
         self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": "stem"})
         self.stem = stem
 
-    def _add_stage(self, stage: Sequence[nn.Module], channels: int, reduction: int) -> None:
+    def add_stage(self, stage: Sequence[nn.Module], channels: int, reduction: int) -> None:
+        """Append a stage, which is a level of features; the arguments are those of :meth:`add_stem`."""
         self.feature_info.append({"num_chs": channels, "reduction": reduction, "module": f"stages.{len(self.stages)}"})
         self.stages.append(nn.Sequential(*stage))
 
-    def _finish(self, num_features: int, head_bias: bool = True) -> None:
-        """Add the head, once the subclass knows its number of features."""
+    def finish(self, num_features: int, head_bias: bool = True) -> None:
+        """Add the head, once the subclass knows its number of features.
+
+        What only building needs goes: ``neuron_factory`` makes a layer's neurons from its channels and size of the map,
+        ``dd`` holds device and dtype of its parameters.
+        """
         self.num_features = self.head_hidden_size = num_features
-        self.head = ClassifierHead(num_features, self.num_classes, self._global_pool, self.drop_rate, **self._dd)
+        self.head = ClassifierHead(num_features, self.num_classes, self._global_pool, self.drop_rate, **self.dd)
         self._head_bias = head_bias
         self._drop_head_bias()
-        del self._neuron, self._dd, self._global_pool
+        del self.neuron_factory, self.dd, self._global_pool
 
     def _drop_head_bias(self) -> None:
         if not self._head_bias and isinstance(self.head.fc, nn.Linear):
             self.head.fc.register_parameter("bias", None)
 
-    def _check_size(self, size: Sequence[int]) -> None:
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError where height and width are too small for this net."""
         if min(size) < self.min_img_size:
             raise ValueError(
                 f"img_size={tuple(size)} is smaller than the total stride {self.min_img_size} of this net: give images "
@@ -221,7 +228,8 @@ class SpikingModel(nn.Module):
         """Shape of one sample: ``(C, H, W)``, or ``(T, 2, H, W)`` of an event model."""
         return (*((self.T,) if self.takes_events else ()), self.in_chans, *self.img_size)
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError, with what to do, where the model cannot take this input."""
         if x.dim() not in (4, 5):
             raise ValueError(
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "
@@ -255,7 +263,7 @@ class SpikingModel(nn.Module):
                 f"{'' if size[0] == size[1] else f' (or ({size[0]}, {size[1]}))'}. Commands call it --img-size."
             )
         if not self.fixed_img_size:
-            self._check_size(size)
+            self.check_size(size)
 
     def encode(self, x: Tensor) -> tuple[Tensor, int]:
         """What the stem sees: frames ``[1 or T, B, C, H, W]`` and the number of time steps.
@@ -294,7 +302,7 @@ class SpikingModel(nn.Module):
         Raises:
             ValueError: Wrong number of dimensions or channels, too small or empty.
         """
-        self._check_input(x)
+        self.check_input(x)
         return self.forward_frames(*self.encode(x))
 
     def forward_frames(self, frames: Tensor, T: int) -> Tensor:
@@ -353,7 +361,7 @@ class SpikingModel(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: only 'NCHW' is supported.")
         take = self._take(indices)
-        self._check_input(x)
+        self.check_input(x)
         frames, T = self.encode(x)
         x = self.stem(frames, T)
         levels = [x]

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikezoo.layers import ConvNormNeuron, Pool, Stem, broadcast_steps
+from spikezoo.layers import ConvNormNeuron, Pool, Stem, set_norms
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import NeuronFactory, nearest
 from spikezoo.registry import ModelRow, register_rows
@@ -35,9 +35,10 @@ class CurrentStem(Stem):
 
     def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
         """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
-        for module in self:
-            x = module(x)
-        return broadcast_steps(x, T)
+        *layers, last = self
+        for layer in layers:
+            x = layer(x)
+        return last(x, T)
 
 
 class Fire(nn.Module):
@@ -109,10 +110,11 @@ class MSResNet(SpikingModel):
             conv3 (3x3 of stride 1).
         stem_width: Channels of the stem.
         pooled_shortcut: Average pooling in the shortcuts instead of a stride.
+        norm: tdbn, bn or tebn, see :func:`~spikezoo.layers.set_norms`; its alpha is 1 throughout.
         **kwargs: Arguments of :class:`SpikingModel`.
 
     Raises:
-        ValueError: Another ``stem``.
+        ValueError: Another ``stem`` or ``norm``.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class MSResNet(SpikingModel):
         stem: str = "conv7",
         stem_width: int = 64,
         pooled_shortcut: bool = False,
+        norm: str = "tdbn",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -134,23 +137,23 @@ class MSResNet(SpikingModel):
         }
         if stem not in stems:
             raise ValueError(f"stem={stem!r} does not exist. {nearest(stem, stems)}")
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         reduction = 1 if stem == "conv3" else 2
         self.min_img_size = reduction
         for stride in strides:
             self.min_img_size *= stride
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         size: Sequence[int] = self.img_size
         channels = self.in_chans
         layers: list[nn.Module] = []
-        for kernel, stride, norm in stems[stem]:
+        for kernel, stride, normed in stems[stem]:
             bias = stem == "conv3x3"
             layer = ConvNormNeuron(
-                channels, stem_width, size, kernel=kernel, stride=stride, bias=bias, norm=norm, dd=dd
+                channels, stem_width, size, kernel=kernel, stride=stride, bias=bias, norm=normed, dd=dd
             )
             layers.append(layer)
             channels, size = stem_width, layer.out_size
-        self._add_stem(CurrentStem(*layers), stem_width, reduction)
+        self.add_stem(CurrentStem(*layers), stem_width, reduction)
         for width, depth, stride in zip(widths, depths, strides, strict=True):
             blocks: list[nn.Module] = []
             for position in range(depth):
@@ -161,15 +164,16 @@ class MSResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = width, block.out_size
             reduction *= stride
-            self._add_stage(blocks, width, reduction)
+            self.add_stage(blocks, width, reduction)
         self.neck.append(Fire(neurons(channels, size)))
-        self._finish(channels)
-        self._init_weights()
+        self.finish(channels)
+        set_norms(self, norm, self.neuron_config.threshold, self.T, dd)
+        self._init_weights(norm == "tdbn")
 
-    def _init_weights(self) -> None:
+    def _init_weights(self, threshold_dependent: bool) -> None:
         # The authors': convolutions and classifier keep torch's.
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and threshold_dependent:
                 nn.init.constant_(module.weight, self.neuron_config.threshold)
         for module in self.modules():
             if isinstance(module, MSBlock):

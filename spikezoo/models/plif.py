@@ -95,9 +95,9 @@ class PLIFNet(SpikingModel):
         super().__init__(**kwargs)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r} does not exist. {nearest(pooling, POOLINGS)}")
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         self.min_img_size, self.fixed_img_size = 2 ** len(widths), True
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         size: Sequence[int] = self.img_size
         channels = self.in_chans
         for index, stage_widths in enumerate(widths):
@@ -108,8 +108,8 @@ class PLIFNet(SpikingModel):
             blocks.append(Pool(POOLINGS[pooling](2)))
             size = conv_out(size, 2, 2, 0)
             if index == 0:
-                self._add_stem(Stem(blocks.pop(0)), channels, 1)
-            self._add_stage(blocks, channels, 2 ** (index + 1))
+                self.add_stem(Stem(blocks.pop(0)), channels, 1)
+            self.add_stage(blocks, channels, 2 ** (index + 1))
         features = channels * size[0] * size[1]
         layers = [hidden or features // 4, VOTES * self.num_classes]
         for drop, width in zip(drops, layers if self.num_classes else layers[:1], strict=False):
@@ -117,7 +117,7 @@ class PLIFNet(SpikingModel):
             layer = LinearNormNeuron(features, width, pool=False, norm=False, bias=bias, neuron=neurons, dd=dd)
             self.neck.append(layer)
             features = width
-        self._finish(features, head_bias=False)
+        self.finish(features, head_bias=False)
         if self.num_classes:
             self.head.fc = Voting(VOTES, self.num_classes, dd)
 

@@ -8,7 +8,8 @@ average of the tokens and the classifier.
 Where paper and code differ, the code is the default: heads cut channels apart that meet nobody, so that their number
 changes nothing; a convolution between heads (talking_heads) and a neuron (attn_lif) are made and never called, which
 official parameter counts hold and ours do not; drop path is made and never applied (``drop_path_rate`` drops here). Not
-here: the erosion that the code adds for event cameras (dvs_mode).
+here: the erosion that the code adds for event cameras (dvs_mode), and the second residual that it has within an MLP
+whose hidden channels are as many as the outer ones (``mlp_ratios=1``, which no named net has), around its first layer.
 """
 
 from __future__ import annotations
@@ -95,14 +96,14 @@ class SpikeDrivenTransformer(Spikformer):
     residuals = ("membrane",)
 
     def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
-        return PositionEncoding(ConvNormNeuron(dim, dim, size, dd=self._dd), self._neuron(dim, size))
+        return PositionEncoding(ConvNormNeuron(dim, dim, size, dd=self.dd), self.neuron_factory(dim, size))
 
     def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
         taken = {name: arguments[name] for name in ("qkv_bias", "attention_neuron")}
-        return MaskAttention(dim, size, neuron=self._neuron, dd=self._dd, **taken)
+        return MaskAttention(dim, size, neuron=self.neuron_factory, dd=self.dd, **taken)
 
     def _make_neck(self, dim: int) -> None:
-        self.neck.append(AverageNeuron(self._neuron(dim, (1, 1))))
+        self.neck.append(AverageNeuron(self.neuron_factory(dim, (1, 1))))
 
     def _init_weights(self) -> None:
         # The authors': the classifier keeps torch's.

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
+from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out, set_norms
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import NeuronFactory, nearest
 from spikezoo.registry import ModelRow, register_rows
@@ -92,10 +92,11 @@ class SEWResNet(SpikingModel):
         zero_init_residual: Start with a zero scale (and with 'and' a shift of 1) in the last norm of each block.
         stem: conv7 (7x7 of stride 2 and 3x3 max-pooling of stride 2) or, for small images, conv3 (3x3 of stride 1).
         stem_width: Channels of the stem.
+        norm: bn, tdbn or tebn, see :func:`~spikezoo.layers.set_norms`.
         **kwargs: Arguments of :class:`SpikingModel`.
 
     Raises:
-        ValueError: Another ``connect`` or ``stem``.
+        ValueError: Another ``connect``, ``stem`` or ``norm``.
     """
 
     def __init__(
@@ -107,17 +108,18 @@ class SEWResNet(SpikingModel):
         zero_init_residual: bool = False,
         stem: str = "conv7",
         stem_width: int = 64,
+        norm: str = "bn",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         for name, value, valid in (("connect", connect, CONNECTS), ("stem", stem, ("conv7", "conv3"))):
             if value not in valid:
                 raise ValueError(f"{name}={value!r} does not exist. {nearest(value, valid)}")
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         large = stem == "conv7"
         reduction = 4 if large else 1
         self.min_img_size = reduction * 2 ** (len(widths) - 1)
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         kernel, stride = (7, 2) if large else (3, 1)
         first = ConvNormNeuron(
             self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, neuron=neurons, dd=dd
@@ -127,7 +129,7 @@ class SEWResNet(SpikingModel):
         if large:
             layers.append(Pool(nn.MaxPool2d(3, 2, 1)))
             size = conv_out(size, 3, 2, 1)
-        self._add_stem(Stem(*layers), stem_width, reduction)
+        self.add_stem(Stem(*layers), stem_width, reduction)
         channels = stem_width
         for index, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks: list[nn.Module] = []
@@ -139,8 +141,9 @@ class SEWResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = 4 * width if bottleneck else width, block.out_size
             reduction *= 2 if index else 1
-            self._add_stage(blocks, channels, reduction)
-        self._finish(channels)
+            self.add_stage(blocks, channels, reduction)
+        self.finish(channels)
+        set_norms(self, norm, self.neuron_config.threshold, self.T, dd)
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:
@@ -190,7 +193,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Names to tensors; may lie under 'state_dict' or 'model', with or without 'module.' before each name.
         model: The model that it is for.
 
-    Example:
+    Examples:
         >>> spikezoo.create_model('sew_resnet34', checkpoint_path='sew34_checkpoint_319.pth')  # calls it
     """
     for key in ("state_dict", "model"):

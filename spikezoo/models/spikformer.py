@@ -227,7 +227,7 @@ class Spikformer(SpikingModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         whole("dim", dim)
         whole("depth", depth)
         if dim % 8:
@@ -256,7 +256,7 @@ class Spikformer(SpikingModel):
         number("drop_path_rate", drop_path_rate, 0, 1)
         membrane = residual == "membrane"
         self.min_img_size = 2 ** sum(pools)
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
 
         size, channels = tuple(self.img_size), self.in_chans
         layers: list[nn.Module] = []
@@ -268,7 +268,7 @@ class Spikformer(SpikingModel):
             if pool:
                 layers.append(Pool(nn.MaxPool2d(3, 2, 1)))
                 size = conv_out(size, 3, 2, 1)
-        self._add_stem(Stem(*layers, self._make_encoding(dim, size, membrane)), dim, self.min_img_size)
+        self.add_stem(Stem(*layers, self._make_encoding(dim, size, membrane)), dim, self.min_img_size)
 
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         behind_product = NeuronFactory(
@@ -284,21 +284,21 @@ class Spikformer(SpikingModel):
             if hidden == 0:
                 raise ValueError(f"mlp_ratios={ratio!r}: dim={dim} times that is no hidden channel; 4 is common.")
             mlp = SpikingMLP(dim, hidden, size, membrane=membrane, neuron=neurons, dd=dd)
-            self._add_stage([SpikformerBlock(attn, mlp, rate)], dim, self.min_img_size)
+            self.add_stage([SpikformerBlock(attn, mlp, rate)], dim, self.min_img_size)
         self._make_neck(dim)
-        self._finish(dim)
+        self.finish(dim)
         self._init_weights()
 
     # Other families put these parts together otherwise.
 
     def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
         """The fifth convolution, on the map of the tokens."""
-        neuron = None if membrane else self._neuron
-        return PositionEncoding(ConvNormNeuron(dim, dim, size, neuron=neuron, dd=self._dd))
+        neuron = None if membrane else self.neuron_factory
+        return PositionEncoding(ConvNormNeuron(dim, dim, size, neuron=neuron, dd=self.dd))
 
     def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
         """The attention of a block; the arguments are those of :class:`SpikingSelfAttention`."""
-        return SpikingSelfAttention(dim, heads, size, neuron=self._neuron, dd=self._dd, **arguments)
+        return SpikingSelfAttention(dim, heads, size, neuron=self.neuron_factory, dd=self.dd, **arguments)
 
     def _make_neck(self, dim: int) -> None:
         """What stands between the last block and the head: nothing."""
@@ -316,7 +316,8 @@ class Spikformer(SpikingModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _check_size(self, size: Sequence[int]) -> None:
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raise ValueError where the patches do not fit into height and width."""
         stride = self.min_img_size
         if any(pixels % stride for pixels in size):
             near = tuple(max(round(pixels / stride), 1) * stride for pixels in size)
@@ -362,7 +363,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         state_dict: Names to tensors; may lie under 'state_dict' or 'model', with or without 'module.' before each name.
         model: The model that it is for.
 
-    Example:
+    Examples:
         >>> spikezoo.create_model('spikformer_in_8_512', checkpoint_path='checkpoint-305.pth.tar')  # calls it
         >>> timm.models.load_checkpoint(model, 'checkpoint-305.pth.tar', filter_fn=checkpoint_filter_fn)
     """

@@ -40,15 +40,15 @@ class SpikingMLP(SpikingModel):
                 pool=False,
                 norm=False,
                 bias=False,
-                neuron=self._neuron,
-                dd=self._dd,
+                neuron=self.neuron_factory,
+                dd=self.dd,
             )
             features = size
             if index == 0:
-                self._add_stem(Stem(layer), size, max(height, width))
+                self.add_stem(Stem(layer), size, max(height, width))
             else:
-                self._add_stage([layer], size, max(height, width))
-        self._finish(features, head_bias=False)
+                self.add_stage([layer], size, max(height, width))
+        self.finish(features, head_bias=False)
         init_without_norms(self)
 
     def prune_intermediate_layers(

@@ -13,7 +13,16 @@ from typing import Any
 
 from torch import nn
 
-from spikezoo.layers import ConvNormNeuron, Flatten, LinearNormNeuron, Pool, ResidualBlock, Stem, conv_out
+from spikezoo.layers import (
+    ConvNormNeuron,
+    Flatten,
+    LinearNormNeuron,
+    Pool,
+    ResidualBlock,
+    Stem,
+    conv_out,
+    set_norms,
+)
 from spikezoo.models._base import SpikingModel, init_without_norms
 from spikezoo.models.spiking_vgg import MPBN, MPBN_NEURON, RMP, RMP_NEURON
 from spikezoo.registry import ModelRow, register_rows
@@ -33,8 +42,8 @@ class SpikingResNet(SpikingModel):
         stem_width: Channels of the stem.
         pooled_shortcut: Average pooling in the shortcuts instead of a stride.
         hidden: Width of a spiking linear layer before the classifier, 0 for none.
-        norm: Whether there are norms. Without them there is no bias either, which is the form that is converted from
-            an ANN.
+        norm: bn (or True), tdbn or tebn, see :func:`~spikezoo.layers.set_norms`; False for none. Without norms there
+            is no bias either, which is the form that is converted from an ANN.
         flatten: Every position of the last map is a feature of the classifier, instead of global pooling.
         **kwargs: Arguments of :class:`SpikingModel`.
     """
@@ -48,19 +57,20 @@ class SpikingResNet(SpikingModel):
         stem_width: int = 64,
         pooled_shortcut: bool = False,
         hidden: int = 0,
-        norm: bool = True,
+        norm: bool | str = True,
         flatten: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
+        kind, norm = "bn" if norm is True else norm, bool(norm)
         reduction = {"conv3": 1, "conv3x3": 2, "conv7": 4}[stem]
         total = reduction
         for stride in strides:
             total *= stride
         self.min_img_size = total
         self.fixed_img_size = flatten
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         kernel, stride = (7, 2) if stem == "conv7" else (3, 1)
         first = ConvNormNeuron(
             self.in_chans, stem_width, self.img_size, kernel=kernel, stride=stride, norm=norm, neuron=neurons, dd=dd
@@ -74,7 +84,7 @@ class SpikingResNet(SpikingModel):
         elif stem == "conv7":
             layers.append(Pool(nn.AvgPool2d(3, 2, 1)))
             size = conv_out(size, 3, 2, 1)
-        self._add_stem(Stem(*layers), stem_width, reduction)
+        self.add_stem(Stem(*layers), stem_width, reduction)
         channels = stem_width
         for width, depth, stride in zip(widths, depths, strides, strict=True):
             blocks: list[nn.Module] = []
@@ -92,7 +102,7 @@ class SpikingResNet(SpikingModel):
                 blocks.append(block)
                 channels, size = width, block.out_size
             reduction *= stride
-            self._add_stage(blocks, width, reduction)
+            self.add_stage(blocks, width, reduction)
         if flatten:
             self.neck.append(Flatten())
             channels *= size[0] * size[1]
@@ -101,9 +111,10 @@ class SpikingResNet(SpikingModel):
                 LinearNormNeuron(channels, hidden, pool=True, norm=False, bias=norm, neuron=neurons, dd=dd)
             )
             channels = hidden
-        self._finish(channels, head_bias=norm)
-        if norm:
+        self.finish(channels, head_bias=norm)
+        if kind:
             self._init_weights()
+            set_norms(self, kind, self.neuron_config.threshold, self.T, dd)
         else:
             init_without_norms(self)
 

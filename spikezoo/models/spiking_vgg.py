@@ -43,10 +43,10 @@ class SpikingVGG(SpikingModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        dd, neurons = self._dd, self._neuron
+        dd, neurons = self.dd, self.neuron_factory
         self.min_img_size = 2 ** len(widths)
         self.fixed_img_size = bool(hidden)
-        self._check_size(self.img_size)
+        self.check_size(self.img_size)
         size: Sequence[int] = self.img_size
         channels = self.in_chans
         for index, stage_widths in enumerate(widths):
@@ -72,8 +72,8 @@ class SpikingVGG(SpikingModel):
                 size = (size[0] // 2, size[1] // 2)
             if index == 0:
                 stem = blocks.pop(0)
-                self._add_stem(Stem(stem), stage_widths[0], 1)
-            self._add_stage(blocks, channels, 2 ** (index + 1))
+                self.add_stem(Stem(stem), stage_widths[0], 1)
+            self.add_stage(blocks, channels, 2 ** (index + 1))
         features = channels * size[0] * size[1]
         for width in hidden:
             self.neck.append(
@@ -81,7 +81,7 @@ class SpikingVGG(SpikingModel):
             )
             features = width
         # The ticket layouts have no bias anywhere.
-        self._finish(features if hidden else channels, head_bias=norm and not ticket)
+        self.finish(features if hidden else channels, head_bias=norm and not ticket)
         if norm:
             self._init_weights(ticket)
         else:

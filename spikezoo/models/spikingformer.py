@@ -39,7 +39,7 @@ class Spikingformer(Spikformer):
     fourth_fires = True
 
     def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
-        return ConvNormNeuron(dim, dim, size, dd=self._dd)
+        return ConvNormNeuron(dim, dim, size, dd=self.dd)
 
     def _init_weights(self) -> None:
         # The authors': convolutions keep torch's.

@@ -173,6 +173,7 @@ def evolve(
     *,
     settings: Evolution | None = None,
     images: Tensor | None = None,
+    labels: Tensor | None = None,
     top: int = 10,
     log: str | Path | None = None,
     progress: bool = False,
@@ -187,6 +188,7 @@ def evolve(
             nets only.
         settings: The paper's, where None.
         images: Images for metrics that read a network; None takes noise.
+        labels: Their labels, for SNIP; None takes the classes in turn.
         top: How many nets to return.
         log: JSON lines of all scores. An interrupted search that is started again with the same arguments goes on
             from it and ends with the same result.
@@ -215,7 +217,7 @@ def evolve(
 
     def value_of(net: Net) -> float:
         if net not in book.scores:
-            book.add(net, score(net, metric, setting, images=images, seed=settings.seed))
+            book.add(net, score(net, metric, setting, images=images, labels=labels, seed=settings.seed))
         return book.scores[net]
 
     search = _Search(space, setting, constraints, settings, possible)

@@ -45,6 +45,24 @@ def synflow(model: nn.Module, input_size: Sequence[int] = (3, 32, 32)) -> float:
     return sum((p.detach() * g).abs().sum().item() for p, g in pairs if g is not None)
 
 
+def snip(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """SNIP: sum of ``|theta dL/dtheta|`` over the weights of convolutions and linear layers, L a batch's cross-entropy.
+
+    A weight's connection sensitivity (Lee et al. 2019), not normalised and summed to a score of the net (Abdelfattah et
+    al. 2021), in training mode. Gradients pass the neurons by their surrogate.
+
+    Args:
+        model: The network; it is not changed.
+        images: A batch ``[N, C, H, W]``.
+        labels: Its classes ``[N]``.
+    """
+    model = copy.deepcopy(model).train()
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    loss = nn.functional.cross_entropy(model(images), labels)
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return sum(float((w.detach() * g).abs().sum()) for w, g in zip(weights, gradients, strict=True))
+
+
 def _finite(value: float, nan: float = 0.0) -> float:
     # As numpy's nan_to_num, which the sources use: ranks keep their meaning, and files hold numbers.
     if math.isnan(value):
@@ -169,13 +187,13 @@ class Metric:
     Attributes:
         note: What it is.
         higher_is_better: Which end a search wants.
-        measure: From a network, images ``[N, C, H, W]`` and their size; None where the architecture is enough.
+        measure: From a network, images ``[N, C, H, W]`` and their labels; None where the architecture is enough.
         images: How many images it takes.
     """
 
     note: str
     higher_is_better: bool = True
-    measure: Callable[[nn.Module, Tensor], float] | None = None
+    measure: Callable[[nn.Module, Tensor, Tensor], float] | None = None
     images: int = 0
 
     @property
@@ -184,18 +202,15 @@ class Metric:
         return self.measure is None
 
 
-def _two_batches(model: nn.Module, images: Tensor) -> float:
-    return sahd(model, images.chunk(2))
-
-
 METRICS: dict[str, Metric] = {
     "flops": Metric("T x MACs of the whole network (the authors' code)"),
     "flops_eq": Metric("T x equations 4-5 of the paper, as printed"),
     "parameters": Metric("trainable parameters"),
-    "synflow": Metric("SynFlow", measure=lambda model, images: synflow(model, images.shape[1:])),
-    "ntk": Metric("condition number of the NTK", False, ntk, 16),
-    "linear_regions": Metric("NASWOT on spikes", True, linear_regions, 128),
-    "sahd": Metric("sparsity-aware Hamming distance", True, _two_batches, 512),
+    "synflow": Metric("SynFlow", measure=lambda model, images, _: synflow(model, images.shape[1:])),
+    "snip": Metric("SNIP", True, snip, 64),
+    "ntk": Metric("condition number of the NTK", False, lambda model, images, _: ntk(model, images), 16),
+    "linear_regions": Metric("NASWOT on spikes", True, lambda model, images, _: linear_regions(model, images), 128),
+    "sahd": Metric("sparsity-aware Hamming distance", True, lambda model, images, _: sahd(model, images.chunk(2)), 512),
 }
 
 
@@ -216,8 +231,10 @@ def noise(setting: Setting, count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, *steps, setting.in_chans, setting.img_size, setting.img_size, generator=generator)
 
 
-def images_of(dataset: str, metrics: str | Sequence[str], setting: Setting, seed: int = 0, **options: Any) -> Tensor:
-    """Training images, normalised and augmented, as many as the metrics take: ``[N, C, H, W]``.
+def batch_of(
+    dataset: str, metrics: str | Sequence[str], setting: Setting, seed: int = 0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Training images, normalised and augmented, as many as the metrics take ``[N, C, H, W]``, and labels ``[N]``.
 
     Args:
         dataset: Name of the dataset.
@@ -232,11 +249,19 @@ def images_of(dataset: str, metrics: str | Sequence[str], setting: Setting, seed
     loader = create_loader(
         dataset, "train", train=True, batch_size=count, drop_last=False, seed=seed, **shape, **options
     )
-    return next(iter(loader))[0]
+    images, labels = next(iter(loader))
+    return images, labels
 
 
 def score(
-    net: Net, metric: str, setting: Setting, *, images: Tensor | None = None, seed: int = 0, **arguments: Any
+    net: Net,
+    metric: str,
+    setting: Setting,
+    *,
+    images: Tensor | None = None,
+    labels: Tensor | None = None,
+    seed: int = 0,
+    **arguments: Any,
 ) -> float:
     """One metric of one net.
 
@@ -246,6 +271,7 @@ def score(
         setting: What the net is made for.
         images: Images ``[N, C, H, W]`` for the metrics that read a network; None takes noise. Each metric takes as
             many of them as its source did (:attr:`Metric.images`), or all where there are fewer.
+        labels: Their labels ``[N]``, for SNIP; None takes the classes in turn.
         seed: Of the random weights, and the noise.
         **arguments: Further arguments of ``create_model``.
 
@@ -260,5 +286,8 @@ def score(
         model = setting.create(net, **arguments)
         if images is None:
             images = noise(setting, max(1, chosen.images), seed)
+        if labels is None:
+            labels = torch.arange(len(images), device=images.device) % setting.num_classes
         model.to(images.device)
-        return chosen.measure(model, images[: max(1, chosen.images)])
+        count = max(1, chosen.images)
+        return chosen.measure(model, images[:count], labels[:count])

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from torch import nn
 
 from spikezoo.checks import is_number, is_whole, nearest, whole
+from spikezoo.config_files import read_yaml
 from spikezoo.factory import create_model
 
 
@@ -75,7 +75,7 @@ class Space:
                     f"Unknown space {source!r}. {nearest(source, SPACES)} A YAML file with {', '.join(_KEYS)} "
                     "is a space of your own."
                 )
-            return cls.of({"name": Path(source).stem, **read_yaml(source)})
+            return cls.of({"name": Path(source).stem, **read_space(source)})
         for key in source:
             if key not in (*_KEYS, "name"):
                 raise ValueError(f"Unknown key {key!r} of a space. {nearest(key, _KEYS)}")
@@ -295,15 +295,9 @@ def window(text: str) -> tuple[float, float]:
     return bounds
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_space(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds; raises where there is none."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file at {path}.")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}: expected 'key: value' lines.")
-    return content
+    return read_yaml(path)

@@ -70,6 +70,8 @@ NOT_RECIPE = {
     "time_budget",
     "recovery_interval",
     "checkpoint_hist",
+    "count",
+    "norm_ops",
     "log_interval",
     "log_wandb",
     "wandb_project",
@@ -203,6 +205,15 @@ def _model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--drop", type=float, default=0.0, help="dropout before the classifier")
     group.add_argument("--grad-checkpointing", action=Switch, default=False)
     add_flags(group, "channels-last", "torchcompile")
+    group.add_argument(
+        "--sync-bn", action=Switch, default=False, help="norms take the statistics of all processes' batches together"
+    )
+    group.add_argument(
+        "--dist-bn",
+        default="reduce",
+        choices=("reduce", "broadcast", ""),
+        help="running statistics after an epoch: their mean over processes, rank 0's, or each its own",
+    )
 
 
 def _optimisation(group: argparse._ArgumentGroup) -> None:
@@ -298,6 +309,10 @@ def _run(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--val-interval", type=int, default=1, metavar="N", help="evaluate every N epochs and at the end"
     )
+    group.add_argument(
+        "--count", type=int, default=0, metavar="N", help="count operations and energy on N test images at the end"
+    )
+    group.add_argument("--norm-ops", type=int, default=0, metavar="N", help="with --count: of norms, an element")
     group.add_argument("--log-interval", type=int, default=50)
     group.add_argument("--log-wandb", action=Switch, default=False, help="log to Weights & Biases too")
     group.add_argument("--wandb-project", metavar="NAME", help="its project")
@@ -412,7 +427,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise where a flag is out of its range, or where flags do not go together."""
     for low, names in (
         (0, "recovery_interval workers subset weight_decay warmup_epochs warmup_lr cooldown_epochs min_lr"),
-        (0, "rate_penalty rate_target mixup cutmix clip_grad"),
+        (0, "rate_penalty rate_target mixup cutmix clip_grad count norm_ops"),
         (1, "epochs updates batch_size validation_batch_size grad_accum_steps"),
         (1, "log_interval val_interval checkpoint_hist img_size in_chans num_classes T"),
     ):
@@ -433,6 +448,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--teacher-cache {args.teacher_cache} without --teacher: whose logits? Add --teacher NAME.TAG."
         )
+    if args.sync_bn and (args.torchcompile or args.grad_checkpointing):
+        other = "torchcompile" if args.torchcompile else "grad-checkpointing"
+        raise ValueError(f"--sync-bn --{other}: norms that wait for other processes cannot have it. Drop one of them.")
     if args.grad_checkpointing and args.torchcompile:
         raise ValueError(
             "--grad-checkpointing --torchcompile: the compiled recomputation updates the running statistics of the "

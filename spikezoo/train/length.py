@@ -40,7 +40,7 @@ def check_sizes(name: str, model: Any, given: dict[int, float]) -> None:
     for size in sizes:
         if not least <= size <= full:
             raise ValueError(f"--progressive size {size}: expected {least} to {full} for {name}.")
-        model._check_size((size, size))  # the patches of a transformer have to fit
+        model.check_size((size, size))  # the patches of a transformer have to fit
 
 
 class Length:

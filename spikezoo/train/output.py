@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikezoo.checkpoint import atomic
+from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.evaluate import environment, write_layer_rates
 from spikezoo.hub import push_folder
 from spikezoo.observe import failing_layers
@@ -17,6 +18,7 @@ from spikezoo.saving import save_checkpoint
 from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
+    from spikezoo.factory import SpikingModel
     from spikezoo.train.run import Run
 
 __all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_rows", "write_epoch", "write_json"]
@@ -151,6 +153,20 @@ def say_epoch(run: Run, train: dict[str, Any], results: dict[str, Any]) -> None:
         run.say(f"  say nothing: {', '.join(f'{name} is {what}' for name, what in failing.items())}")
 
 
+def counted(run: Run, model: SpikingModel) -> dict[str, float]:
+    """Operations (G) and energies (mJ) of an image, in the papers' convention and exact, as tables print them.
+
+    Args:
+        run: The run.
+        model: What it delivers.
+    """
+    inputs = "auto" if model.takes_events else "analog"  # pixels are no spikes, whatever their values
+    mean = count_loader(model, run.val_loader, run.args.count, inputs=inputs, norm_ops=run.args.norm_ops).mean
+    multiplications = (mean.energy_paper_mj * 1e9 - mean.sops_paper * SOP_PJ) / MAC_PJ
+    operations = {"ops_g": (multiplications + mean.sops_paper) / 1e9, "sops_exact_g": mean.sops_exact / 1e9}
+    return operations | {"energy_paper_mj": mean.energy_paper_mj, "energy_exact_mj": mean.energy_exact_mj}
+
+
 def deliver(run: Run, results: dict[str, Any]) -> None:
     """Write the weights that the run delivers, its pictures, and say where everything is.
 
@@ -167,6 +183,8 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
     for transform, _ in run.parts:
         if transform.report:
             measured |= transform.report(model)
+    if args.count:
+        measured |= counted(run, model)
     row = {
         "dataset": args.dataset,
         "split": run.val_split,

@@ -44,6 +44,7 @@ from spikezoo.train.logs import open_logs
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
 from spikezoo.train.objective import Objective
 from spikezoo.train.stopping import OutOfTime, Stopped, find_peers, listening, lost_peers, wanted
+from spikezoo.train.sync import SyncedNorms
 from spikezoo.train.teacher import TeacherCache
 from spikezoo.transforms import TRANSFORMS, Transform
 
@@ -244,7 +245,8 @@ class Run:
             self._train_epoch(net, run)
             self._check_finite()
             if args.distributed:
-                distribute_bn(model, args.world_size, True)
+                if args.dist_bn:
+                    distribute_bn(model, args.world_size, args.dist_bn == "reduce")
                 if self.ema:  # that of rank 0, which is the one in the checkpoints
                     distribute_bn(self.ema, args.world_size, False)
             sums = self.sums
@@ -313,7 +315,8 @@ class Run:
             images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
             if self.model.encoding != "direct":  # a weighted mean may round to above 1, where no code is
                 images = images.clamp(0, 1)
-        with self.autocast():
+        synced = SyncedNorms() if self.args.sync_bn and self.args.distributed else nullcontext()
+        with self.autocast(), synced:
             logits, rates = run(images)
         if taught is None and self.teacher:
             taught = self.teacher(images)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import random
 import shutil
@@ -151,6 +152,7 @@ def snapshot(run: Run) -> dict[str, Any]:
             **run.val_loader.facts,
             "recipe": run.recipe,
         },
+        "label_names": list(run.val_loader.info.label_names),
         "epoch": run.epoch,
         "batch": run.batch,
         "updates": run.updates,
@@ -241,6 +243,14 @@ def check(run: Run, state: dict[str, Any], source: Path | None) -> None:
             f"{source} was written by model {theirs[0]!r} with {theirs[1]} and the transforms {theirs[2]}, and "
             f"this run asks for {ours[0]!r} with {ours[1]} and {ours[2]}. Use the same config, or "
             "--initial-checkpoint."
+        )
+    then, now = state.get("label_names") or [], list(run.val_loader.info.label_names)
+    if then and now and then != now:
+        pairs = itertools.zip_longest(then, now, fillvalue="missing")
+        number, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"{source} was trained on data whose class {number} is {old!r}, and here it is {new!r}: its answers would "
+            "be read as other classes. Give the same data, or --initial-checkpoint."
         )
     if run.args.no_resume_opt:
         return

@@ -9,12 +9,13 @@ a fresh model takes the same shape from :func:`replay` and then loads the weight
     ticket      lottery ticket: frozen weights, learned scores, a mask of the best (LT, SLT, MPLT, MPSLT)
     multisp     a ticket in the patch embedding, and only the strongest patches for the blocks (MultiSp, PEPSp)
     dynsnn      a mask of the neurons, to remove those that hardly fire (DynSNN)
+    prune       weights that training removes: by magnitude, Deep R, gradient rewiring
     bake        tickets into plain weights; exact
     release     layers of a baked ticket become ordinary, for other classes or channels
     tune        baked tickets with their zeros fixed, to train the other weights
     compact     channels whose neurons are masked, out of the weights; equal up to rounding
 
-Example:
+Examples:
     >>> model = replay(spikezoo.create_model('mpbn_resnet20'), [('fold_mpbn', {}), ('fold_bn', {})])
 """
 
@@ -29,7 +30,7 @@ from typing import Any
 from torch import nn
 
 from spikezoo.checks import UnknownArgumentError, nearest
-from spikezoo.transforms import dynsnn_training, ticket_start
+from spikezoo.transforms import dynsnn_training, pruning, ticket_start
 from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
 from spikezoo.transforms.fold import fold_bn, fold_mpbn
@@ -91,6 +92,14 @@ TRANSFORMS: dict[str, Transform] = {
         after_epoch=dynsnn_training.after_epoch,
         report=dynsnn_training.report,
     ),
+    "prune": Transform(
+        pruning.prune,
+        flag="weights that training removes: method=magnitude (deep_r, gradient_rewiring) sparsity=0.9 ...",
+        start=pruning.start,
+        after_epoch=pruning.after_epoch,
+        deliver=pruning.deliver,
+        report=pruning.report,
+    ),
     "bake": Transform(bake),
     "tune": Transform(tune),
     "release": Transform(release),
@@ -112,7 +121,7 @@ def register_transform(name: str, change: Callable[..., nn.Module | None], **opt
     Raises:
         ValueError: A name that is taken, or is none.
 
-    Example:
+    Examples:
         >>> def magnitude(model, sparsity=0.5): ...
         >>> spikezoo.register_transform('magnitude', magnitude, flag='sparsity=0.5', after_epoch=cut)
     """

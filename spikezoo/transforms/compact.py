@@ -141,7 +141,7 @@ class _Walk:
         if node.kind == "head":
             self.read(node, node.module)
         joins = node.kind == "join" and len({source.width for source in sources}) == 1
-        if not (joins or node.kind in ("norm", "pool", "neuron", "flatten", "average", "head")):
+        if not (joins or node.kind in ("norm", "scale", "pool", "neuron", "flatten", "average", "head")):
             for source in sources:  # who knows what it does to its channels
                 source.fixed = True
             self.new(node).fixed = True
@@ -214,7 +214,8 @@ def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict
                 _silent(neuron.mask),
                 name,
                 f"it is pruned and cannot be taken out: in {type(model).__name__} this layer feeds attention heads or "
-                "a sum, which keep their size. Leave the layer out of the pruning, or use the masked model as it is.",
+                "a sum, which keep their size, as a depthwise convolution does. Leave the layer out of the pruning, or "
+                "use the masked model as it is.",
             )
         if not neuron.mask.all():
             masks[name] = "channel" if neuron.mask.dim() == 1 else "unit"
@@ -269,7 +270,7 @@ def compact(
         ValueError: A layer that would have no channel left, pruned channels that feed attention or its residual
             stream (the message names the layer), tickets that are not baked, or widths that do not fit.
 
-    Example:
+    Examples:
         >>> smaller = spikezoo.compact(pruned)
     """
     if not isinstance(getattr(model, "head", None), ClassifierHead) or not hasattr(model, "feature_info"):

@@ -103,7 +103,7 @@ def dynsnn(
     Raises:
         ValueError: No spiking neurons, masks already, an argument that makes no sense.
 
-    Example:
+    Examples:
         >>> model = spikezoo.create_model('spiking_conv4', dynsnn=dict(per='channel', threshold=0.02, prune_at=9))
     """
     for name, value, valid in (("per", per, PER), ("weights", weights, REDRAWN)):

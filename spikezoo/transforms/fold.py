@@ -144,7 +144,7 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
         ValueError: No membrane norm, folded already, another dtype, statistics that are not finite, or a scale of
             exactly zero, which no threshold can express.
 
-    Example:
+    Examples:
         >>> folded = fold_mpbn(spikezoo.create_model('mpbn_resnet20'))
     """
     neurons = [
@@ -215,7 +215,11 @@ def _normed(model: nn.Module) -> list[tuple[str, Any, nn.Module | None, str]]:
 
 def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None, norm: nn.Module) -> None:
     """Fuse a norm into the convolution or linear layer before it, in place."""
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(
+            f"Layer {name!r}: its norm is a {type(norm).__name__}, and fold_bn folds batch norms alone, which in "
+            "evaluation are a constant scale and shift a channel."
+        )
     mean, var = norm.running_mean, norm.running_var
     if mean is None or var is None:
         raise ValueError(
@@ -244,7 +248,8 @@ def fold_bn(model: nn.Module) -> nn.Module:
 
     Equal up to rounding, not bit for bit: a membrane potential within a rounding of its threshold may decide
     differently. An average pooling between convolution and norm commutes with the norm; a max-pool does so only where
-    the norm's scale is not negative.
+    the norm's scale is not negative. A module with a method ``merged`` (a RepConv) becomes the convolution that it
+    returns. Factors of time steps (``norm='tebn'``) stay, see :func:`~spikezoo.layers.set_norms`.
 
     Args:
         model: Any model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`, or of
@@ -258,12 +263,16 @@ def fold_bn(model: nn.Module) -> nn.Module:
         ValueError: No batch norm to fold (also: folded already), another dtype, weights that are not finite, or a
             pooling that does not commute with the norm.
 
-    Example:
+    Examples:
         >>> folded = fold_bn(spikezoo.create_model('spiking_vgg9'))
     """
-    folded = copy.deepcopy(model).eval()
-    layers = _normed(folded)
     refuse_tickets(model)
+    folded = copy.deepcopy(model).eval()
+    for name, module in [*folded.named_modules()]:
+        if hasattr(module, "merged"):
+            _check_dtype(next(module.parameters()).dtype, "fold_bn")
+            folded.set_submodule(name, module.merged())
+    layers = _normed(folded)
     if not layers:
         raise ValueError(
             "Nothing to fold: fold_bn was applied already. Fold the model it came from."

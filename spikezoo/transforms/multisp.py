@@ -130,7 +130,7 @@ def multisp(
         ValueError: A fraction outside [0, 1), a model without patches, membrane normalisation by element together with
             a selection, an embedding that is a ticket already (or with ``fixed``, is none), or nothing to do.
 
-    Example:
+    Examples:
         >>> model = spikezoo.create_model('spikformer_tiny', multisp=dict(pep_sparsity=0.4, patch_ratio=0.3))
     """
     number("pep_sparsity", pep_sparsity, 0, 1)

@@ -30,7 +30,7 @@ from spikezoo.checks import choice, nearest, number, switch, whole
 from spikezoo.layers import set_ternary
 from spikezoo.transforms.fold import record_transform
 
-__all__ = ["KINDS", "bake", "release", "set_epoch", "ticket", "tune"]
+__all__ = ["KINDS", "bake", "release", "set_epoch", "ticket", "tune", "weighted_layers"]
 
 # Kind -> whether the weights are binary, and the neurons that it is for.
 KINDS = {
@@ -183,7 +183,7 @@ class Tuned(nn.Module):
         )
 
 
-def _layers(model: nn.Module, exempt: Sequence[str]) -> dict[str, nn.Conv2d | nn.Linear]:
+def weighted_layers(model: nn.Module, exempt: Sequence[str]) -> dict[str, nn.Conv2d | nn.Linear]:
     """Convolutions and linear layers that are not exempted, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     for pattern in exempt:
@@ -319,7 +319,7 @@ def ticket(
             f"kind={' or '.join(map(repr, fits))}, or create the model with another neuron."
         )
     copied = copy.deepcopy(model)
-    layers = _layers(copied, exempt)
+    layers = weighted_layers(copied, exempt)
     if not layers:
         raise ValueError(f"Nothing to prune: exempt={exempt} leaves no convolution and no linear layer.")
     how: dict[str, Any] = {"scope": scope, "init": init, "scale_fan": scale_fan, "anneal": anneal, "seed": seed}

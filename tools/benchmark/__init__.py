@@ -1,6 +1,6 @@
 """Measure how fast a model trains or infers against what a user would do instead, and what a start costs.
 
-Example:
+Examples:
     python benchmark.py --model mpbn_resnet20 --mode train --T 1 --amp --channels-last --torchcompile
     python benchmark.py --model spiking_resnet19 --mode infer --precision bf16 --batch-size 8 \
         --against spikingjelly spikingjelly-best ann conv-limit --memory

@@ -1,0 +1,318 @@
+"""Pages of the gallery: one of all nets, one for each, and what a browser needs to run the small ones.
+
+Everything is in files beside the pages, and all of it is read by script tags, so that the pages open from a file path
+as well as from a server.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import logging
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import torch
+
+from spikezoo.checkpoint import Config
+from spikezoo.counting import count as count_operations
+from spikezoo.encoding import ttfs
+from spikezoo.factory import create_model
+from spikezoo.gallery.samples import Sample, samples_of
+from spikezoo.gallery.step import StepNet, run_steps, write_step
+from spikezoo.observe import firing_rates
+from spikezoo.registry import SHIPPED, list_pretrained
+
+__all__ = ["build", "runtime"]
+
+FILES = Path(__file__).parent / "files"
+RUNTIME = "1.30.0"  # of onnxruntime-web
+_PARTS = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<link rel="stylesheet" href="gallery.css">
+</head>
+<body>
+<header><a href="index.html">spikezoo gallery</a></header>
+<main>
+$body
+</main>
+$scripts
+</body>
+</html>
+""")
+
+
+class Net(NamedTuple):
+    """A net of the gallery: its name, the model, its record, inputs that fit it."""
+
+    name: str
+    model: Any
+    record: Mapping[str, Any]
+    size: int
+    samples: list[Sample]
+
+    @property
+    def runs(self) -> bool:
+        """Whether its time steps can be taken one by one in a browser."""
+        return bool(self.samples) and (self.model.takes_events or self.model.encoding in ("direct", "ttfs"))
+
+
+def runtime(folder: str | Path | None = None) -> dict[str, bytes]:
+    """The files of onnxruntime-web that a page needs.
+
+    Args:
+        folder: Where its npm package lies, unpacked; None asks npm for it.
+
+    Returns:
+        Name -> content.
+
+    Raises:
+        FileNotFoundError: The folder has not these files, or npm did not bring them.
+    """
+    if folder is not None:
+        places = [Path(folder), Path(folder) / "dist", Path(folder) / "package" / "dist"]
+        place = next((p for p in places if (p / _PARTS[0]).is_file()), None)
+        if place is None:
+            raise FileNotFoundError(f"{folder} holds no {_PARTS[0]}: give the folder of npm's package onnxruntime-web.")
+        return {name: (place / name).read_bytes() for name in _PARTS}
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ["npm", "pack", "--silent", f"onnxruntime-web@{RUNTIME}"]
+        try:
+            subprocess.run(command, cwd=temporary, check=True, capture_output=True, timeout=300)
+            with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
+                return {name: archive.extractfile(f"package/dist/{name}").read() for name in _PARTS}  # type: ignore
+        except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error:
+            raise FileNotFoundError(
+                f"npm did not bring onnxruntime-web ({type(error).__name__}): {' '.join(command)} must work. Or give "
+                "its package with --runtime FOLDER, or make pages that run nothing with --runtime none."
+            ) from error
+
+
+def _inputs(net: Net) -> torch.Tensor:
+    """The samples as a batch that the model takes."""
+    frames = torch.stack([values for _, values in net.samples])
+    if net.model.takes_events or net.model.encoding != "direct":
+        return frames
+    cfg = net.model.pretrained_cfg
+    mean, std = (torch.tensor(cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    return (frames - mean) / std
+
+
+def _bars(title: str, rows: Sequence[tuple[str, float, str]]) -> str:
+    """Horizontal bars with their numbers, as a table that a screen reader reads."""
+    most = max((value for _, value, _ in rows), default=0) or 1
+    lines = "".join(
+        f'<tr><th scope="row">{html.escape(name)}</th><td><span class="bar" style="--share:{value / most:.4f}"></span>'
+        f"<span>{html.escape(said)}</span></td></tr>"
+        for name, value, said in rows
+    )
+    return f'<section><h2>{title}</h2><table class="bars">{lines}</table></section>'
+
+
+@torch.no_grad()
+def _charts(net: Net) -> str:
+    """Energy and firing rates by layer, measured on the samples of the page."""
+    if not net.samples:
+        return ""
+    x, model = _inputs(net), net.model
+    count = count_operations(model, x, inputs="auto" if model.takes_events else "analog")
+    energies = {
+        name: 1e-6 * (part.macs_exact * count.mac_pj + part.sops_exact * count.sop_pj)
+        for name, part in count.by_module.items()
+    }
+    rates = firing_rates(model, x)
+    energy = [(name, value, f"{value:.3g} \N{MICRO SIGN}J") for name, value in energies.items()]
+    steps = [
+        (name, float(each.mean()), "  ".join(f"{float(rate):.3f}" for rate in each[:16]))
+        for name, each in rates.items()
+    ]
+    told = f"mean of the {len(net.samples)} samples of this page"
+    return _bars(f"Energy by layer <small>{told}</small>", energy) + _bars(
+        f"Firing rates by layer <small>at each time step; {told}</small>", steps
+    )
+
+
+def _facts(net: Net, paper: float | None) -> str:
+    record = net.record
+    rows = {
+        "accuracy": f"{record['top1']:.2f} % of {record['samples']:,} test images of {record['dataset']}",
+        "the paper's": "" if paper is None else f"{paper:g} %",
+        "time steps": str(record["T"]),
+        "parameters": f"{record['param_count']:,}",
+        "file": f"{net.size / 1e6:.2f} MB",
+        "energy of an image": f"{record['energy_exact_mj']:.3g} mJ, every spike counted; ReLU twin "
+        f"{record['energy_ann_mj']:.3g} mJ",
+        "training": f"{record['train_minutes']:.1f} minutes, {record['train_machine']}"
+        if "train_minutes" in record
+        else "",
+        "measured": f"{record['date']}, commit {record['commit']}",
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{html.escape(value)}</dd>" for key, value in rows.items() if value)
+    code = html.escape(f'spikezoo.create_model("{net.name}", pretrained=True)')
+    return f"<dl>{lines}</dl><pre><code>{code}</code></pre>"
+
+
+@torch.no_grad()
+def _program(net: Net, quantities: Mapping[str, Any]) -> dict[str, Any]:
+    """What the script of a page knows: the network of one step, samples, and what PyTorch says of them."""
+    model, step = net.model, StepNet(net.model)
+    frames = net.samples[0][1] if model.takes_events else net.samples[0][1][None]
+    if model.encoding == "ttfs":
+        frames = ttfs(frames, model.T)[0][:, 0]
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "net.onnx"
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            shapes = write_step(step, path, frames[:1])
+        finally:
+            logging.disable(before)
+        program = base64.b64encode(path.read_bytes()).decode()
+    x = _inputs(net)
+    logits = model(x)
+    rest = step.rest([torch.zeros(1) for _ in shapes])
+    run_steps(step, frames)  # names the layers in their order
+    names = model.pretrained_cfg.get("label_names") or _classes(net.record["dataset"], logits.shape[1])
+    return {
+        "name": net.name,
+        "T": model.T,
+        "events": model.takes_events,
+        "encoding": model.encoding,
+        "input": list(net.samples[0][1].shape),
+        "classes": list(names),
+        "neurons": step.neurons,
+        "shapes": shapes,
+        "rest": [float(v) for v in rest],
+        "layers": step.layers,
+        "samples": [
+            {
+                "name": name,
+                "values": base64.b64encode(values.contiguous().float().numpy().tobytes()).decode(),
+                "logits": [round(float(v), 6) for v in own],
+            }
+            for (name, values), own in zip(net.samples, logits, strict=True)
+        ],
+        "program": program,
+        **quantities,
+    }
+
+
+def _classes(dataset: str, count: int) -> list[str]:
+    cifar10 = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+    return cifar10 if dataset == "cifar10" else [str(i) for i in range(count)]
+
+
+def _stage(net: Net) -> str:
+    """The place where a net runs."""
+    draws = net.model.in_chans == 1
+    how = "Draw a digit, choose one, or drop an image." if draws else "Choose a picture, or drop one of yours."
+    how = (
+        "Choose a recording: digits that move, made here as an event camera would see them."
+        if net.model.takes_events
+        else how
+    )
+    return f"""<section id="stage" aria-label="The net at work" aria-busy="true">
+<h2>Run it here</h2>
+<p>{how} <span id="state" role="status">Loading ...</span></p>
+<div class="stage">
+<div><canvas id="input" tabindex="0" aria-label="Input of the net"></canvas>
+<div id="samples" role="group" aria-label="Samples"></div>
+<div class="row"><button id="clear" type="button">Clear</button>
+<label class="button">Image <input id="file" type="file" accept="image/*"></label></div></div>
+<div><label for="steps">Time steps <output id="shown"></output></label>
+<input id="steps" type="range" min="1" step="1">
+<table class="bars" id="answer"></table>
+<p id="cost"></p></div>
+</div>
+<div id="spikes" aria-label="Spikes by layer"></div>
+</section>"""
+
+
+def _card(net: Net, paper: float | None) -> str:
+    record = net.record
+    return (
+        f'<a class="card" href="{net.name}.html"><h2>{net.name}</h2><p>{html.escape(record["dataset"])}, '
+        f"T={record['T']}</p><p><strong>{record['top1']:.2f} %</strong>"
+        f"{'' if paper is None else f' <small>paper {paper:g} %</small>'}</p><p>{net.size / 1e6:.2f} MB, "
+        f"{record['energy_exact_mj']:.3g} mJ</p>{'<p class=live>runs in the browser</p>' if net.runs else ''}</a>"
+    )
+
+
+def _script(name: str, values: Any) -> str:
+    return f"window.{name} = {json.dumps(values)};\n"
+
+
+def build(
+    output: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    papers: Mapping[str, float] | None = None,
+    parts: Mapping[str, bytes] | None = None,
+    most_bytes: int = 3_000_000,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write the gallery.
+
+    Args:
+        output: Folder, made if it is not there.
+        names: Nets with weights; None takes all that come with the package.
+        papers: Name -> the paper's accuracy.
+        parts: What :func:`runtime` returns; None makes pages that run nothing.
+        most_bytes: Nets with larger files do not run in the page.
+        say: Called with a line about each net.
+
+    Returns:
+        The first page.
+
+    Raises:
+        ValueError: A net that is not there, an extra that is missing.
+    """
+    output, papers = Path(output), papers or {}
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("gallery.css", "gallery.js"):
+        shutil.copyfile(FILES / name, output / name)
+    if parts is not None:
+        coded = {name: base64.b64encode(content).decode() for name, content in parts.items()}
+        (output / "runtime.js").write_text(_script("RUNTIME", [coded[name] for name in _PARTS]), encoding="utf-8")
+    cards = []
+    for name in names if names is not None else map(str, list_pretrained()):
+        model = create_model(name, pretrained=True).eval()
+        folder = SHIPPED / name
+        record = Config.read(folder).results
+        net = Net(name, model, record, (folder / "model.safetensors").stat().st_size, samples_of(model))
+        live = parts is not None and net.runs and net.size <= most_bytes
+        net = net if live else net._replace(samples=net.samples if net.runs else [])
+        scripts = ""
+        if live:
+            count = count_operations(model, _inputs(net)[:1], inputs="auto" if model.takes_events else "analog")
+            analog = sum(part.macs_exact for part in count.by_module.values())
+            prices = {"analog_macs": analog, "mac_pj": count.mac_pj, "sop_pj": count.sop_pj}
+            content = _program(net, prices | {"ann_mj": record["energy_ann_mj"]})
+            (output / f"{name}.js").write_text(_script("NET", content), encoding="utf-8")
+            scripts = "".join(
+                f'<script src="{file}"></script>\n' for file in ("runtime.js", f"{name}.js", "gallery.js")
+            )
+        paper = papers.get(name)
+        body = f"<h1>{name}</h1>" + (_stage(net) if live else "") + _facts(net, paper) + _charts(net)
+        page = _PAGE.substitute(title=f"{name} - spikezoo", body=body, scripts=scripts)
+        (output / f"{name}.html").write_text(page, encoding="utf-8")
+        cards.append(_card(net if live else net._replace(samples=[]), paper))
+        say(f"{name}: {'runs in the page' if live else 'card'}")
+    body = f'<h1>Spiking networks that come with spikezoo</h1><div class="cards">{"".join(cards)}</div>'
+    (output / "index.html").write_text(
+        _PAGE.substitute(title="spikezoo gallery", body=body, scripts=""), encoding="utf-8"
+    )
+    return output / "index.html"
