@@ -82,7 +82,7 @@ class Summand(nn.Module):
         geometry: Any = (layer.stride, layer.padding, layer.dilation)
         if layer.groups != 1 or min(float(layer.scale.min()), 0) < 0 or any(isinstance(p, str) for p in geometry):
             return
-        if any(p > d * (k - 1) for p, k, d in zip(layer.padding, weight.shape[2:], layer.dilation, strict=True)):
+        if any(p > d * (k - 1) for p, k, d in zip(geometry[1], weight.shape[2:], geometry[2], strict=True)):
             return
         if isinstance(dense.pool, nn.MaxPool2d):
             pool = dense.pool
@@ -113,7 +113,8 @@ class Summand(nn.Module):
         """Compute it in one of its ways from now on."""
         self.method, self.packed = method, None
         if method == "rows":
-            weight = self._padded(64, 1).unflatten(0, (-1, 64)).permute(0, 2, 3, 1)
+            weight = self._padded(64, 1)
+            weight = weight.reshape(-1, 64, *weight.shape[1:]).permute(0, 2, 3, 1)
             self.packed = weight.to(torch.int16).contiguous(), 0
         elif method != "dense":
             self.packed = self._steps(method).contiguous(), self._segment(method)
@@ -127,7 +128,8 @@ class Summand(nn.Module):
     def _steps(self, method: str) -> Tensor:
         """Weights of every look-up: ``[O / 8, steps, 8, width]``."""
         width = widths()[method]
-        return self._padded(8, width).unflatten(0, (-1, 8)).unflatten(3, (-1, width)).flatten(2, 3).transpose(1, 2)
+        weight = self._padded(8, width)
+        return weight.reshape(len(weight) // 8, 8, -1, width).transpose(1, 2)
 
     def _one_sided(self, method: str) -> Tensor:
         """The largest sum that a look-up can give, or its negative: ``[O / 8, steps, 8, 2]``."""
@@ -301,7 +303,7 @@ class Spikes(nn.Module):
 def methods(layers: Iterable[Spikes]) -> str:
     """How many sums are computed in which way, in words."""
     words = {"bytes": "by tables of bytes", "words": "by tables of words", "rows": "spike by spike", "dense": "dense"}
-    found = collections.Counter(words[summand.method] for layer in layers for summand in layer.summands)
+    found = collections.Counter(words[str(summand.method)] for layer in layers for summand in layer.summands)
     return ", ".join(f"{count} {way}" for way, count in found.most_common())
 
 
