@@ -1,8 +1,9 @@
 """Deployment: a trained model in the form that evaluates fastest and gives the same answer.
 
-Three precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` computes convolutions and linear
+Four precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` computes convolutions and linear
 layers on spikes in bfloat16, the first layer, norms and membrane potentials in float32. ``int8`` keeps spikes as bytes
-and multiplies them with eight-bit weights, summed in 32 bits.
+and multiplies them with eight-bit weights, summed in 32 bits. ``bits`` is ``int8`` with spikes of one bit between the
+layers that can read them, each computed in the way that is fastest here, with the same sums and the same spikes.
 
 Weights that are whole numbers times a scale, as those of a baked binary ticket (-1, 0 and +1) and those that
 :func:`spikezoo.sparse.round_to_levels` made, are these whole numbers in ``bf16`` and ``int8``, and scale and norm
@@ -17,8 +18,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-import shutil
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -29,9 +28,11 @@ from tqdm import tqdm
 
 from spikezoo.checks import choice, finite
 from spikezoo.deploy.bf16 import to_bf16
+from spikezoo.deploy.bits import Spikes, methods, to_bits
 from spikezoo.deploy.int8 import EightBit, to_int8
+from spikezoo.deploy.kernel import compiler, kernel
 from spikezoo.deploy.norms import ExactNorm, exact_norms
-from spikezoo.graph import trace
+from spikezoo.graph import Graph, trace
 from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.transforms import fold_mpbn
@@ -40,7 +41,7 @@ from spikezoo.transforms.tickets import tickets
 
 __all__ = ["PRECISIONS", "Deployed", "EightBit", "ExactNorm", "deploy", "has_compiler"]
 
-PRECISIONS = ("exact", "bf16", "int8")
+PRECISIONS = ("exact", "bf16", "int8", "bits")
 # The compiler unrolls the loop over time: longer sequences run in parts of so many steps, or it would take minutes,
 # memory would grow, and feature maps of all steps would leave the processor's caches.
 PART = 8
@@ -49,7 +50,7 @@ _LOG = logging.getLogger("spikezoo")
 
 def has_compiler() -> bool:
     """Whether there is the C++ compiler that torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++") if name)
+    return compiler() is not None
 
 
 class Deployed(nn.Module):
@@ -57,7 +58,7 @@ class Deployed(nn.Module):
 
     Attributes:
         model: The changed copy of the model.
-        precision: exact, bf16 or int8.
+        precision: exact, bf16, int8 or bits.
         notes: What was done and what could not be, in one line each.
     """
 
@@ -66,8 +67,8 @@ class Deployed(nn.Module):
         self.model, self.precision, self.notes = model, precision, notes
         self._shapes: set[tuple[int, ...]] = set()
         self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-        # Patches are chosen by the spikes of all time steps, and each step has a factor of its own.
-        self._whole = any(isinstance(module, PatchSelection | StepScale) for module in model.modules())
+        # Patches are chosen by the spikes of all time steps, each step has a factor of its own, and bits are one form.
+        self._whole = any(isinstance(module, PatchSelection | StepScale | Spikes) for module in model.modules())
         self.compiled = compiled
         self._compile()
         self.eval()
@@ -117,6 +118,16 @@ class Deployed(nn.Module):
             total = total + features
         return total / T
 
+    def _time(self, x: Tensor) -> None:
+        """Let layers on bits find their fastest way with inputs of a new shape."""
+        layers = [module for module in self.model.modules() if isinstance(module, Spikes)]
+        for layer in layers:
+            layer.tuned = False
+        if layers:
+            self._sequence(x)
+            kept = [note for note in self.notes if not note.startswith("layers on bits: ")]
+            self.notes[:] = [*kept, f"layers on bits: {methods(layers)}"]
+
     def train(self, mode: bool = True) -> Deployed:
         """Stay in evaluation mode.
 
@@ -145,9 +156,10 @@ class Deployed(nn.Module):
         """
         self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
-        fresh = self.compiled and tuple(x.shape) not in self._shapes
-        if fresh:
-            if self._shapes:
+        new = tuple(x.shape) not in self._shapes
+        fresh = self.compiled and new
+        if new:
+            if self._shapes and self.compiled:
                 _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
             self._shapes.add(tuple(x.shape))
         if x.dim() == 4:
@@ -157,6 +169,8 @@ class Deployed(nn.Module):
         # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         # An autocast around the call would compute in another precision than this one.
+        if new:
+            self._time(x)
         with (
             tqdm(desc=words, bar_format="{desc}", disable=None if fresh else True, leave=False),
             inductor.patch(freezing=self.precision == "bf16"),
@@ -190,6 +204,29 @@ def _check(model: nn.Module, precision: str) -> None:
         raise ValueError(f"The model has parameters of {', '.join(map(str, weird))}: deploy model.float().")
 
 
+def _check_spikes(model: nn.Module, precision: str, device: torch.device) -> None:
+    what = "bytes" if precision == "int8" else "bits"
+    if not any(isinstance(module, SpikingNeuron) for module in model.modules()):
+        raise ValueError(
+            f"precision={precision!r} keeps spikes as {what} and this model has none: use precision='bf16'."
+        )
+    if device.type != "cpu":
+        raise ValueError(
+            f"precision={precision!r} runs on the CPU and the model is on {device}: use precision='bf16' there."
+        )
+
+
+def _in_bits(model: nn.Module, graph: Graph) -> tuple[str, str, bool]:
+    """Let layers in eight bits hand on bits; without the kernel they stay, and the precision is int8."""
+    try:
+        kernel()
+    except ValueError as error:
+        _LOG.warning("%s The model is deployed in int8.", error)
+        return "int8", f"int8 in place of bits: {error}", False
+    note, whole = to_bits(model, graph)
+    return "bits", note, whole
+
+
 @torch.no_grad()
 def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = None) -> Deployed:
     """Turn a trained model into the fastest one that gives the same answer.
@@ -200,7 +237,9 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
             first layer, norms and membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit
             sums; bit for bit the model where those layers are baked binary tickets, otherwise weights rounded per
             channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, such as the
-            weights that come with the package.
+            weights that come with the package. ``bits``: the same sums and spikes, one bit each between layers that
+            can read them, every layer in the way that a short timing at the first call of a shape finds fastest; a
+            net all of whose parts are such needs no compilation but that of the kernel, once.
         example: Input of the shape that will be used, ``[B, C, H, W]`` or ``[B, T, C, H, W]``, which is compiled at
             once; None compiles at the first call. Another shape is compiled anew, once.
 
@@ -208,8 +247,8 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         A module that maps inputs to logits. Its ``notes`` say what was done.
 
     Raises:
-        ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8
-            of a model without spikes or on a GPU.
+        ValueError: Training mode, unknown precision, tickets that are not baked, another dtype than float32, int8 or
+            bits of a model without spikes or on a GPU.
 
     Examples:
         >>> fast = spikezoo.deploy(model.eval(), 'bf16', example=images)
@@ -219,10 +258,8 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     notes: list[str] = []
     copied: Any = copy.deepcopy(model).requires_grad_(False)
     device = next(copied.parameters()).device
-    if precision == "int8" and not any(isinstance(m, SpikingNeuron) for m in copied.modules()):
-        raise ValueError("precision='int8' keeps spikes as bytes and this model has none: use precision='bf16'.")
-    if precision == "int8" and device.type != "cpu":
-        raise ValueError(f"precision='int8' runs on the CPU and the model is on {device}: use precision='bf16' there.")
+    if precision in ("int8", "bits"):
+        _check_spikes(copied, precision, device)
     if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):
         copied = fold_mpbn(copied)
         notes.append("membrane norms folded into thresholds")
@@ -238,14 +275,18 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
         notes.append(to_bf16(copied, graph))
         if device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
             _LOG.warning("This processor has no bfloat16 instructions: precision='bf16' may be slower than 'exact'.")
-    if precision == "int8" and graph is not None:
+    whole = False  # whether nothing is left to be compiled
+    if precision in ("int8", "bits") and graph is not None:
         notes.append(to_int8(copied, graph))
-        if not torch.cpu._is_vnni_supported():
+        if precision == "bits":
+            precision, note, whole = _in_bits(copied, graph)
+            notes.append(note)
+        if precision == "int8" and not torch.cpu._is_vnni_supported():
             _LOG.warning("This processor has no eight-bit dot products: precision='int8' may be slower than 'exact'.")
     if precision == "bf16":
         copied = copied.to(memory_format=torch.channels_last)
-    compiled = device.type != "cpu" or has_compiler()
-    if not compiled:
+    compiled = not whole and (device.type != "cpu" or has_compiler())
+    if not compiled and not whole:
         _LOG.warning("No C++ compiler found: the model runs uncompiled. Install g++, or set CXX.")
     deployed = Deployed(copied, precision, compiled, notes)
     if example is not None:

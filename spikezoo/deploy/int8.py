@@ -15,7 +15,7 @@ from spikezoo.graph import Graph, Node
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, TernaryConv2d, TernaryLinear, signs_and_gain
 from spikezoo.neurons import SpikingNeuron
 
-__all__ = ["EightBit", "to_int8", "whole_numbers"]
+__all__ = ["EightBit", "InFloat", "InRows", "to_int8", "whole_numbers", "whole_signals"]
 
 
 def whole_numbers(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
@@ -127,7 +127,7 @@ def _area(pool: nn.Module, size: Sequence[int]) -> int:
     return area if area & (area - 1) == 0 and area <= 64 else 0
 
 
-def _levels(graph: Graph) -> dict[Node, tuple[int, int]]:
+def whole_signals(graph: Graph) -> dict[Node, tuple[int, int]]:
     """Nodes that put out whole numbers, or fractions of them.
 
     Returns:
@@ -162,7 +162,7 @@ def _holder(model: nn.Module, node: Node) -> str | None:
 def _as_bytes(model: nn.Module, graph: Graph) -> list[SpikingNeuron]:
     """Neurons whose spikes, and sums of them, are only read by who can read bytes or gets them as floats."""
     reads: dict[Node, bool] = {}
-    sums = _levels(graph)
+    sums = whole_signals(graph)
     for node in reversed(graph.nodes):
 
         def can(reader: Node) -> bool:
@@ -179,7 +179,7 @@ def _as_bytes(model: nn.Module, graph: Graph) -> list[SpikingNeuron]:
     return [node.module for node in graph.of("neuron") if isinstance(node.module, SpikingNeuron) and reads[node]]
 
 
-class _InRows(nn.Module):
+class InRows(nn.Module):
     """A float32 convolution that rounds as the model's, which has no channels-last format; the layers around it do."""
 
     def __init__(self, conv: nn.Module) -> None:
@@ -191,7 +191,7 @@ class _InRows(nn.Module):
         return self.conv(x.contiguous()).contiguous(memory_format=torch.channels_last)
 
 
-class _Float(nn.Module):
+class InFloat(nn.Module):
     """A module that cannot read bytes."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -205,7 +205,7 @@ class _Float(nn.Module):
 
 def to_int8(model: nn.Module, graph: Graph) -> str:
     """Replace the layers on spikes and let neurons give bytes; say how many layers there are."""
-    whole = _levels(graph)
+    whole = whole_signals(graph)
     layers = [node for node in graph.of("layer") if node.name != "head.fc"]
     eight: set[str] = set()
     unread: dict[str, None] = {}  # who reads spikes and cannot read bytes
@@ -216,7 +216,7 @@ def to_int8(model: nn.Module, graph: Graph) -> str:
             model.set_submodule(node.name, EightBit(node.module, level))
             eight.add(node.name)
         elif isinstance(node.module, nn.Conv2d):
-            model.set_submodule(node.name, _InRows(node.module))
+            model.set_submodule(node.name, InRows(node.module))
     for node in (*layers, *graph.of("pool")):
         # Not even the largest of bytes, where torch takes maps of 255 places at most.
         holder = _holder(model, node)
@@ -225,5 +225,5 @@ def to_int8(model: nn.Module, graph: Graph) -> str:
     for neuron in neurons:
         neuron.spike_dtype = torch.uint8
     for name in unread if neurons else ():
-        model.set_submodule(name, _Float(model.get_submodule(name)))
+        model.set_submodule(name, InFloat(model.get_submodule(name)))
     return f"{len(eight)} of {len(layers)} convolutions and linear layers before the head in 8 bits"

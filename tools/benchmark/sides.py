@@ -173,7 +173,7 @@ def ann_side(model: SpikingModel, images: Tensor, labels: Tensor, settings: Sett
     """The ReLU twin, T=1, in the form of our side; in bf16 where that is int8, since it has no spikes."""
     if settings.width is not None:
         raise NoCounterpartError("The ReLU twin has no spiking neurons, whose masks width needs: leave 'ann' out.")
-    precision = "bf16" if settings.precision == "int8" else settings.precision
+    precision = "bf16" if settings.precision in ("int8", "bits") else settings.precision
     form = replace(settings, T=None, ticket=None, precision=precision)
     twin = make_model(form, neuron="relu", mpbn="none", encoding="direct")
     side = spikezoo_side(twin, images, labels, form, "ann")
@@ -229,11 +229,11 @@ def conv_limit_side(model: SpikingModel, images: Tensor, labels: Tensor, setting
     for handle in handles:
         handle.remove()
     eight: set[str] = set()
-    if settings.precision == "int8":
+    if settings.precision in ("int8", "bits"):
         deployed = spikezoo.deploy(model, "int8")
         eight = {name for name, m in deployed.model.named_modules() if isinstance(m, EightBit)}
     half = settings.precision == "bf16" or settings.amp
-    last = settings.precision in ("bf16", "int8") or settings.channels_last
+    last = settings.precision in ("bf16", "int8", "bits") or settings.channels_last
     layers, inputs = [], []
     # Deployed, the first layer and the head stay in float32.
     whole = {next(iter(shapes))} if settings.precision == "bf16" else set()
