@@ -465,6 +465,7 @@ CHAINS += [
     ("multisp", "bake", "fold_bn"),
     ("dynsnn",),
     ("dynsnn", "compact"),
+    ("prune",),
     ("ticket", "bake", "release"),
 ]
 ROUND_TRIPS = [
@@ -475,7 +476,7 @@ ROUND_TRIPS = [
     if "fold_mpbn" not in chain or mpbn or "mpbn" in name
     if "multisp" not in chain or (name in PATCHED and mpbn != "element")
     if "fold_bn" not in chain or name not in BARE
-    if "release" not in chain or (name == "test_spiking_vgg" and mpbn)
+    if not {"release", "prune"} & {*chain} or (name == "test_spiking_vgg" and mpbn == "channel")
     # A norm per element differs from one per channel where it is stored, folded or cut.
     if mpbn != "element" or not chain or {"fold_mpbn", "compact"} & {*chain}
     if "ticket" not in chain or name not in BARE or mpbn  # signed constants without any norm fire no spike
@@ -499,6 +500,7 @@ def test_round_trip_of_every_model_and_transform(tmp_path, name, mpbn, chain):
         # Signed constants have no mean, and TET's linear layer no norm that would lift it to the threshold.
         given = {"exempt": ["neck.*"]} if transform == "ticket" and name == "test_spiking_resnet" else {}
         given |= {"layers": ["head.fc"]} if transform == "release" else {}
+        given |= {"method": "deep_r", "sparsity": 0.2} if transform == "prune" else {}
         model = apply(model, transform, **given)
         if transform in ("ticket", "multisp"):
             settle(model, lift)  # other weights want other statistics, or nothing fires
