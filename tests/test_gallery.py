@@ -55,13 +55,18 @@ def test_recordings_have_as_many_events_in_every_frame():
     assert per_frame.max() - per_frame.min() <= 0.2 * per_frame.mean() and (frames.sum((0, 2, 3)) > 0).all()
 
 
-def test_pages(tmp_path, capsys):
+def test_pages(tmp_path, capsys, monkeypatch):
     names = [DIGITS, "spiking_mlp_340.mnist"]
     assert cli.main(["gallery", *names, "--runtime", "none", "--output", str(tmp_path / "plain")]) == 0
     index = (tmp_path / "plain" / "index.html").read_text()
     assert all(f'href="{name}.html"' in index for name in names) and "runs in the browser" not in index
     page = (tmp_path / "plain" / f"{DIGITS}.html").read_text()
     assert "98.33 % of 360 test images" in page and "<script" not in page and "stem.0.conv" in page
+    monkeypatch.setattr(pages, "list_pretrained", lambda: spikezoo.list_pretrained("spiking_mlp_340"))
+    gallery.build(tmp_path / "all")
+    assert {path.stem for path in (tmp_path / "all").glob("*.html")} == {
+        "index", "spiking_mlp_340.mnist", "spiking_mlp_340.mnist_dynsnn"
+    }  # fmt: skip
     with pytest.raises(FileNotFoundError, match="onnxruntime-web"):
         pages.runtime(tmp_path)
     assert cli.main(["gallery", "spiking_conv4.nothing", "--runtime", "none", "--output", str(tmp_path / "x")]) == 2
@@ -127,13 +132,14 @@ def test_the_page_computes_what_pytorch_does(page):
     assert tab.inner_text("#cost") != cost
 
 
-def test_a_drawn_digit_is_recognised(page):
+@pytest.mark.parametrize(("scale", "left", "top"), [(1, 0.5, 0.2), (0.5, 0.2, 0.1)])
+def test_a_drawn_digit_is_recognised(page, scale, left, top):
     tab = page("spiking_mlp_340.mnist")
     box = tab.locator("#input").bounding_box()
-    tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.2 * box["height"])
+    tab.mouse.move(box["x"] + left * box["width"], box["y"] + top * box["height"])
     tab.mouse.down()
     for part in range(21):
-        tab.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + (0.2 + 0.03 * part) * box["height"])
+        tab.mouse.move(box["x"] + left * box["width"], box["y"] + (top + scale * 0.03 * part) * box["height"])
     tab.mouse.up()
     tab.wait_for_function("document.getElementById('state').textContent === 'It says: 1.'", timeout=10_000)
 

@@ -244,7 +244,8 @@ def _stage(net: Net) -> str:
 def _card(net: Net, paper: float | None) -> str:
     record = net.record
     return (
-        f'<a class="card" href="{net.name}.html"><h2>{net.name}</h2><p>{html.escape(record["dataset"])}, '
+        f'<a class="card" href="{net.name}.html"><h2>{net.name.replace("_", "_<wbr>")}</h2>'
+        f"<p>{html.escape(record['dataset'])}, "
         f"T={record['T']}</p><p><strong>{record['top1']:.2f} %</strong>"
         f"{'' if paper is None else f' <small>paper {paper:g} %</small>'}</p><p>{net.size / 1e6:.2f} MB, "
         f"{record['energy_exact_mj']:.3g} mJ</p>{'<p class=live>runs in the browser</p>' if net.runs else ''}</a>"
@@ -288,7 +289,7 @@ def build(
         coded = {name: base64.b64encode(content).decode() for name, content in parts.items()}
         (output / "runtime.js").write_text(_script("RUNTIME", [coded[name] for name in _PARTS]), encoding="utf-8")
     cards = []
-    for name in names if names is not None else map(str, list_pretrained()):
+    for name in names if names is not None else [row.name for row in list_pretrained()]:
         model = create_model(name, pretrained=True).eval()
         folder = SHIPPED / name
         record = Config.read(folder).results
@@ -299,7 +300,8 @@ def build(
         if live:
             count = count_operations(model, _inputs(net)[:1], inputs="auto" if model.takes_events else "analog")
             analog = sum(part.macs_exact for part in count.by_module.values())
-            prices = {"analog_macs": analog, "mac_pj": count.mac_pj, "sop_pj": count.sop_pj}
+            added = sum(part.sops_exact for part in count.by_module.values() if part.input.startswith("analog"))
+            prices = {"analog_macs": analog, "analog_sops": added, "mac_pj": count.mac_pj, "sop_pj": count.sop_pj}
             content = _program(net, prices | {"ann_mj": record["energy_ann_mj"]})
             (output / f"{name}.js").write_text(_script("NET", content), encoding="utf-8")
             scripts = "".join(

@@ -73,15 +73,15 @@ def _digits() -> list[Sample]:
     return [(str(digit), pixels[int((labels == digit).nonzero()[0])]) for digit in range(10)]
 
 
-def _in_frame(image: Tensor, size: Sequence[int]) -> Tensor:
-    """A digit ``[1, 8, 8]`` in the middle of a larger frame, which it fills to five sevenths, as MNIST's do."""
-    inner = [round(side * 5 / 7) for side in size]
-    large = F.interpolate(image[None], inner, mode="bicubic")[0].clamp(0, 1)
+def _in_frame(image: Tensor, size: Sequence[int], share: float) -> Tensor:
+    """A digit ``[1, 8, 8]`` in the middle of a larger frame, of which it fills a share; its edges are made sharper."""
+    inner = [round(side * share) for side in size]
+    large = (1.5 * F.interpolate(image[None], inner, mode="bicubic")[0] - 0.25).clamp(0, 1)
     top, left = ((side - part) // 2 for side, part in zip(size, inner, strict=True))
     return F.pad(large, (left, size[1] - inner[1] - left, top, size[0] - inner[0] - top))
 
 
-def record(image: Tensor, T: int, threshold: float = 0.2, reach: float = 4.0, moments: int = 120) -> Tensor:
+def record(image: Tensor, T: int, threshold: float = 0.1, reach: float = 4.0, moments: int = 120) -> Tensor:
     """What an event camera sees of an image that moves along a triangle, as N-MNIST was recorded.
 
     Args:
@@ -126,5 +126,6 @@ def samples_of(model: Any) -> list[Sample]:
         return []
     digits = _digits()
     if min(size) > 8:
-        digits = [(name, _in_frame(image, size)) for name, image in digits]
+        share = 20 / (34 if model.takes_events else 28)  # as N-MNIST and MNIST have them
+        digits = [(name, _in_frame(image, size, share)) for name, image in digits]
     return [(name, record(image, model.T)) for name, image in digits] if model.takes_events else digits

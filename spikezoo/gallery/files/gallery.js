@@ -11,7 +11,8 @@ const size = (shape) => shape.reduce((a, b) => a * b, 1);
 const [channels, height, width] = NET.input.slice(-3);
 const canvas = byId("input");
 const draws = !NET.events && channels === 1;
-let ort = null, session = null, values = null, turn = 0, shown = null;
+const ground = 112; // pixels of a side on which digits are drawn
+let ort = null, session = null, values = null, turn = 0, shown = null, drawing = null;
 
 async function load() {
   const script = URL.createObjectURL(new Blob([bytes(RUNTIME[0])], { type: "text/javascript" }));
@@ -53,10 +54,11 @@ async function simulate(T, told) {
   return { logits, operations: Array.from(operations) };
 }
 
-// Energy in microjoules: numbers are multiplied once, in the first layer; spikes are added.
+// Energy in microjoules: pixels are multiplied, or added where weights are binary, once in the first layer; spikes are
+// added.
 function energy(operations) {
   const events = operations.reduce((a, b, i) => a + (NET.encoding !== "direct" || NET.events || i > 0 ? b : 0), 0);
-  return 1e-6 * (NET.analog_macs * NET.mac_pj + events * NET.sop_pj);
+  return 1e-6 * (NET.analog_macs * NET.mac_pj + (NET.analog_sops + events) * NET.sop_pj);
 }
 
 function showAnswer(result, step) {
@@ -76,10 +78,11 @@ function showAnswer(result, step) {
   return NET.classes[best];
 }
 
-// Spikes of a layer at a step: channels of a map side by side, vectors in rows of 32.
+// Spikes of a layer at a step: channels of a map side by side, vectors in a square.
 function drawSpikes(target, tensor) {
   const shape = tensor.dims.slice(1), data = tensor.data;
-  const [maps, rows, columns] = shape.length === 3 ? shape : [1, Math.ceil(shape[0] / 32), Math.min(32, shape[0])];
+  const side = Math.ceil(Math.sqrt(shape[0]));
+  const [maps, rows, columns] = shape.length === 3 ? shape : [1, Math.ceil(shape[0] / side), side];
   const across = Math.ceil(Math.sqrt(maps)), gap = maps > 1 ? 1 : 0;
   target.width = across * (columns + gap);
   target.height = Math.ceil(maps / across) * (rows + gap);
@@ -110,8 +113,35 @@ function showSpikes(step, spikes, T) {
   });
 }
 
+// A drawing as the net knows digits: MNIST's longer side is 20 of 28 pixels and the centre of mass in the middle;
+// scikit-learn's fill the height and stand in the middle. The ink's box is found and scaled by means of areas.
+function fit(ink) {
+  const rows = [], columns = [], at = (row, column) => ink[row * ground + column];
+  for (let row = 0; row < ground; row++) for (let column = 0; column < ground; column++) {
+    if (at(row, column) > .2) rows.push(row), columns.push(column);
+  }
+  const result = new Float32Array(height * width);
+  if (!rows.length) return result;
+  const box = [rows, columns].map((list) => [list.reduce((a, b) => Math.min(a, b)), list.reduce((a, b) => Math.max(a, b)) + 1]);
+  const scale = (height > 8 ? 20 / 28 * height : height) / Math.max(box[0][1] - box[0][0], box[1][1] - box[1][0]);
+  const mean = (list) => list.reduce((a, b) => a + b) / list.length + .5;
+  const middle = height > 8 ? [mean(rows), mean(columns)] : box.map(([low, high]) => (low + high) / 2);
+  const parts = Math.max(1, Math.ceil(1 / scale));
+  for (let row = 0; row < height; row++) for (let column = 0; column < width; column++) {
+    let sum = 0;
+    for (let i = 0; i < parts; i++) for (let j = 0; j < parts; j++) {
+      const y = Math.floor((row + (i + .5) / parts - height / 2) / scale + middle[0]);
+      const x = Math.floor((column + (j + .5) / parts - width / 2) / scale + middle[1]);
+      if (y >= 0 && x >= 0 && y < ground && x < ground) sum += at(y, x);
+    }
+    result[row * width + column] = sum / parts ** 2;
+  }
+  return result;
+}
+
 async function go() {
   if (!session || !values) return;
+  if (drawing) values = fit(drawing);
   const T = Number(byId("steps").value);
   byId("shown").textContent = T;
   let said = "";
@@ -123,10 +153,11 @@ async function go() {
 }
 
 function paint(step = 0) {
-  canvas.width = width;
-  canvas.height = height;
-  const context = canvas.getContext("2d"), image = context.createImageData(width, height), plane = height * width;
-  const now = NET.events ? frame(step) : values;
+  const [rows, columns] = drawing ? [ground, ground] : [height, width];
+  canvas.width = columns;
+  canvas.height = rows;
+  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows), plane = rows * columns;
+  const now = NET.events ? frame(step) : drawing || values;
   for (let i = 0; i < plane; i++) {
     const pixel = NET.events ? [24 + 220 * Math.min(1, now[i]), 26, 32 + 220 * Math.min(1, now[plane + i])]
       : channels === 1 ? [now[i], now[i], now[i]].map((v) => 255 * v)
@@ -138,6 +169,7 @@ function paint(step = 0) {
 
 function choose(index) {
   values = floats(NET.samples[index].values).slice();
+  drawing = null;
   shown = index;
   [...byId("samples").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
   paint();
@@ -155,6 +187,7 @@ function play() { // the frames of a recording, again and again
 
 function clear() {
   values = new Float32Array(size(NET.input));
+  drawing = draws ? new Float32Array(ground * ground) : null;
   shown = null;
   [...byId("samples").children].forEach((button) => button.setAttribute("aria-pressed", "false"));
   paint();
@@ -162,15 +195,19 @@ function clear() {
   byId("state").textContent = draws ? "Draw a digit." : "";
 }
 
-// A stroke of the pen: a soft disc of a pixel and a half at 28 pixels, in proportion elsewhere.
+// A stroke of the pen: a soft disc, a line of discs from where it was.
 function pen(x, y) {
-  const reach = Math.max(.75, .055 * width);
-  for (let row = 0; row < height; row++) for (let column = 0; column < width; column++) {
-    const far = Math.hypot(column + .5 - x, row + .5 - y);
-    const ink = Math.min(1, Math.max(0, reach + .5 - far));
-    const i = row * width + column;
-    values[i] = Math.max(values[i], ink);
+  const reach = .045 * ground;
+  const [top, bottom] = [Math.max(0, Math.floor(y - reach - 1)), Math.min(ground, Math.ceil(y + reach + 1))];
+  for (let row = top; row < bottom; row++) for (let column = 0; column < ground; column++) {
+    const far = Math.hypot(column + .5 - x, row + .5 - y), i = row * ground + column;
+    drawing[i] = Math.max(drawing[i], Math.min(1, Math.max(0, reach + .5 - far)));
   }
+}
+
+function line(from, to) {
+  const steps = Math.max(1, Math.ceil(Math.hypot(to[0] - from[0], to[1] - from[1])));
+  for (let i = 0; i <= steps; i++) pen(from[0] + (to[0] - from[0]) * i / steps, from[1] + (to[1] - from[1]) * i / steps);
   paint();
 }
 
@@ -189,7 +226,7 @@ function takeImage(blob) {
       if (channels === 1) values[i] = (.299 * r + .587 * g + .114 * b) / 255;
       else [r, g, b].forEach((v, c) => { values[c * plane + i] = v / 255; });
     }
-    shown = null;
+    shown = drawing = null;
     paint();
     go();
   }).catch(() => { byId("state").textContent = "This file is no image that the browser reads."; });
@@ -212,30 +249,29 @@ function listen() {
   byId("file").addEventListener("change", (event) => event.target.files[0] && takeImage(event.target.files[0]));
   if (NET.events) byId("clear").parentElement.hidden = true;
   if (draws) {
-    let down = false;
+    let last = null;
     canvas.classList.add("draw");
     const at = (event) => {
       const box = canvas.getBoundingClientRect();
-      pen((event.clientX - box.left) / box.width * width, (event.clientY - box.top) / box.height * height);
+      return [(event.clientX - box.left) / box.width * ground, (event.clientY - box.top) / box.height * ground];
     };
     canvas.addEventListener("pointerdown", (event) => {
-      if (shown !== null) clear();
-      down = true;
+      if (!drawing) clear();
       canvas.setPointerCapture(event.pointerId);
-      at(event);
+      line(last = at(event), last);
     });
-    canvas.addEventListener("pointermove", (event) => down && at(event));
-    canvas.addEventListener("pointerup", () => { down = false; go(); });
-    // By keyboard: arrows move a pen that draws while space is held or was pressed.
-    let x = width / 2, y = height / 2;
+    canvas.addEventListener("pointermove", (event) => last && line(last, last = at(event)));
+    canvas.addEventListener("pointerup", () => { last = null; go(); });
+    // By keyboard: arrows draw, with shift they move the pen only.
+    let place = [ground / 2, ground / 2];
     canvas.addEventListener("keydown", (event) => {
-      const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key];
+      const way = { ArrowLeft: [-4, 0], ArrowRight: [4, 0], ArrowUp: [0, -4], ArrowDown: [0, 4], " ": [0, 0] }[event.key];
       if (!way) return;
       event.preventDefault();
-      if (shown !== null) clear();
-      x = Math.min(width - 1, Math.max(1, x + way[0]));
-      y = Math.min(height - 1, Math.max(1, y + way[1]));
-      if (event.key === " " || !event.shiftKey) pen(x, y), go();
+      if (!drawing) clear();
+      const next = place.map((value, i) => Math.min(ground - 4, Math.max(4, value + way[i])));
+      if (event.key === " " || !event.shiftKey) line(place, next), go();
+      place = next;
     });
   }
   if (!NET.events) {
