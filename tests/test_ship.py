@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 import spikezoo
 from spikezoo import cli, registry
-from spikezoo.checkpoint import copy_checkpoint, file_hash, read_config
+from spikezoo.checkpoint import Config, copy_checkpoint, file_hash, read_config
 from spikezoo.checkpoint.sparse import round_to_levels
-from spikezoo.data import create_loader
+from spikezoo.data import create_loader, dataset_info
 from spikezoo.hub import ship as shipping
 from spikezoo.hub.provenance import portable_command, training_facts
 
@@ -378,3 +378,20 @@ def test_training_facts(tmp_path):
     spikezoo.save_checkpoint(model, tmp_path / "small", results)
     made = "python -m spikezoo dynsnn --checkpoint OUTPUT/run --output OUTPUT/small"
     assert training_facts(tmp_path / "small") == {**wanted, "train_command": f"{wanted['train_command']} && {made}"}
+
+
+@pytest.mark.parametrize("name", [row.name for row in spikezoo.list_pretrained()])
+def test_shipped_nets_say_the_normalisation_that_they_are_measured_with(name):
+    # Exports, the gallery and other libraries have the config alone; validate.py asks the dataset where inputs are silent.
+    config = Config.read(registry.SHIPPED / name)
+    data = config.dataset.partition(":")[0]
+    info = None if data == "events" else dataset_info(data)
+    for key in ("mean", "std"):
+        stored = config.pretrained_cfg[key]
+        measured = config.inputs.get(key) or (stored if info is None else getattr(info, key))
+        assert len(stored) in (1, config.pretrained_cfg["input_size"][-3]), key
+        assert {*stored} == {*measured} if len(measured) == 1 else list(stored) == list(measured), (
+            key,
+            stored,
+            measured,
+        )
