@@ -132,6 +132,7 @@ def test_info_constants(name, classes, channels, size):
     info = dataset_info(name)
     assert (info.num_classes, info.in_chans, info.img_size) == (classes, channels, size)
     assert len(info.mean) == len(info.std) == channels
+    assert len(info.label_names) == (0 if name == "imagenet" else classes)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,17 @@ _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
 _DIGITS_NOTE = "every fifth image of scikit-learn's load_digits, 360 of 1797, is test, the other 1437 are train"
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905
+)
 _CLOTHES = tuple(datasets.FashionMNIST.classes)
 _FIGURES = tuple("0123456789")
 
@@ -30,7 +41,7 @@ ARRAY_INFOS = {
     info.name: info
     for info in (
         DatasetInfo("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR_NOTE, _CIFAR10),
-        DatasetInfo("cifar100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR_NOTE),
+        DatasetInfo("cifar100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR_NOTE, _CIFAR100),
         DatasetInfo("digits", 10, 1, 8, (0.3053,), (0.3762,), _DIGITS_NOTE, _FIGURES),
         DatasetInfo("fashion_mnist", 10, 1, 28, (0.2860,), (0.3530,), _MNIST_NOTE, _CLOTHES),
         DatasetInfo("mnist", 10, 1, 28, (0.1307,), (0.3081,), _MNIST_NOTE, _FIGURES),

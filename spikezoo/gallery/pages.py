@@ -185,7 +185,7 @@ def _program(net: Net, quantities: Mapping[str, Any]) -> dict[str, Any]:
     logits = model(x)
     rest = step.rest([torch.zeros(1) for _ in shapes])
     run_steps(step, frames)  # names the layers in their order
-    names = model.pretrained_cfg.get("label_names") or _classes(net.record["dataset"], logits.shape[1])
+    names = model.pretrained_cfg.get("label_names") or map(str, range(logits.shape[1]))
     return {
         "name": net.name,
         "T": model.T,
@@ -208,11 +208,6 @@ def _program(net: Net, quantities: Mapping[str, Any]) -> dict[str, Any]:
         "program": program,
         **quantities,
     }
-
-
-def _classes(dataset: str, count: int) -> list[str]:
-    cifar10 = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
-    return cifar10 if dataset == "cifar10" else [str(i) for i in range(count)]
 
 
 def _stage(net: Net) -> str:
