@@ -27,6 +27,12 @@ class KeyValue(ParseKwargs):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Store the pairs as a dict."""
+        keys = [value.partition("=")[0] for value in values]
+        for key, value in zip(keys, values, strict=True):
+            if not key or key == value:
+                parser.error(f"argument {option_string}: {value!r}, expected NAME=VALUE")
+            if keys.count(key) > 1:
+                parser.error(f"argument {option_string}: {key!r} is there twice")
         spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in values]
         super().__call__(parser, namespace, spelled, option_string)
 
