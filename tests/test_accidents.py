@@ -123,6 +123,7 @@ def test_a_peer_that_is_gone_is_named():
 
 PEERS = """
 import os, signal, sys
+import sklearn.datasets, torch._dynamo, torch._inductor.config, torch.nn.parallel  # once, for all that are forked
 from spikezoo import cli
 from spikezoo.train import objective, output
 
