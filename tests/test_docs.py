@@ -70,7 +70,8 @@ def test_parser_of_blocks(tmp_path):
     path = tmp_path / "x.md"
     path.write_text(
         "a\n\n```bash\none\n```\n\nNeeds: CIFAR-10,\nan hour.\n\n```bash\ntwo\n```\n\n"
-        "1. b\n\n   ```sh\n   three\n   ```\n\nNeeds: it.\n\n<!-- x -->\n```python\n```\n\nFile: `f.py`.\n\n```python\n```\n"
+        "1. b\n\n   ```sh\n   three\n   ```\n\nNeeds: it.\n\n<!-- x -->\n```python\n```\n\n"
+        "File: `f.py`.\n\n```python\n```\n"
     )
     assert [(block.line, block.language, block.file, block.needs, block.text) for block in blocks(path)] == [
         (4, "bash", "", "", "one\n"),
