@@ -1076,6 +1076,7 @@ def test_bad_shards(tmp_path):
         ([("a.png", _png(0))], "a.png has no label beside it"),
         ([("a.png", _png(0)), ("a.cls", b"one")], "label a.cls is b'one'"),
         ([("a.png", _png(0)), ("a.json", b'{"label": true}')], "under label"),
+        ([("a.png", _png(0)), ("a.json", b'{"label": 1e999}')], "under label"),
         ([("a.txt", b"x")], "no images"),
     ):
         _shard(path, samples)
@@ -1090,6 +1091,26 @@ def test_bad_shards(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\n")
     with pytest.raises(ValueError, match=r"there is a class 4, and classnames\.txt names 1"):
         create_loader("wds/my", "train", **options)
+
+
+def test_shards_are_of_the_split_that_their_names_end_with(tmp_path):
+    place = tmp_path / "my"
+    for name, label in (("latest-train-0", 0), ("latest-val-0", 1), ("train2017-test-0", 2)):
+        _shard(place / f"{name}.tar", [("a.png", _png(0)), ("a.cls", str(label).encode())])
+    options = {"data_dir": str(tmp_path), "img_size": 8, "num_classes": 3, "num_workers": 0}
+
+    def labels(split):
+        return [label for _, y in create_loader("wds/my", split, **options) for label in y.tolist()]
+
+    assert labels("train") == [0] and labels("test") == [2]
+    (place / "train2017-test-0.tar").unlink()
+    assert labels("test") == [1]
+    (place / "value").mkdir()
+    shutil.copy(place / "latest-train-0.tar", place / "value" / "0.tar")
+    assert labels("test") == [1]
+    shutil.copy(place / "latest-train-0.tar", place / "other-train-0.tar")
+    with pytest.raises(ValueError, match="shards of several datasets"):
+        labels("train")
 
 
 def test_missing_folders(folder, tmp_path):
@@ -1298,6 +1319,12 @@ def test_damaged_image_of_an_evaluation(folder, damage, workers, caplog):
     assert sum(len(labels) for _, labels in _folder(folder, train=True, drop_last=False, num_workers=workers)) == 12
     if not workers:
         assert "the next one takes its place" in caplog.text
+
+
+def test_a_class_within_a_class_is_said(tmp_path, caplog):
+    _classes(tmp_path, "train", ["bee", "bee/more", "cat"])
+    assert _labels(tmp_path, "train")[1].info.label_names == ("bee", "cat", "more")  # as timm has it
+    assert "bee/more has images, and so has the folder around it: they are taken for two classes" in caplog.text
 
 
 def test_pipes_and_links_to_nothing(folder, caplog):

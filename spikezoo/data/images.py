@@ -166,6 +166,9 @@ def _in_folder(folder: str) -> dict[str, str]:
     for label, several in homes.items():
         if len(several) > 1:
             _warn_once(f"{folder}: {', '.join(sorted(several)[:3])} and so on are one class, {label!r}")
+    every = set().union(*homes.values())
+    if inner := sorted(home for home in every if os.path.dirname(home) in every):
+        _warn_once(f"{folder}: {inner[0]} has images, and so has the folder around it: they are taken for two classes")
     if left:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         _warn_once(f"{folder}: left out are {told}; read are {', '.join(sorted(_KINDS))}")
