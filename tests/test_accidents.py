@@ -1,6 +1,7 @@
 """Accidents of trainings: two in one folder, signals, damaged files, a full disk, dead layers; YAML that misleads."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -99,6 +100,23 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
         path.write_bytes(b"x")
     with pytest.raises(ValueError, match=r"No state in .* is intact"):
         state.newest_state(tmp_path)
+
+
+def test_output_that_nobody_reads_is_no_error(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    for argv in (["list", "spiking_vgg*"], ["--version"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Closed())
+            assert cli.main(argv) == 141
+    assert not capsys.readouterr().err
+
+
+def test_many_failures_are_no_success(monkeypatch):
+    monkeypatch.setattr("spikezoo.train.run_plan", lambda *_: 256)
+    assert main(["--plan", "x.yaml"]) == 100
 
 
 def test_no_state_of_a_training(argv, tmp_path):

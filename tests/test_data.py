@@ -605,12 +605,24 @@ def test_subset_of_uneven_classes():
         ({"mean": (0.1, 0.2)}, "mean="),
         ({"std": (0.0,)}, "std="),
         ({"mean": (float("nan"),)}, "--mean 0.5"),
+        ({"scale": 3}, "--scale 0.08 1"),
+        ({"label_names": "cats"}, "names of classes"),
+        ({"label_names": 3}, "names of classes"),
+        ({"seed": "x"}, "--seed 42"),
+        ({"device": "gpu"}, "device='cpu'"),
     ],
 )
 def test_bad_arguments(npz, kwargs, said):
     with pytest.raises(ValueError) as error:
         create_loader(npz, "train", **kwargs)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"]])
+def test_names_that_are_no_text(name):
+    for call in (lambda: dataset_info(name), lambda: create_loader(name, "train")):
+        with pytest.raises(ValueError, match="expected a name such as 'digits'"):
+            call()
 
 
 def test_bad_split_epoch_and_start(npz):
