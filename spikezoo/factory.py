@@ -132,7 +132,7 @@ def _check_arguments(architecture: str, arguments: Mapping[str, Any], more: Sequ
         if name not in known:
             valid = (known - layout - {"neuron_defaults"}) | {"pretrained", "checkpoint_path", "use_ema"}
             raise UnknownArgumentError(f"Model {architecture!r} has no argument {name!r}. {nearest(name, valid)}")
-        if name in switches:
+        if name in switches and name not in more:  # the flag of a transform may share the name
             switch(name, value)  # of any other value the truth would be taken: norm='tdbn' would be a plain norm
         if name == "dtype" and not isinstance(value, torch.dtype):
             raise ValueError(f"dtype={value!r}: expected a type of torch such as torch.float16; commands have --amp.")
