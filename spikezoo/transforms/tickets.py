@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils import parametrize
 
 from spikezoo.checkpoint.sparse import seeded_signs
@@ -81,12 +82,12 @@ class _StraightThrough(torch.autograd.Function):
     """Weights forward; to what they were made from their gradient times a factor."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, source: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
         return grad * factor, None, None
 
