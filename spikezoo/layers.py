@@ -340,7 +340,7 @@ class Pool(nn.Module):
 class Stem(nn.Sequential):
     """The encoding layers: the first sees a repeated image once, the rest see T steps."""
 
-    def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
         first, *rest = self
         x = first(x, T)

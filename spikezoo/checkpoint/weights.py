@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.models import adapt_input_conv
@@ -51,7 +51,7 @@ def _unwrap(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _is_weights(value: Any) -> bool:
+def _is_weights(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 

@@ -107,7 +107,7 @@ def labels_of(dataset: Any) -> Tensor:
     return torch.tensor([sample[1] for sample in dataset.samples])
 
 
-def names_of(dataset: Any) -> tuple[str, ...]:
+def names_of(dataset: object) -> tuple[str, ...]:
     """The names of the classes of a dataset, in the order of their numbers; empty where it has none."""
     return tuple(map(str, getattr(dataset, "classes", ())))
 

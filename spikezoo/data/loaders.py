@@ -37,6 +37,7 @@ from spikezoo.data.augmentation import (
     seeded_generator,
     snn_policy,
 )
+from spikezoo.data.events.frames import EventFrames
 from spikezoo.data.images import eight_bits, labels_of, names_of
 from spikezoo.data.info import Batch, DatasetInfo, refuse
 from spikezoo.data.options import LoaderOptions
@@ -328,7 +329,7 @@ class EventLoader(_BaseLoader):
     All of it acts on height and width, alike on all time steps of a recording.
     """
 
-    def __init__(self, frames: Any, info: DatasetInfo, options: LoaderOptions) -> None:
+    def __init__(self, frames: EventFrames, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.auto_augment not in (None, "snn"):
             refuse("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
         if options.train and options.reprob:

@@ -131,7 +131,7 @@ SDT = "Spike-driven Transformer (arXiv:2307.01694)"
 MASKS: dict[str, Any] = {"heads": 8, "qkv_bias": False, "residual": "membrane", "neuron_defaults": SPIKFORMER_NEURON}
 
 
-def _row(dim: int, depth: int, parameters: int, note: str = "", **arguments: Any) -> ModelRow:
+def _row(dim: int, depth: int, parameters: int, note: str = "", **arguments: object) -> ModelRow:
     note = note or f"Spike-driven Transformer-{depth}-{dim} for 32x32 images."
     arguments = {"dim": dim, "depth": depth, **MASKS, **arguments}
     return ModelRow(arguments, parameters=parameters, paper=SDT, note=note)

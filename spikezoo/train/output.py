@@ -7,24 +7,24 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spikezoo.checkpoint import atomic
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.evaluate import environment, write_layer_rates
+from spikezoo.factory import SpikingModel
 from spikezoo.hub import push_folder
 from spikezoo.observe import failing_layers
 from spikezoo.saving import save_checkpoint
 from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
-    from spikezoo.factory import SpikingModel
     from spikezoo.train.run import Run
 
 __all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_rows", "write_epoch", "write_json"]
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write JSON under a temporary name, then rename."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -177,7 +177,7 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
     args, model = run.args, run.ema or run.model
     for transform, _ in run.parts:
         if transform.deliver:
-            model = transform.deliver(model)
+            model = cast(SpikingModel, transform.deliver(model))
     final = results.get("ema", results)
     measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
     for transform, _ in run.parts:

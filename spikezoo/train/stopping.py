@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ def listening(run: Run) -> Iterator[None]:
         run: The run.
     """
 
-    def note(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         if run.asked:
             raise KeyboardInterrupt
         run.asked = number

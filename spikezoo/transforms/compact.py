@@ -28,6 +28,7 @@ from spikezoo.checks import choice, nearest, whole
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import Maskable
 from spikezoo.transforms.fold import record_transform, refuse_tickets, refuse_where
+from spikezoo.transforms.record import Model
 
 __all__ = ["compact"]
 
@@ -101,7 +102,7 @@ def _select(module: nn.Module, name: str, tensor: Tensor, axis: int, index: Tens
     module.__dict__.pop("sign_seeds", None)
 
 
-def _scale(module: Any, attributes: Sequence[str], old: int, new: int) -> None:
+def _scale(module: nn.Module, attributes: Sequence[str], old: int, new: int) -> None:
     for attribute in attributes:
         if hasattr(module, attribute):
             setattr(module, attribute, getattr(module, attribute) // old * new)
@@ -222,7 +223,7 @@ def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict
     for name in widths:  # what is gone as a whole needs no mask
         kept = ~groups[name].dead()
         for member, neuron in groups[name].neurons.items():
-            if neuron.mask[kept].all():  # type: ignore[index]
+            if neuron.mask is None or neuron.mask[kept].all():
                 masks.pop(member, None)
     return widths, masks
 
@@ -242,9 +243,7 @@ def _check_sizes(
 
 
 @torch.no_grad()
-def compact(
-    model: nn.Module, widths: Mapping[str, int] | None = None, masks: Mapping[str, str] | None = None
-) -> nn.Module:
+def compact(model: Model, widths: Mapping[str, int] | None = None, masks: Mapping[str, str] | None = None) -> Model:
     """Take out the channels that masks removed: weights, norms and the next layer's share of them.
 
     The logits are those of the masked model up to rounding: sums over fewer terms may round otherwise, as in

@@ -21,6 +21,7 @@ from spikezoo.checks import number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Stem, set_ternary
 from spikezoo.neurons import NeuronConfig, NeuronFactory, ReLU
 from spikezoo.transforms.fold import record_transform
+from spikezoo.transforms.record import Model
 from spikezoo.transforms.tickets import parametrise
 
 __all__ = ["PatchSelection", "kept_patches", "multisp"]
@@ -97,13 +98,13 @@ def _check(model: nn.Module, convs: dict[str, nn.Conv2d], prunes: bool, fixed: b
 
 
 def multisp(
-    model: nn.Module,
+    model: Model,
     pep_sparsity: float = 0.4,
     patch_ratio: float = 0.3,
     binary_pep: bool = True,
     fixed: bool = False,
     seed: int = 0,
-) -> nn.Module:
+) -> Model:
     """Prune the patch embedding's weights by a ticket, and the patches that the blocks compute on.
 
     The ticket is one of the stem's convolutions, with frozen weights of two values a layer (binary) or normally
