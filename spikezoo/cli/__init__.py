@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 2 where the arguments make no sense.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [*(sys.argv[1:] if argv is None else argv)]  # list is a command here, once it was imported
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
