@@ -78,7 +78,7 @@ def whole(
         hint: What the message says after that.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not is_whole(value, low, high):
         bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {_shown(high)}"
@@ -115,7 +115,7 @@ def number(
         hint: What the message says after that.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not is_number(value, low, high, bounds):
         within = f"a number in {bounds[0]}{low:g}, {high:g}{bounds[1]}"
@@ -154,7 +154,7 @@ def switch(name: str, value: object) -> bool:
         value: What was given.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected True or False.")

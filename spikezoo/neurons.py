@@ -380,8 +380,8 @@ class SpikingNeuron(Maskable):
                     v = u - r * config.threshold
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
-        if self.carry:
-            self.carry[1].append(v)  # type: ignore[arg-type]
+        if self.carry and v is not None:
+            self.carry[1].append(v)
         # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if T == 1 else torch.cat(spikes).view(T, *x.shape[1:])
         out = self.existing(out)

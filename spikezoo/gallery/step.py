@@ -151,7 +151,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
     count = len(step.neurons)
     potentials = step(example)[2 + count :]
     numbers = range(count)
-    program: Any = torch.onnx.export(
+    program = torch.onnx.export(
         step,
         (example, *step.rest(list(potentials))),
         input_names=["x", *(f"v{i}" for i in numbers)],
@@ -160,6 +160,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
         optimize=False,  # which would take norms into the weights, that are then no levels
         verbose=False,
     )
+    assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in which source file it comes from
     program.save(str(path), external_data=False)

@@ -296,9 +296,29 @@ class Spikformer(SpikingModel):
         neuron = None if membrane else self.neuron_factory
         return PositionEncoding(ConvNormNeuron(dim, dim, size, neuron=neuron, dd=self.dd))
 
-    def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
+    def _make_attention(
+        self,
+        dim: int,
+        heads: int,
+        size: Sequence[int],
+        *,
+        qkv_bias: bool,
+        scale: float,
+        membrane: bool,
+        attention_neuron: NeuronFactory,
+    ) -> nn.Module:
         """The attention of a block; the arguments are those of :class:`SpikingSelfAttention`."""
-        return SpikingSelfAttention(dim, heads, size, neuron=self.neuron_factory, dd=self.dd, **arguments)
+        return SpikingSelfAttention(
+            dim,
+            heads,
+            size,
+            qkv_bias=qkv_bias,
+            scale=scale,
+            membrane=membrane,
+            neuron=self.neuron_factory,
+            attention_neuron=attention_neuron,
+            dd=self.dd,
+        )
 
     def _make_neck(self, dim: int) -> None:
         """What stands between the last block and the head: nothing."""

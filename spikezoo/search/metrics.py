@@ -261,7 +261,7 @@ def score(
     images: Tensor | None = None,
     labels: Tensor | None = None,
     seed: int = 0,
-    **arguments: Any,
+    **arguments: object,
 ) -> float:
     """One metric of one net.
 
