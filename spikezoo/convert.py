@@ -29,7 +29,7 @@ from spikezoo.factory import SpikingModel, create_model
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
 from spikezoo.saving import describe
-from spikezoo.transforms import fold_bn, replay
+from spikezoo.transforms import Model, fold_bn, replay
 
 __all__ = ["convert"]
 
@@ -185,7 +185,7 @@ def _activations(ann: nn.Module, data: Tensor | Iterable[Any], mode: str | float
     return units
 
 
-def _folded(ann: nn.Module) -> Any:
+def _folded(ann: Model) -> Model:
     """A copy in evaluation mode without norms."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
     plain = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
@@ -218,7 +218,7 @@ def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
 
 @torch.no_grad()
 def convert(
-    ann: nn.Module,
+    ann: SpikingModel,
     data: Tensor | Iterable[Any] | None = None,
     T: int | None = None,
     mode: str | float = "max",
@@ -265,7 +265,7 @@ def convert(
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)
-    if not isinstance(ann.get_submodule("head.fc"), nn.Linear):
+    if not isinstance(ann.head.fc, nn.Linear):
         raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
     levels = {module.levels for module in ann.modules() if isinstance(module, QCFS)}
     if not levels and (data is None or T is None):

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
 from spikezoo.graph import Node, trace
+from spikezoo.models import SpikingModel
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
 from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, fold_mpbn
@@ -100,7 +101,7 @@ def _check_model(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dynamic_batch: bool = True) -> Path:
+def export(model: SpikingModel, path: str | Path, example: Tensor | None = None, dynamic_batch: bool = True) -> Path:
     """Write a model as ONNX or NIR; the suffix says which.
 
     ONNX is checked in onnxruntime before the file takes its name: on the example its logits are the model's to 1e-4,
@@ -146,7 +147,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     """
     suffix, path = check_suffix(path), Path(path)
     facts = _check_model(model)
-    net: Any = copy.deepcopy(model).cpu()
+    net = copy.deepcopy(model).cpu()
     if example is None:
         noise = torch.randn if net.encoding == "direct" else torch.rand
         example = noise(4, *net.input_shape, generator=torch.Generator().manual_seed(0))
@@ -420,7 +421,7 @@ class _NirGraph:
         return np.array(np.broadcast_to(np.asarray(value, np.float64), x.shape))
 
 
-def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, Any]) -> None:
+def _write_nir(model: SpikingModel, path: Path, example: Tensor, facts: dict[str, Any]) -> None:
     """Fold, add the layers in order and write."""
     (nir,) = _optional("nir")
     for node in trace(model).of("other"):
@@ -433,22 +434,21 @@ def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, A
     flow = trace(model)
     flow.check_called_once("NIR")
     graph = _NirGraph(nir, example.shape[-3:])
-    net: Any = model
     signals = {flow.input: graph.input}
     for node in flow.nodes[1:]:
         if node.kind != "head" and node.name != "head.fc":
             signals[node] = graph.follow(node, [signals[source] for source in node.inputs])
     x = signals[flow.features]
-    pooling = net.head.global_pool.pool_type
+    pooling = model.head.global_pool.pool_type
     if pooling == "max" and len(x.shape) > 1:
         raise _refuse("head.global_pool", "NIR has no max-pooling: create the model with global_pool='avg'.")
     if pooling:
         x = graph.flatten("head", x, average=True)
-    if net.num_classes:
-        x = graph.linear("head.fc", net.head.fc, x)
+    if model.num_classes:
+        x = graph.linear("head.fc", model.head.fc, x)
     graph.add("output", nir.Output(output_type={"output": np.array(x.shape)}), x, x.shape)
     metadata = {
-        "T": example.shape[1] if example.dim() == 5 else net.T,
+        "T": example.shape[1] if example.dim() == 5 else model.T,
         "dt": DT,
         "update": "v + dt / tau * (v_leak - v + r * I), for IF v + dt * r * I; at first v is v_reset",
         "reset": "hard: v is v_reset after v > v_threshold",

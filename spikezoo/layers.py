@@ -113,9 +113,10 @@ class _Ternary(nn.Module):
 
     weight: Tensor
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         weight, errors = state_dict.get(f"{prefix}weight"), args[-1]
+        assert isinstance(errors, list)
         if weight is not None and not ((weight == 0) | (weight.abs() == weight.abs().amax())).all():
             errors.append(
                 f"{prefix}weight holds other values than -gain, 0 and +gain, which this layer of a baked ticket "

@@ -59,7 +59,7 @@ ALLOWED = {
         "transforms",
     },
     "evaluate.py": {"checks", "observe", "checkpoint", "counting", "data", "factory"},
-    "pictures": {"checks", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
+    "pictures": {"checks", "models", "neurons", "observe", "transforms", "checkpoint", "counting", "pictures"},
     "flags.py": {"checks"},
     "__main__.py": {"cli"},
     "cli": {
@@ -94,7 +94,7 @@ ALLOWED = {
     "hub": {"_version", "checkpoint", "registry", "factory", "saving", "hub"},
     "hub/client.py": {"checkpoint"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "saving", "transforms"},
-    "export.py": {"neurons", "graph", "encoding", "transforms", "checkpoint", "saving", "_version"},
+    "export.py": {"neurons", "graph", "encoding", "models", "transforms", "checkpoint", "saving", "_version"},
     "gallery": {"checkpoint", "counting", "data", "encoding", "factory", "gallery", "neurons", "observe", "registry"},
     "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
     "__init__.py": {"*"},

@@ -192,7 +192,7 @@ def check_nan(state: Mapping[str, Tensor], what: str) -> None:
 
 def _adapt(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, changed: Collection[str]) -> None:
     """Fit the head and the first convolution of weights to a model with other classes or channels, in place."""
-    cfg: Any = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", {})
     head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
     said = []
     if "num_classes" in changed:

@@ -398,11 +398,11 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
 class _SeededItems(torch.utils.data.Dataset):
     """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: torch.utils.data.Dataset[object], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> object:
         with seeded("item", self.seed, *key):
             try:
                 return self.dataset[key[1]]

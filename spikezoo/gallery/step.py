@@ -8,6 +8,7 @@ spikes are parts of one, they are fewer: no net that the gallery runs has one be
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,10 +78,10 @@ class StepNet(nn.Module):
         spikes: dict[str, Tensor] = {}
         operations: dict[str, Tensor] = {}
 
-        def fired(name: str) -> Any:
+        def fired(name: str) -> Callable[[nn.Module, object, Tensor], None]:
             return lambda module, inputs, out: spikes.__setitem__(name, out[0])
 
-        def met(name: str) -> Any:
+        def met(name: str) -> Callable[[nn.Conv2d | nn.Linear, tuple[Tensor]], None]:
             def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor]) -> None:
                 if name not in self._fans:
                     self._fans[name] = _fan_out(layer, inputs[0])

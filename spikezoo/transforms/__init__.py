@@ -33,7 +33,7 @@ from spikezoo.checks import UnknownArgumentError, nearest
 from spikezoo.transforms import dynsnn_training, pruning, ticket_start
 from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
-from spikezoo.transforms.fold import fold_bn, fold_mpbn
+from spikezoo.transforms.fold import fold_bn, fold_mpbn, set_recipe
 from spikezoo.transforms.multisp import multisp
 from spikezoo.transforms.record import Model, Training, Transform
 from spikezoo.transforms.tickets import bake, release, set_epoch, ticket, tickets, tune
@@ -41,6 +41,7 @@ from spikezoo.transforms.tickets import bake, release, set_epoch, ticket, ticket
 __all__ = [
     "FLAGS",
     "TRANSFORMS",
+    "Model",
     "Training",
     "Transform",
     "apply",
@@ -134,8 +135,8 @@ def register_transform(name: str, change: Callable[..., nn.Module | None], **opt
         given.apply_defaults()
         copied = copy.deepcopy(model)
         entry = (name, dict(list(given.arguments.items())[1:]))
-        changed: Any = change(copied, **arguments) or copied
-        changed.recipe = [*getattr(model, "recipe", []), entry]
+        changed = change(copied, **arguments) or copied
+        set_recipe(changed, [*getattr(model, "recipe", []), entry])
         return changed.train(model.training)
 
     TRANSFORMS[name] = Transform(recorded, **options)

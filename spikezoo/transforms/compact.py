@@ -115,7 +115,7 @@ class _Walk:
         model: A model of spikezoo, whose modules are referred to, not copied.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.found: list[_Channels] = []
         self.of: dict[Node, _Channels] = {}  # whose channels a node puts out
         # Nodes whose output is zero wherever a neuron of their channels is masked. A sum is not: what it adds may be.
@@ -126,7 +126,7 @@ class _Walk:
             self.follow(node)
         self.features = self.of[graph.features]
         level = self.of[graph.input]
-        for info in model.feature_info:
+        for info in getattr(model, "feature_info", ()):
             inside = [node for node in graph.nodes if node.owner.startswith(info["module"] + ".")]
             level = self.of[inside[-1]] if inside else level
             level.levels.append(info)
@@ -280,7 +280,7 @@ def compact(model: Model, widths: Mapping[str, int] | None = None, masks: Mappin
     if masks is not None and widths is None:
         raise ValueError("masks were given without widths: both are what a recipe holds. Leave both out.")
     refuse_tickets(model)
-    copied: Any = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     walk = _Walk(copied)
     groups = walk.groups()
     if widths is None:

@@ -25,8 +25,13 @@ _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 def record_transform(model: Model, name: str, **arguments: object) -> Model:
     """Append a transform to the recipe of the copy that it made, and put what it added in evaluation mode too."""
-    model.recipe = [*getattr(model, "recipe", []), (name, arguments)]  # type: ignore[assignment]
+    set_recipe(model, [*getattr(model, "recipe", []), (name, arguments)])
     return model.eval()
+
+
+def set_recipe(model: nn.Module, recipe: list[tuple[str, dict[str, object]]]) -> None:
+    """Say of a model which transforms made it."""
+    model.recipe = recipe  # type: ignore[assignment]
 
 
 def _dotted(name: str, module: nn.Module) -> str:

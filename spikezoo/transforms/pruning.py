@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spikezoo.checks import choice, number, whole
-from spikezoo.transforms.fold import record_transform, refuse_tickets
+from spikezoo.transforms.fold import record_transform, refuse_tickets, set_recipe
 from spikezoo.transforms.record import Model, Training
 from spikezoo.transforms.tickets import made_by, weighted_layers
 
@@ -251,13 +251,13 @@ def deliver(model: nn.Module) -> nn.Module:
     Args:
         model: A model whose weights are being pruned. It stays as it is.
     """
-    copied: Any = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for layer, _ in _parts(copied).values():
         weight = layer.weight
         layer.__class__ = layer.__class__.__bases__[0]  # torch's removal would change the class that both share
         del layer.parametrizations
         layer.weight = nn.Parameter(weight)
-    copied.recipe = [(name, facts) for name, facts in copied.recipe if name != "prune"]
+    set_recipe(copied, [(name, facts) for name, facts in getattr(model, "recipe", []) if name != "prune"])
     return copied
 
 
