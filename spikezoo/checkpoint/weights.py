@@ -216,7 +216,6 @@ def load_weights(
     path: str | Path,
     ema: bool = False,
     *,
-    weights: dict[str, Tensor] | None = None,
     fresh: Mapping[str, Tensor] | None = None,
     changed: Collection[str] = (),
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
@@ -227,7 +226,6 @@ def load_weights(
         model: The model.
         path: A file or a folder.
         ema: Take the averaged weights of a training state.
-        weights: What :func:`read_weights` read there already.
         fresh: What the model keeps of its own where the checkpoint lacks it.
         changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
             as initialised, the first convolution fitted as timm does, and a warning says so.
@@ -238,11 +236,9 @@ def load_weights(
         ValueError: Damaged, foreign, or NaN; names and counts of what differs.
     """
     own = model.state_dict()
-    if weights is None:
-        # With other classes or channels the checkpoint's head and stem may be larger than the model's.
-        most = 2 * sum(tensor.numel() for tensor in own.values()) + 2**24
-        weights = read_weights(path, ema, most=most)
-    weights = {**(fresh or {}), **weights}
+    # With other classes or channels the checkpoint's head and stem may be larger than the model's.
+    most = 2 * sum(tensor.numel() for tensor in own.values()) + 2**24
+    weights = {**(fresh or {}), **read_weights(path, ema, most=most)}
     if filter_fn is not None and weights.keys() != own.keys():
         weights = filter_fn(weights, model)
     if changed:

@@ -126,7 +126,7 @@ def validate(name: str, args: argparse.Namespace, config: Config) -> dict[str, A
         if same and not given and dataset == record.get("dataset"):
             row |= compare(row, record)
     if args.push_to_hub:
-        row["published"] = publish(model, weights, args, config, row)
+        row["published"] = publish(model, args, config, row)
         print(f"Published {row['published']}")
     return row
 
@@ -314,7 +314,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def publish(model: SpikingModel, weights: str, args: argparse.Namespace, config: Config, row: dict[str, Any]) -> str:
+def publish(model: SpikingModel, args: argparse.Namespace, config: Config, row: dict[str, Any]) -> str:
     """Push the very weights that were measured, with the figures."""
     # What the folder already says about training stays beside what was measured now.
     facts = training_facts(args.checkpoint) if args.checkpoint else {}

@@ -403,7 +403,7 @@ class Observer:
         else:
             row.sops_paper += rate * macs * events.signal.steps
 
-    def pooling(self, call: Call, x: Tensor, events: Events, total: Tensor) -> None:
+    def pooling(self, call: Call, events: Events, total: Tensor) -> None:
         """Count a pooling of spikes."""
         row = self._row(call, None, events.kind)
         operations = _integer(total)
@@ -422,7 +422,7 @@ class Observer:
         row.places += x.numel()
         return fired / x.numel()
 
-    def idle(self, call: Call, *weights: Tensor) -> Signal:
+    def idle(self, call: Call) -> Signal:
         """Note a product that no image takes part in; it is done once, for any number of images."""
         self.tally.note(f"{call.func} on weights only")
         return BLANK

@@ -192,7 +192,7 @@ def _averaged(observer: Observer, call: Call) -> Signal:
     signal = observer.signal(x)
     events = observer.events(x) if merged > 1 else None
     if events is not None:
-        observer.pooling(call, x, events, observer.rows(x, events, (0,)).sum())
+        observer.pooling(call, events, observer.rows(x, events, (0,)).sum())
         signal = events.signal
     if call.name == "aten::sum" or signal.unit is None:
         return signal
@@ -260,7 +260,7 @@ def _adaptive_pool(observer: Observer, call: Call) -> Signal:
         lengths.append({end - start for start, end in ends})
         cover = cover[..., None] * line
     rows = observer.rows(x, events, tuple(range(x.dim() - dims)))
-    observer.pooling(call, x, events, (rows * cover.to(rows.device)).sum())
+    observer.pooling(call, events, (rows * cover.to(rows.device)).sum())
     if "max" in call.name:
         return events.signal
     if any(len(sizes) > 1 for sizes in lengths):
@@ -299,7 +299,7 @@ def _pool(
     for axis in axes:
         cover = cover[..., None] * _reach(*axis).sum(0)
     rows = observer.rows(x, events, tuple(range(x.dim() - dims)))
-    observer.pooling(call, x, events, (rows * cover.to(rows.device)).sum())
+    observer.pooling(call, events, (rows * cover.to(rows.device)).sum())
 
 
 @register("product", "convolution")
@@ -308,7 +308,7 @@ def _convolution(observer: Observer, call: Call) -> Signal:
     macs = _handles().conv_flop_count(list(x.shape), list(w.shape), list(call.out.shape), transposed=call.args[6])
     observer.compare(call, macs)
     if not observer.live(x):
-        return observer.idle(call, w)
+        return observer.idle(call)
     events = observer.events(x)
     if events is None:
         observer.analog(call, w, macs, macs // w.numel(), x.shape[0])
@@ -333,7 +333,7 @@ def _product(observer: Observer, call: Call) -> Signal:
     observer.compare(call, macs)
     live_a, live_b = observer.live(a), observer.live(b)
     if not (live_a or live_b):
-        signal = observer.idle(call, a, b)
+        signal = observer.idle(call)
         return ANALOG if observer.live(call.args[0]) else signal  # what it was added to
     batch, m, _ = one_a.shape
     n = one_b.shape[2]
