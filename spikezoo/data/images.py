@@ -98,12 +98,13 @@ class Images(torch.utils.data.Dataset):
             raise ValueError(f"the image {name} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def labels_of(dataset: Any) -> Tensor:
+def labels_of(dataset: object) -> Tensor:
     """All labels of a dataset, int64 [N], without reading an image."""
     if isinstance(dataset, Images):
         return torch.tensor(list(dataset.reader.iter_targets()) if dataset.labels is None else dataset.labels)
     if hasattr(dataset, "targets"):
         return torch.as_tensor(dataset.targets)
+    assert hasattr(dataset, "samples")
     return torch.tensor([sample[1] for sample in dataset.samples])
 
 
