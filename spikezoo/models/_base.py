@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import ClassifierHead
@@ -292,7 +292,8 @@ class SpikingModel(nn.Module):
         return poisson(x, self.T, None if self.training else self.encoding_seed)
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        for block in cast(nn.Sequential, stage):
+        assert isinstance(stage, nn.Sequential)
+        for block in stage:
             x = checkpointed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
         return x
 
