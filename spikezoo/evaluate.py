@@ -23,7 +23,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import Config, atomic, find_weights
+from spikezoo.checkpoint import Config, atomic, find_weights, read_table
 from spikezoo.checks import finite
 from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
@@ -39,7 +39,6 @@ __all__ = [
     "input_options",
     "open_model",
     "read_layer_rates",
-    "write_layer_rates",
     "write_rows",
 ]
 
@@ -328,34 +327,17 @@ def check_results_file(path: str | Path) -> str:
     return suffix
 
 
-def write_layer_rates(path: str | Path, epoch: int, rates: Mapping[str, float]) -> None:
-    """Add the firing rates of an epoch to a table of epochs by layers.
-
-    Rows of this and of later epochs, which a run left that was resumed before them, give way.
-
-    Args:
-        path: A .csv file, new or written by this function.
-        epoch: Number of the epoch.
-        rates: Layer -> spikes per neuron and time step. Without any, nothing is written.
-    """
-    if not rates:
-        return
-    rows: list[dict[str, Any]] = []
-    if Path(path).is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
-    write_rows(path, [*rows, {"epoch": epoch, **rates}])
-
-
 def read_layer_rates(path: str | Path, layers: Iterable[str]) -> dict[str, list[float]]:
-    """Read what :func:`write_layer_rates` wrote: layer -> rates of all epochs, nan of those that did not have it.
+    """Read a training's table of epochs by layers: layer -> rates of all epochs, nan of those that did not have it.
 
     Args:
         path: The file.
         layers: Names of layers, of those that the model has now.
+
+    Raises:
+        ValueError: It is not as the run wrote it.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(Path(path))
     return {name: [float(row.get(name) or "nan") for row in rows] for name in layers}
 
 

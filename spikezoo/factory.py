@@ -488,6 +488,10 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
         {"label_names", "label_descriptions"} if same_classes else set()
     )
     facts = {key: value for key, value in source.config.facts.items() if key in names}
+    said = facts.get("label_names")
+    if said is not None and not (isinstance(said, tuple) and len(said) == model.num_classes):
+        _logger.warning("%s: its label_names are no %d names and are left out.", path, model.num_classes)
+        del facts["label_names"]
     shape = {"input_size": (model.in_chans, *model.img_size), "num_classes": model.num_classes}
     model.pretrained_cfg = {**model.pretrained_cfg, **facts, **shape, "file": str(find_weights(path))}
     if same_inputs and source.config.inputs:

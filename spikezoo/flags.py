@@ -33,7 +33,14 @@ class KeyValue(ParseKwargs):
         option_string: str | None = None,
     ) -> None:
         """Store the pairs as a dict."""
-        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in values or ()]
+        pairs = values or ()
+        keys = [value.partition("=")[0] for value in pairs]
+        for key, value in zip(keys, pairs, strict=True):
+            if not key or key == value:
+                parser.error(f"argument {option_string}: {value!r}, expected NAME=VALUE")
+            if keys.count(key) > 1:
+                parser.error(f"argument {option_string}: {key!r} is there twice")
+        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in pairs]
         super().__call__(parser, namespace, spelled, option_string)
 
 

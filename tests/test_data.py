@@ -685,6 +685,11 @@ def _drop(arrays):
             lambda a: a.update(test_labels=a["test_labels"][:0], test_images=a["test_images"][:0]),
             "0 test_images",
         ),
+        (lambda a: a.update(test_labels=a["test_labels"].astype(np.uint64) + 2**63), "is no number of a class"),
+        (lambda a: a.update(label_names=np.array(["a", "b", "c", "a"])), "expected one name for each class"),
+        (lambda a: a.update(label_names=np.array(["a", "b"]), num_classes=4), "expected one name for each class"),
+        (lambda a: a.update(num_classes=4.5), "num_classes as one number"),
+        (lambda a: a.update(num_classes=-4), "-4 classes"),
     ],
 )
 def test_bad_npz(tmp_path, change, said):
@@ -696,6 +701,19 @@ def test_bad_npz(tmp_path, change, said):
         with pytest.raises(ValueError) as error:
             call()
         assert said in str(error.value) and str(error.value).startswith(name)
+
+
+def test_labels_that_are_hardly_meant(tmp_path, caplog):
+    arrays = _arrays()
+    arrays |= {name: arrays[name] + 1 for name in ("train_labels", "test_labels")}
+    arrays["test_labels"][0] = 7
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert dataset_info(f"npz:{tmp_path / 'a.npz'}").num_classes == 8
+    assert "no label is 0: where classes are counted from 1, take 1 away" in caplog.text
+    assert "test has the labels 7, which train does not have" in caplog.text
+    caplog.clear()
+    np.savez(tmp_path / "b.npz", **_arrays())
+    assert dataset_info(f"npz:{tmp_path / 'b.npz'}").num_classes == 4 and not caplog.text
 
 
 def test_damaged_npz(tmp_path):
@@ -1205,6 +1223,8 @@ def test_names_of_the_model_number_the_classes(tmp_path, caplog):
     assert "has other names for its classes ('n01', 'n02') than the data ('bee', 'dog')" in caplog.text
     with pytest.raises(ValueError, match="has the class 'dog', which the model does not have"):
         _labels(tmp_path, label_names=("bee", "cat"))
+    with pytest.raises(ValueError, match="has the class 'bee', and the model has two of that name"):
+        _labels(tmp_path, label_names=("bee", "dog", "bee"))
 
 
 def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
@@ -1278,6 +1298,16 @@ def test_damaged_image_of_an_evaluation(folder, damage, workers, caplog):
     assert sum(len(labels) for _, labels in _folder(folder, train=True, drop_last=False, num_workers=workers)) == 12
     if not workers:
         assert "the next one takes its place" in caplog.text
+
+
+def test_pipes_and_links_to_nothing(folder, caplog):
+    before = len(_folder(folder, "val").samples)
+    os.mkfifo(f"{folder}/val/bird/8.png")  # opening it would wait for ever
+    assert len(torch.cat([labels for _, labels in _folder(folder, "val")])) == before
+    assert "left out are 1 pipes or devices" in caplog.text
+    os.symlink("nowhere.png", f"{folder}/val/bird/9.png")
+    with pytest.raises(ValueError, match=r"^the image .*val/bird/9.png cannot be read \(FileNotFoundError"):
+        list(_folder(folder, "val"))
 
 
 @pytest.mark.parametrize(

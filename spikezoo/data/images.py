@@ -87,8 +87,8 @@ class Images(torch.utils.data.Dataset):
         return self.transform(image), label
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
-        file, label, *_ = self.reader[index]
         try:
+            file, label, *_ = self.reader[index]
             with file:
                 image = Image.open(file)
                 image.load()
@@ -155,6 +155,8 @@ def _in_folder(folder: str) -> dict[str, str]:
                 (links if entry.is_symlink() else rest).append(entry.path)
             elif suffix not in _KINDS:
                 left[suffix or entry.name] += 1
+            elif not entry.is_file() and not entry.is_symlink():  # whoever opens a pipe waits for ever
+                left["pipes or devices"] += 1
             elif place == folder:
                 left["in no folder of a class"] += 1
             else:

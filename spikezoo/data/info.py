@@ -107,13 +107,15 @@ def number_classes(found: Iterable[str], known: Sequence[str], place: object, wh
         whose: Who knows the names, likewise.
 
     Raises:
-        ValueError: A class that is not known.
+        ValueError: A class that is not known, or known by two numbers.
     """
     if unknown := [name for name in found if name not in known]:
         raise ValueError(
             f"{place} has the class {unknown[0]!r}, which {whose} does not have. {nearest(unknown[0], known)} Rename "
             f"its folder, or take it out"
         )
+    if twice := [name for name in found if list(known).count(name) > 1]:
+        raise ValueError(f"{place} has the class {twice[0]!r}, and {whose} has two of that name: which number is its?")
     return {name: number for number, name in enumerate(known)}
 
 

@@ -117,7 +117,10 @@ class Run:
             self.batches.preserve_function(model)
         # Of Muon, the classifier's weights go to the optimiser for vectors. Others keep the groups that they had.
         hybrid: dict[str, Any] = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
+        except TypeError as error:  # of an argument that the optimiser does not have
+            raise ValueError(f"--opt {args.opt} --opt-kwargs {args.opt_kwargs}: {error}.") from error
         if isinstance(self.optimizer, FixedNormMuon):
             self.optimizer.fix_norms(normalised_weights(model))
         updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
@@ -138,6 +141,8 @@ class Run:
                 transform.start(self, arguments)
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self.compiled: Step | None = None
+        self.facts: dict[str, Any] = {}  # for metadata.json
+        self.tables: dict[str, list[dict[str, Any]]] = {}  # summary.csv and layer_rates.csv, of the process that writes
         self.folder, self.saver = state.prepare(self)
         self.logs = open_logs(args, self.folder) if self.main else []
 
