@@ -27,7 +27,7 @@ from spikezoo.checkpoint import Config, atomic, check_target, find_weights, read
 from spikezoo.checks import finite
 from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
-from spikezoo.factory import create_model, is_reference, locate, model_info
+from spikezoo.factory import SpikingModel, create_model, is_reference, locate, model_info
 from spikezoo.observe import WithRates, evaluating
 
 __all__ = [
@@ -114,7 +114,7 @@ def evaluate(
 
 @torch.no_grad()
 def accuracy_over_time(
-    model: nn.Module,
+    model: SpikingModel,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     device: str | torch.device = "cpu",
@@ -137,13 +137,13 @@ def accuracy_over_time(
     Raises:
         ValueError: A head that pools by the maximum, or no images.
     """
-    if model.head.global_pool.pool_type == "max":  # type: ignore[union-attr]
+    if model.head.global_pool.pool_type == "max":
         raise ValueError(
             "global_pool='max': the model takes the maxima of features averaged over its steps, so that its logits "
             "of single steps say nothing of fewer steps. Evaluate it at one T at a time: validate.py --T."
         )
     probed = WithRates(model, steps=True)
-    hits: Any = 0
+    hits = torch.zeros((), dtype=torch.int64)
     rate, samples = 0.0, 0
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
@@ -151,7 +151,7 @@ def accuracy_over_time(
                 logits, rates = probed(finite(images.to(device)))
             # Of the sum and of the mean, the largest is the same one.
             right = logits.float().cumsum(0).argmax(2) == labels.to(device)
-            hits += right.sum(1).cpu()
+            hits = hits + right.sum(1).cpu()
             rate += len(images) * rates.mean().item()
             samples += len(images)
     if samples == 0:
@@ -169,7 +169,7 @@ def open_model(
     dataset: str | None = None,
     data_dir: str | None = None,
     seed: int = 42,
-) -> tuple[Any, str, str]:
+) -> tuple[SpikingModel, str, str]:
     """Make a model with the best weights at hand, and find the dataset that it is for.
 
     The weights are the checkpoint's, else pretrained ones where the model has some, else random.
@@ -207,7 +207,7 @@ def open_model(
         given = {**dataset_arguments(name, dataset_info(dataset, data_dir)), **given}  # random weights fit any data
     random_seed(seed)
     if checkpoint:
-        model: Any = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
+        model = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
         return model, dataset, str(find_weights(checkpoint))
     model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
@@ -230,7 +230,7 @@ def dataset_arguments(name: str, info: DatasetInfo) -> dict[str, int]:
 
 
 def input_options(
-    model: Any,
+    model: SpikingModel,
     dataset: str,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,

@@ -25,6 +25,7 @@ from spikezoo.transforms import FLAGS, apply, replay
 __all__ = [
     "FACTORY_ARGUMENTS",
     "ModelInfo",
+    "SpikingModel",
     "create_from",
     "create_model",
     "is_reference",
@@ -442,11 +443,11 @@ def _make(source: _Source, arguments: Mapping[str, Any], overlay: bool = False) 
     if path is not None and not path.is_relative_to(registry.SHIPPED):
         _check_plausible(path, full, merged)
     model = cast(SpikingModel, timm.create_model(full, pretrained=overlay, **merged))
-    model = cast(SpikingModel, replay(model, recipe))
+    model = replay(model, recipe)
     if path is not None:
         model = _load(model, source, path, given)
     for flag, value in flags.items():
-        model = cast(SpikingModel, apply(model, flag, **value))
+        model = apply(model, flag, **value)
     if features.get("features_only"):
         return timm.model_entrypoint(architecture)(model=model, **features)
     return model
@@ -483,7 +484,7 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
     # The stem and the head of a baked ticket compute with its two values, which fitted or fresh weights have not.
     layers = [str(model.pretrained_cfg[places[key]]) for key in changed if trained.get(key, given[key]) != given[key]]
     if layers and any(name == "bake" for name, _ in source.config.recipe):
-        model = cast(SpikingModel, apply(model, "release", layers=layers))
+        model = apply(model, "release", layers=layers)
         if isinstance(model.get_classifier(), nn.Linear) and model.pretrained_cfg["classifier"] in layers:
             cast(nn.Linear, model.get_classifier()).reset_parameters()  # a ticket's two values are no start
     fresh = _fresh(model) if source.foreign else {}

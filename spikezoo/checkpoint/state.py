@@ -22,7 +22,7 @@ _KEY = "spikezoo.state"
 _NO_DIGEST = "0" * 64
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     """Replace the tensors of a nested structure by references, so that the rest is JSON."""
     if isinstance(value, Tensor):
         while path in tensors:  # the keys 1 and "1", or "a.b" and a's "b", have the same path

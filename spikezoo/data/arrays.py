@@ -8,9 +8,9 @@ import operator
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +133,9 @@ def _load_torchvision(name: str, split: str, root: Path, download: bool) -> Batc
     return images, torch.as_tensor(data.targets, dtype=torch.int64)
 
 
-def _fetch(cls: Any, root: Path, folder: Path, archives: list[tuple[Path, str]], download: bool) -> None:
+def _fetch(
+    cls: Callable[..., object], root: Path, folder: Path, archives: list[tuple[Path, str]], download: bool
+) -> None:
     """Let torchvision download and unpack in a scratch folder and moves what came into ``folder``.
 
     torchvision takes an MNIST file that merely exists for a good one: one that was cut short must not get its name.

@@ -98,16 +98,17 @@ class Images(torch.utils.data.Dataset):
             raise ValueError(f"the image {name} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def labels_of(dataset: Any) -> Tensor:
+def labels_of(dataset: object) -> Tensor:
     """All labels of a dataset, int64 [N], without reading an image."""
     if isinstance(dataset, Images):
         return torch.tensor(list(dataset.reader.iter_targets()) if dataset.labels is None else dataset.labels)
     if hasattr(dataset, "targets"):
         return torch.as_tensor(dataset.targets)
+    assert hasattr(dataset, "samples")
     return torch.tensor([sample[1] for sample in dataset.samples])
 
 
-def names_of(dataset: Any) -> tuple[str, ...]:
+def names_of(dataset: object) -> tuple[str, ...]:
     """The names of the classes of a dataset, in the order of their numbers; empty where it has none."""
     return tuple(map(str, getattr(dataset, "classes", ())))
 

@@ -92,7 +92,13 @@ class Precision(Switch):
         super().__init__(option_strings, dest, **kwargs)
         self.nargs, self.metavar = "?", "auto"
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Store true, false or 'auto'."""
         on = not str(option_string).startswith("--no-")
         if values is not None and (values != "auto" or not on):
@@ -103,9 +109,15 @@ class Precision(Switch):
 class Sizes(KeyValue):
     """Pairs SIZE:SHARE, with numbers as keys."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Store the pairs as a dict."""
-        super().__call__(parser, namespace, [value.replace(":", "=") for value in values], option_string)
+        super().__call__(parser, namespace, [value.replace(":", "=") for value in values or ()], option_string)
         pairs = getattr(namespace, self.dest).items()
         setattr(namespace, self.dest, {int(size) if size.isdecimal() else size: share for size, share in pairs})
 
@@ -350,7 +362,7 @@ def known_flags() -> dict[str, argparse.Action]:
     return {action.dest: action for action in build_parser()._actions if action.dest not in NOT_IN_CONFIGS}
 
 
-def number(value: Any) -> Any:
+def number(value: object) -> object:
     """Read what YAML takes for text and Python for a number, such as 3e-4; lists too."""
     if isinstance(value, list):
         return [number(item) for item in value]

@@ -6,18 +6,18 @@ import csv
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spikezoo.checkpoint import atomic, read_metadata, read_table, write_metadata
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
 from spikezoo.evaluate import environment
+from spikezoo.factory import SpikingModel
 from spikezoo.hub import push_folder
 from spikezoo.observe import failing_layers
 from spikezoo.saving import save_checkpoint
 from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
-    from spikezoo.factory import SpikingModel
     from spikezoo.train.run import Run
 
 __all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_tables", "write_epoch"]
@@ -194,7 +194,7 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
     args, model = run.args, run.ema or run.model
     for transform, _ in run.parts:
         if transform.deliver:
-            model = transform.deliver(model)
+            model = cast(SpikingModel, transform.deliver(model))
     final = results.get("ema", results)
     measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
     for transform, _ in run.parts:

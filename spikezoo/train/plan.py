@@ -57,7 +57,7 @@ class Planned(NamedTuple):
 
     def get(self, key: str) -> Any:
         """A flag of the run, 'name' (of its row) or what a dotted key reaches; None where there is none."""
-        value: Any = {**vars(self.args), "name": self.row}
+        value: object = {**vars(self.args), "name": self.row}
         for part in key.replace("-", "_").split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return value

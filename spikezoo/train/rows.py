@@ -47,7 +47,7 @@ class PlanRow:
     def placed(self, folder: Path) -> dict[str, Any]:
         """The settings with the folders of other runs in place of their names."""
 
-        def place(key: str, value: Any) -> Any:
+        def place(key: str, value: object) -> object:
             if not isinstance(value, str) or not value.startswith(REFERENCE):
                 return value
             path = str(folder / value.removeprefix(REFERENCE))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, load_state, save_state
-from spikezoo.data import ArrayLoader
+from spikezoo.data import ArrayLoader, Loader
 
 __all__ = ["TeacherCache", "weights_digest"]
 
@@ -50,7 +50,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, loader: Any, teach: Callable[[Tensor], Tensor], facts: Mapping[str, Any]
+        self, folder: str | Path, loader: Loader, teach: Callable[[Tensor], Tensor], facts: Mapping[str, Any]
     ) -> None:
         if not isinstance(loader, ArrayLoader) or not loader.options.views:
             raise ValueError(
