@@ -33,6 +33,8 @@ from spikezoo.data import (
     loaders,
     natural_dataset,
 )
+from spikezoo.data import images as image_files
+from spikezoo.data.info import natural
 from spikezoo.evaluate import dataset_arguments, input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
@@ -1339,11 +1341,40 @@ def test_a_class_within_a_class_is_said(tmp_path, caplog):
     assert "bee/more has images, and so has the folder around it: they are taken for two classes" in caplog.text
 
 
+def test_names_that_differ_in_capitals_or_zeros_alone_have_an_order(tmp_path):
+    names = ["cat", "b1", "Cat", "b01", "9", "10", "²"]  # of the last Python says that it is a digit
+    wanted = ("9", "10", "b01", "b1", "Cat", "cat", "²")
+    for order in (names, names[::-1]):
+        assert image_files._in_order(order) == wanted == tuple(sorted(order, key=natural))
+    _classes(tmp_path, "train", names)
+    assert dataset_info("folder", str(tmp_path)).label_names == wanted
+
+
+def test_no_program_is_run_for_an_image(folder, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was asked"))
+    with open(f"{folder}/val/bird/1.png", "w") as file:
+        file.write("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"val/bird/1.png cannot be read \(UnidentifiedImageError"):
+        list(_folder(folder, "val"))
+
+
+def test_every_kind_of_image_is_read(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    kinds = sorted(image_files._KINDS)
+    for number, kind in enumerate(kinds):
+        mode = {".pbm": "1", ".pgm": "L"}.get(kind, "RGB")
+        Image.new(mode, (8, 8)).save(tmp_path / "val" / "a" / f"{number}{kind}")
+    assert len(torch.cat([labels for _, labels in _folder(str(tmp_path), "val")])) == len(kinds)
+
+
 def test_pipes_and_links_to_nothing(folder, caplog):
+    os.symlink("itself", f"{folder}/val/itself")
     before = len(_folder(folder, "val").samples)
     os.mkfifo(f"{folder}/val/bird/8.png")  # opening it would wait for ever
     assert len(torch.cat([labels for _, labels in _folder(folder, "val")])) == before
-    assert "left out are 1 pipes or devices" in caplog.text
+    assert "1 pipes or devices; read are" in caplog.text
     os.symlink("nowhere.png", f"{folder}/val/bird/9.png")
     with pytest.raises(ValueError, match=r"^the image .*val/bird/9.png cannot be read \(FileNotFoundError"):
         list(_folder(folder, "val"))

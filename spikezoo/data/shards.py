@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
+
+from spikezoo.data.info import natural
 
 __all__ = ["Shards", "find_shards"]
 
@@ -62,7 +63,7 @@ def find_shards(name: str, split: str, root: Path) -> list[str]:
                     f"that are meant into a folder of their own, {own}."
                 )
             if found:
-                return sorted(map(str, found), key=natural_key)
+                return sorted(map(str, found), key=natural)
     raise FileNotFoundError(
         f"{name}: looked in {own} and {root} for shards such as {split}-000000.tar or {split}/000000.tar and found "
         "none; type --data-dir FOLDER. Addresses are not read: fetch them first."
