@@ -20,8 +20,8 @@ from spikezoo.saving import describe, plain_results, save_checkpoint
 
 __all__ = ["MOST_SHIPPED_BYTES", "check_shipping", "ship"]
 
-# The checkpoints that come with the package, all together: everybody who installs it carries them.
-MOST_SHIPPED_BYTES = 60_000_000
+# The checkpoints that come with the package, all together: a wheel on PyPI has at most 100 MB.
+MOST_SHIPPED_BYTES = 95_000_000
 
 
 def check_shipping(architecture: str, tag: str, overwrite: bool = False) -> str:
