@@ -71,11 +71,11 @@ def _api() -> str:
     )
 
 
-def _scripts() -> str:
-    """The examples from top to bottom, each below a heading that links find."""
+def _scripts(text: str) -> str:
+    """The examples that a text links, from top to bottom, each below a heading that links find."""
+    scripts = [ROOT / "examples" / f"{name}.py" for name in re.findall(r"\(examples\.md#(\w+)\)", text)]
     return "".join(
-        f"\n## {path.name} {{#{path.stem}}}\n\n```python\n{path.read_text(encoding='utf-8')}```\n"
-        for path in sorted((ROOT / "examples").glob("*.py"))
+        f"\n## {path.name} {{#{path.stem}}}\n\n```python\n{path.read_text(encoding='utf-8')}```\n" for path in scripts
     )
 
 
@@ -85,7 +85,7 @@ def on_files(files: Any, config: Any) -> Any:
 
     for source, place in _MADE.items():
         text = _linked((ROOT / source).read_text(encoding="utf-8"), source)
-        text += _scripts() if source.startswith("examples/") else ""
+        text += _scripts(text) if source.startswith("examples/") else ""
         files.append(File.generated(config, place.removeprefix("docs/"), content=text))
     files.append(File.generated(config, "api.md", content=_api()))
     return files
