@@ -29,7 +29,7 @@ from spikezoo.counting import count as count_operations
 from spikezoo.data import create_loader
 from spikezoo.encoding import ttfs
 from spikezoo.evaluate import input_options
-from spikezoo.factory import create_model
+from spikezoo.factory import SpikingModel, create_model
 from spikezoo.gallery.samples import Sample, samples_of
 from spikezoo.gallery.step import StepNet, run_steps, write_step
 from spikezoo.observe import firing_rates
@@ -65,7 +65,7 @@ class Net(NamedTuple):
     """A net of the gallery: its name, the model, its record, inputs that fit it."""
 
     name: str
-    model: Any
+    model: SpikingModel
     record: Mapping[str, Any]
     size: int
     samples: list[Sample]
@@ -99,8 +99,8 @@ def runtime(folder: str | Path | None = None) -> dict[str, bytes]:
         try:
             subprocess.run(command, cwd=temporary, check=True, capture_output=True, timeout=300)
             with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
-                found = {name: archive.extractfile(f"package/dist/{name}") for name in _PARTS}
-                return {name: part.read() for name, part in found.items() if part is not None}
+                files = [archive.extractfile(f"package/dist/{name}") for name in _PARTS]
+                return {name: file.read() for name, file in zip(_PARTS, filter(None, files), strict=True)}
         except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error:
             raise FileNotFoundError(
                 f"npm did not bring onnxruntime-web ({type(error).__name__}): {' '.join(command)} must work. Or give "
@@ -159,7 +159,7 @@ def _charts(net: Net) -> str:
 
 
 @torch.no_grad()
-def _logits(model: Any, x: torch.Tensor, steps: range) -> Iterator[torch.Tensor]:
+def _logits(model: SpikingModel, x: torch.Tensor, steps: range) -> Iterator[torch.Tensor]:
     """What a model says with each number of time steps; the model is changed."""
     if model.encoding == "ttfs":  # other numbers of steps are other spikes
         for T in steps:
@@ -316,7 +316,7 @@ def _card(net: Net, paper: float | None, live: bool) -> str:
     )
 
 
-def _script(name: str, values: Any) -> str:
+def _script(name: str, values: object) -> str:
     return f"window.{name} = {json.dumps(values)};\n"
 
 
