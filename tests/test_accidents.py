@@ -7,9 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
-from conftest import load
+from conftest import fork, load
 
 from spikezoo import cli
 from spikezoo.checkpoint import load_state, save_state
@@ -60,21 +61,26 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(argv, tmp_path, 
     assert [row["epoch"] for row in rates] == ["1", "2"] and len(rates[0]) > 2
 
 
-def test_one_process_a_folder(argv, tmp_path):
+def test_one_process_a_folder(argv, tmp_path, tmp_path_factory):
     folder = tmp_path / "run"
     folder.mkdir()
-    code = (
-        "import sys; from pathlib import Path; from spikezoo.train.lock import lock; "
-        "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    out, err = (tmp_path_factory.mktemp("other") / name for name in ("out", "err"))
+    code = f"""
+        import time
+        from pathlib import Path
+        from spikezoo.train.lock import lock
+        lock(Path({str(folder)!r}))
+        print("held", flush=True)
+        time.sleep(600)
+    """
+    other = fork(code, tmp_path, (out, err))
+    while not (out.exists() and out.read_text() == "held\n"):
+        time.sleep(0.01)
+        assert other.is_alive(), err.read_text()
     with pytest.raises(lock.InUseError, match=f"process {other.pid} on {socket.gethostname()} trains there since"):
         main(argv)
     other.kill()
-    other.communicate()
+    other.join()
     lock.lock(folder)  # of a process that is gone nothing is left
     lock.lock(folder)
     lock.release(folder)

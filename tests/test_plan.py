@@ -2,16 +2,12 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import load
+from conftest import load, run_code, two_ranks
 
 import spikezoo
 from spikezoo.checkpoint import load_state
@@ -143,7 +139,7 @@ def test_killed_at_any_moment(train, tmp_path):
         state.save_state, output.plot = save, lambda *_: []
         main({[*argv, "--recovery-interval", "2"]!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [row["name"] for row in rows(tmp_path / "killed")] == ["a"]
     assert load_state(tmp_path / "killed/out/queue/b/recovery-0-2.safetensors")["batch"] == 2
@@ -195,9 +191,9 @@ def test_processes_share_a_plan(tmp_path):
     runs = [{"name": n, "config": "base.yaml", "epochs": 1, "seed": i} for i, n in enumerate("abcd")]
     runs[1] |= {"lr": 1e30, "sched": "none"}  # the second process fails first, and the others go on
     argv = write(tmp_path, {"runs": runs})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(ROOT / "train.py"), *argv], capture_output=True, text=True, env=environ)
+    script = str(ROOT / "train.py")
+    code = f"import runpy, sys; sys.argv[:] = {[script, *argv]!r}; runpy.run_path({script!r}, run_name='__main__')"
+    done = run_code(code, *two_ranks())
     assert done.returncode == 1, done.stderr[-3000:]
     assert "[1/2] b: failed." in done.stdout and "[1/2] a: " in done.stdout and "[2/2] d: " in done.stdout
     assert [row["name"] for row in rows(tmp_path)] == ["a", "c", "d"]
@@ -301,11 +297,14 @@ CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(PLANS) - set(ROOT.glo
 def test_our_plans_make_models(train, path):
     runs, chart = train.read_plan(path, "output", [])
     assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
+    recipes = {}  # rows that differ in training alone are one model
     for run in runs:
         arguments = train.model_arguments(run.args)
         arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first
-        model = spikezoo.create_model(run.args.model, device="meta", **arguments)
-        assert [name for name, _ in model.recipe] == [
+        asked = json.dumps([run.args.model, arguments])
+        if asked not in recipes:
+            recipes[asked] = spikezoo.create_model(run.args.model, device="meta", **arguments).recipe
+        assert [name for name, _ in recipes[asked]] == [
             flag for flag in ("ticket", "dynsnn", "prune") if getattr(run.args, flag) not in (None, {})
         ]
         assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
-from spikezoo.models._base import SpikingModel
+from spikezoo.models._base import SpikingModel, truncated_normal
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
 
@@ -312,7 +312,7 @@ class Spikformer(SpikingModel):
         # The authors' initialisation of linear layers; 3x3 convolutions keep torch's.
         for module in self.modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
