@@ -729,8 +729,9 @@ def trained(tmp_path_factory, train):
 
 
 @pytest.mark.parametrize("how", [("--compression", "0.25"), ("--tolerance", "5"), ("--threshold", "0.05")])
-def test_command(trained, tmp_path, capsys, how):
+def test_command(trained, tmp_path, capsys, monkeypatch, how):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("shutil.which", lambda _name: None)  # deployed without a compiler, which others test
     files = tmp_path / "rates.png", tmp_path / "sweep.png"
     more = ["--samples", "200", "--plot-rates", str(files[0]), "--plot-threshold", str(files[1])]
     assert main(["dynsnn", "--checkpoint", str(trained), *how, *more, "--output", str(tmp_path / "new")]) == 0
