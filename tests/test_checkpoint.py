@@ -407,11 +407,12 @@ def settle(model, lift=0.0):
                 module.bias.uniform_(-0.2, 0.2)
                 if isinstance(module, MembraneNorm):
                     module.bias.add_(lift)
-        # In training every pass sees the same batch statistics: two with a large momentum take them all.
+        # In training every pass sees the same batch statistics: a few with a large momentum take them all. Membrane
+        # norms see one after the other the T steps, which shall weigh about the same.
         momenta = [module.momentum for module in norms]
         for module in norms:
-            module.momentum = 0.9
-        for _ in range(2):
+            module.momentum = 0.3 if isinstance(module, MembraneNorm) else 0.9
+        for _ in range(4):
             model(images)
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum

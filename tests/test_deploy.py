@@ -355,7 +355,7 @@ def test_long_sequences_run_in_parts(name, arguments):
 
 
 def test_long_sequences_of_events_compiled():
-    model = create("test_spiking_resnet", in_chans=2)
+    model = create("test_spiking_resnet", in_chans=2, **SMALL_RESNET)
     x = torch.rand(1, 17, 2, 32, 32)
     assert torch.equal(deploy(model, "exact")(x), model(x)) and model(x).std() > 0
 

@@ -80,6 +80,7 @@ def test_deployed_and_folded(name, arguments, monkeypatch, caplog):
 # One block of each kind: the exporter takes a second for a few of them.
 SHORTER = {"test_spikingformer": {"depth": 1}, "test_sdt": {"depth": 1, "mlp_ratios": 2}}
 SHORTER |= {name: {"widths": (8, 12), "depths": (1, 1)} for name in ("test_sew_resnet", "test_qkformer")}
+SHORTER["test_spikingresformer"] = {"widths": (8, 12), "depths": (1, 1), "heads": (1, 2), "patches": (2, 1)}
 SHORTER["test_ms_resnet"] = {**SHORTER["test_sew_resnet"], "strides": (1, 2)}
 
 

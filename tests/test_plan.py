@@ -124,7 +124,15 @@ def test_a_finished_run_of_other_flags_is_not_taken_for_this_one(train, tmp_path
 THREE = {"runs": [{"name": name, "config": "base.yaml", "seed": seed} for name, seed in (("a", 1), ("b", 2), ("c", 3))]}
 
 
-def test_killed_at_any_moment(train, tmp_path):
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The three runs from end to end."""
+    folder = tmp_path_factory.mktemp("plan") / "whole"
+    assert train.main(write(folder, THREE)) == 0
+    return folder
+
+
+def test_killed_at_any_moment(train, whole, tmp_path):
     argv = write(tmp_path / "killed", THREE)
     # In the middle of writing the first epoch of the second run, after its recovery file of batch 2.
     code = f"""
@@ -145,13 +153,12 @@ def test_killed_at_any_moment(train, tmp_path):
     assert load_state(tmp_path / "killed/out/queue/b/recovery-0-2.safetensors")["batch"] == 2
     assert train.main(argv) == 0
     assert [row["name"] for row in rows(tmp_path / "killed")] == ["a", "b", "c"]
-    assert train.main(write(tmp_path / "whole", THREE)) == 0
     for name in "abc":
-        assert weights(tmp_path / "killed", name) == weights(tmp_path / "whole", name)
+        assert weights(tmp_path / "killed", name) == weights(whole, name)
 
 
 @pytest.mark.parametrize("stop", [2, 8])  # within an epoch, and before the last evaluation of 'a'
-def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop):
+def test_a_time_budget_stops_cleanly(train, whole, tmp_path, monkeypatch, capsys, stop):
     argv = write(tmp_path / "parts", THREE)
     clock, step = [0.0], train.Objective.__call__
 
@@ -170,9 +177,8 @@ def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop)
         assert train.main([*argv, "--time-budget", "900s"]) == 0
         assert ("Time is over, 1 left: c (epoch" in capsys.readouterr().out) == left
     assert [row["name"] for row in rows(tmp_path / "parts")] == ["a", "b", "c"]
-    assert train.main(write(tmp_path / "whole", THREE)) == 0
     for name in "abc":
-        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+        assert weights(tmp_path / "parts", name) == weights(whole, name)
     assert not list((tmp_path / "parts").rglob("recovery-*"))
 
 
