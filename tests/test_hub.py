@@ -630,8 +630,10 @@ def test_torch_hub(hub):
 def test_dense_folders_are_timms(tmp_path):
     # As transformers' wrapper of timm does: the number of classes beside the arguments, then all weights.
     model = spikezoo.create_model("test_spiking_vgg", T=2, num_classes=7).eval()
+    model.pretrained_cfg["label_names"] = tuple("abcdefg")
     spikezoo.push_to_hub(model, "ORG/NAME", {"dataset": "digits"}, sparse=False, dry_run=tmp_path / "folder")
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    assert config["label_names"] == list("abcdefg")  # where transformers' pipeline looks for them
     again = timm.create_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"]).eval()
     again.load_state_dict(load_file(tmp_path / "folder" / "model.safetensors"))
     images = torch.rand(2, *model.input_shape)

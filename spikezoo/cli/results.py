@@ -7,11 +7,12 @@ spikezoo results configs/dynsnn/table1.yaml --results docs/runs/table1.csv
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spikezoo.checkpoint import read_table
+from spikezoo.config_files import find_config
 from spikezoo.counting.results import align
 from spikezoo.flags import Parser
 from spikezoo.train.rows import PlanRow, read_rows
@@ -64,15 +65,14 @@ def table(rows: Sequence[PlanRow], found: Mapping[str, Mapping[str, str]]) -> li
 
 def run(args: argparse.Namespace) -> int:
     """Run the command with parsed flags."""
-    path = Path(args.plan)
+    path = find_config(args.plan, "plan")
     rows, _ = read_rows(path)
     results = Path(args.results or Path(args.output) / path.stem / "results.csv")
     if args.results and not results.is_file():
         raise FileNotFoundError(f"No results at {results}: training with --plan {path} writes them.")
     found: dict[str, dict[str, str]] = {}
     if results.is_file():
-        with open(results, newline="", encoding="utf-8") as file:
-            found = {row["name"]: row for row in csv.DictReader(file)}
+        found = {row["name"]: row for row in read_table(results) if "name" in row}
     done = sum(row.name in found for row in rows)
     print(f"{path.stem}: {done} of {len(rows)} runs; mean and deviation over seeds, in brackets the paper's\n")
     print(align(table(rows, found), 1))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from spikezoo.checkpoint import atomic, file_hash
 from spikezoo.checks import choice
 
 __all__ = ["KINDS", "Layer", "Term", "compiler", "instructions", "kernel", "pack", "processor", "unpack"]
@@ -95,7 +96,8 @@ def library(path: str) -> Path:
     found = compiler()
     text = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, platform.machine()))
     file = Path(cache_dir()) / "spikezoo" / f"bits-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{path}.so"
-    if file.exists():
+    digest = file.with_suffix(".sha256")  # a damaged one is compiled anew, as it would be run as it is
+    if file.is_file() and digest.is_file() and digest.read_bytes() == file_hash(file).encode():
         return file
     if found is None:
         raise ValueError("Spikes in bits need a C++ compiler and none was found: install g++, or set CXX.")
@@ -108,6 +110,8 @@ def library(path: str) -> Path:
         if done.returncode:
             raise ValueError(f"{found} failed on {SOURCE.name}: {done.stderr[:500]}")
         made.replace(file)
+        with atomic(digest) as temporary:
+            temporary.write_bytes(file_hash(file).encode())
     return file
 
 

@@ -24,7 +24,7 @@ import torch
 from spikezoo.checkpoint import Config
 from spikezoo.counting import count as count_operations
 from spikezoo.encoding import ttfs
-from spikezoo.factory import create_model
+from spikezoo.factory import SpikingModel, create_model
 from spikezoo.gallery.samples import Sample, samples_of
 from spikezoo.gallery.step import StepNet, run_steps, write_step
 from spikezoo.observe import firing_rates
@@ -59,7 +59,7 @@ class Net(NamedTuple):
     """A net of the gallery: its name, the model, its record, inputs that fit it."""
 
     name: str
-    model: Any
+    model: SpikingModel
     record: Mapping[str, Any]
     size: int
     samples: list[Sample]
@@ -93,7 +93,8 @@ def runtime(folder: str | Path | None = None) -> dict[str, bytes]:
         try:
             subprocess.run(command, cwd=temporary, check=True, capture_output=True, timeout=300)
             with tarfile.open(next(Path(temporary).glob("*.tgz"))) as archive:
-                return {name: archive.extractfile(f"package/dist/{name}").read() for name in _PARTS}  # type: ignore
+                files = [archive.extractfile(f"package/dist/{name}") for name in _PARTS]
+                return {name: file.read() for name, file in zip(_PARTS, filter(None, files), strict=True)}
         except (OSError, subprocess.SubprocessError, StopIteration, KeyError) as error:
             raise FileNotFoundError(
                 f"npm did not bring onnxruntime-web ({type(error).__name__}): {' '.join(command)} must work. Or give "
@@ -185,7 +186,7 @@ def _program(net: Net, quantities: Mapping[str, Any]) -> dict[str, Any]:
     logits = model(x)
     rest = step.rest([torch.zeros(1) for _ in shapes])
     run_steps(step, frames)  # names the layers in their order
-    names = model.pretrained_cfg.get("label_names") or _classes(net.record["dataset"], logits.shape[1])
+    names = model.pretrained_cfg.get("label_names") or map(str, range(logits.shape[1]))
     return {
         "name": net.name,
         "T": model.T,
@@ -208,11 +209,6 @@ def _program(net: Net, quantities: Mapping[str, Any]) -> dict[str, Any]:
         "program": program,
         **quantities,
     }
-
-
-def _classes(dataset: str, count: int) -> list[str]:
-    cifar10 = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
-    return cifar10 if dataset == "cifar10" else [str(i) for i in range(count)]
 
 
 def _stage(net: Net) -> str:
@@ -252,7 +248,7 @@ def _card(net: Net, paper: float | None) -> str:
     )
 
 
-def _script(name: str, values: Any) -> str:
+def _script(name: str, values: object) -> str:
     return f"window.{name} = {json.dumps(values)};\n"
 
 

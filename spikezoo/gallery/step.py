@@ -8,7 +8,9 @@ spikes are parts of one, they are fewer: no net that the gallery runs has one be
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from spikezoo.checkpoint.sparse import levels_of
+from spikezoo.factory import SpikingModel
 from spikezoo.neurons import SpikingNeuron
 
 __all__ = ["StepNet", "run_steps", "write_step"]
@@ -45,9 +48,9 @@ class StepNet(nn.Module):
         layers: Names of convolutions and linear layers in the order in which they run, once something ran.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: SpikingModel) -> None:
         super().__init__()
-        self.net: Any = copy.deepcopy(model).cpu().eval()
+        self.net = copy.deepcopy(model).cpu().eval()
         found = {name: module for name, module in self.net.named_modules() if isinstance(module, SpikingNeuron)}
         self.neurons, self._neurons = list(found), list(found.values())
         self.layers: list[str] = []
@@ -75,11 +78,11 @@ class StepNet(nn.Module):
         spikes: dict[str, Tensor] = {}
         operations: dict[str, Tensor] = {}
 
-        def fired(name: str) -> Any:
+        def fired(name: str) -> Callable[[nn.Module, object, Tensor], None]:
             return lambda module, inputs, out: spikes.__setitem__(name, out[0])
 
-        def met(name: str) -> Any:
-            def hook(layer: Any, inputs: tuple[Tensor]) -> None:
+        def met(name: str) -> Callable[[nn.Conv2d | nn.Linear, tuple[Tensor]], None]:
+            def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor]) -> None:
                 if name not in self._fans:
                     self._fans[name] = _fan_out(layer, inputs[0])
                 operations[name] = (inputs[0].abs() * self._fans[name]).sum()
@@ -149,7 +152,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
     count = len(step.neurons)
     potentials = step(example)[2 + count :]
     numbers = range(count)
-    program: Any = torch.onnx.export(
+    program = torch.onnx.export(
         step,
         (example, *step.rest(list(potentials))),
         input_names=["x", *(f"v{i}" for i in numbers)],
@@ -158,6 +161,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
         optimize=False,  # which would take norms into the weights, that are then no levels
         verbose=False,
     )
+    assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in which source file it comes from
     program.save(str(path), external_data=False)
@@ -167,7 +171,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
     return [list(v.shape[1:]) for v in potentials]
 
 
-def _compress(graph: Any, onnx: Any) -> None:
+def _compress(graph: Any, onnx: ModuleType) -> None:
     """Put weights into bytes with a scale a row where that is exactly what they are."""
     nodes = []
     for tensor in list(graph.initializer):

@@ -78,7 +78,7 @@ SPIKINGFORMER = (
 MEMBRANE: dict[str, Any] = {"qkv_bias": False, "residual": "membrane", "neuron_defaults": SPIKFORMER_NEURON}
 
 
-def _row(dim: int, depth: int, heads: int, parameters: int, note: str = "", **arguments: Any) -> ModelRow:
+def _row(dim: int, depth: int, heads: int, parameters: int, note: str = "", **arguments: object) -> ModelRow:
     note = note or f"Spikingformer-{depth}-{dim} for 32x32 images, {heads} heads of 32 channels."
     arguments = {"dim": dim, "depth": depth, "heads": heads, **MEMBRANE, **arguments}
     return ModelRow(arguments, parameters=parameters, paper=SPIKINGFORMER, note=note, pool_size=(8, 8))
