@@ -10,7 +10,9 @@ import yaml
 from conftest import load, run_code, two_ranks
 
 import spikezoo
+from spikezoo import cli
 from spikezoo.checkpoint import load_state
+from spikezoo.evaluate import write_rows
 from spikezoo.train.rows import read_rows, share_out
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +95,13 @@ def test_a_plan_runs_and_is_not_run_twice(train, tmp_path, capsys):
     assert (baked.head.fc.weight == 0).float().mean() == 0.6
     # The same as the run alone.
     capsys.readouterr()
+    results = tmp_path / "out" / "queue" / "results.csv"
+    shown = ["results", str(tmp_path / "queue.yaml"), "--output", str(tmp_path / "out")]
+    assert cli.main(shown) == 0 and "7 of 7 runs" in capsys.readouterr().out
+    intact = results.read_text()
+    write_rows(results, [{**row, "top1": "99.0"} if row is found[3] else row for row in found])
+    assert cli.main(shown) == 2 and "results.csv has top1=99.0 of" in capsys.readouterr().err
+    results.write_text(intact)
     argv_alone = found[1]["train_command"].split()[2:]
     train.main([*argv_alone, "--output", str(tmp_path / "alone")])
     assert (
