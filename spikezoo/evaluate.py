@@ -23,7 +23,7 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import Config, atomic, find_weights, read_table
+from spikezoo.checkpoint import Config, atomic, check_target, find_weights, read_table
 from spikezoo.checks import finite
 from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
@@ -320,10 +320,12 @@ def check_results_file(path: str | Path) -> str:
 
     Raises:
         ValueError: Neither .csv nor .json.
+        OSError: It cannot be written there.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".json"):
         raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
+    check_target(path)
     return suffix
 
 

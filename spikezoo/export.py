@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo._version import __version__
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, check_target
 from spikezoo.graph import Node, trace
 from spikezoo.models import SpikingModel
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
@@ -73,10 +73,12 @@ def check_suffix(path: str | Path) -> str:
 
     Raises:
         ValueError: Neither .onnx nor .nir.
+        OSError: It cannot be written there.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"Export to {str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}.")
+    check_target(path)
     return suffix
 
 

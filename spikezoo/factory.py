@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from spikezoo import registry
 from spikezoo.checkpoint import Config, find_weights, load_weights, stored_numbers
-from spikezoo.checks import UnknownArgumentError, is_whole, nearest
+from spikezoo.checks import UnknownArgumentError, is_whole, nearest, switch
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import ANALOG, NeuronConfig, SpikingNeuron
 from spikezoo.registry import Pretrained, class_of, family, list_pretrained, row_of, split_name, weights_filter
@@ -126,11 +127,21 @@ def _check_arguments(architecture: str, arguments: Mapping[str, Any], more: Sequ
     parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
     layout = set(row_of(architecture).arguments) - {"mpbn"}
     known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    switches = {p.name for p in parameters if p.annotation == "bool"}
     known = (known - {"self"}) | _NEURON_ARGUMENTS | FACTORY_ARGUMENTS | set(more)
     for name, value in arguments.items():
         if name not in known:
             valid = (known - layout - {"neuron_defaults"}) | {"pretrained", "checkpoint_path", "use_ema"}
             raise UnknownArgumentError(f"Model {architecture!r} has no argument {name!r}. {nearest(name, valid)}")
+        if name in switches and name not in more:  # the flag of a transform may share the name
+            switch(name, value)  # of any other value the truth would be taken: norm='tdbn' would be a plain norm
+        if name == "dtype" and not isinstance(value, torch.dtype):
+            raise ValueError(f"dtype={value!r}: expected a type of torch such as torch.float16; commands have --amp.")
+        if name == "device":
+            try:
+                torch.device(value)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device={value!r}: {str(error).splitlines()[0]}.") from None
         most = _MOST.get(name, _MOST_OTHERS)
         for number in _numbers(value):
             if number > most and not name.endswith("seed"):
@@ -489,7 +500,8 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
     )
     facts = {key: value for key, value in source.config.facts.items() if key in names}
     said = facts.get("label_names")
-    if said is not None and not (isinstance(said, tuple) and len(said) == model.num_classes):
+    named = isinstance(said, tuple) and all(isinstance(name, str) for name in said)
+    if said is not None and not (named and len(said) == model.num_classes):
         _logger.warning("%s: its label_names are no %d names and are left out.", path, model.num_classes)
         del facts["label_names"]
     shape = {"input_size": (model.in_chans, *model.img_size), "num_classes": model.num_classes}

@@ -1,12 +1,14 @@
 """Accidents of trainings: two in one folder, signals, damaged files, a full disk, dead layers; YAML that misleads."""
 
 import csv
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from conftest import load
 from spikezoo import cli
 from spikezoo.checkpoint import load_state, read_metadata, read_table, save_state
 from spikezoo.config_files import find_config, read_yaml
+from spikezoo.evaluate import check_results_file
+from spikezoo.export import check_suffix
 from spikezoo.hub.provenance import train_seconds, training_facts
+from spikezoo.pictures.figure import check_picture
 from spikezoo.train import lock, main, output, state
 from spikezoo.train.flags import parse_args
 from spikezoo.train.stopping import find_peers, lost_peers
@@ -95,6 +100,49 @@ def test_a_damaged_state_is_passed_over(tmp_path, capsys):
         path.write_bytes(b"x")
     with pytest.raises(ValueError, match=r"No state in .* is intact"):
         state.newest_state(tmp_path)
+
+
+def test_output_that_nobody_reads_is_no_error(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, _text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    for argv in (["list", "spiking_vgg*"], ["--version"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Closed())
+            assert cli.main(argv) == 141
+    assert not capsys.readouterr().err
+
+
+def test_many_failures_are_no_success(monkeypatch):
+    monkeypatch.setattr("spikezoo.train.run_plan", lambda *_: 256)
+    assert main(["--plan", "x.yaml"]) == 100
+
+
+def test_no_state_of_a_training(argv, tmp_path):
+    save_state(tmp_path / "view.safetensors", {"logits": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"view.safetensors is no state of a training: it lacks architecture, model, "):
+        main([*argv[:-2], "--resume", str(tmp_path / "view.safetensors")])
+    # A digest that fits is no proof of good intent: an entry that names no tensor.
+    tree = {"dict": [["epoch", {"tensor": "nowhere"}]]}
+    with mock.patch("spikezoo.checkpoint.state._pack", lambda *_: tree):
+        save_state(tmp_path / "forged.safetensors", {})
+    with pytest.raises(ValueError, match="its tree of entries cannot be read"):
+        load_state(tmp_path / "forged.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("check", "name"), [(check_picture, "x.png"), (check_results_file, "x.csv"), (check_suffix, "x.onnx")]
+)
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, check, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / name).mkdir(parents=True)
+    with pytest.raises(NotADirectoryError, match=f"{name} cannot be written: .*file is no folder"):
+        check(tmp_path / "file" / "deeper" / name)
+    with pytest.raises(IsADirectoryError, match="is a folder: give the name of a file"):
+        check(tmp_path / "folder" / name)
+    check(tmp_path / "new" / "folder" / name)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_is_one_line(argv, tmp_path, monkeypatch):

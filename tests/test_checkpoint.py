@@ -634,7 +634,7 @@ def test_time_steps_are_the_checkpoints_unless_given(tmp_path):
 
 def test_names_that_are_none_of_the_classes(tmp_path, caplog):
     model = spikezoo.create_model("test_spiking_vgg", num_classes=2)
-    for names, kept in ((["cat", "dog"], ("cat", "dog")), (["cat"], None), ("cats", None)):
+    for names, kept in ((["cat", "dog"], ("cat", "dog")), (["cat"], None), ("cats", None), (["cat", 3], None)):
         model.pretrained_cfg["label_names"] = names
         spikezoo.save_checkpoint(model, tmp_path)
         caplog.clear()
@@ -808,6 +808,12 @@ EDITS = {
     "unknown argument of the model": (top(model_args={"bogus": 1}), "has no argument 'bogus'"),
     "T of another type": (top(model_args={"T": "4"}), "T='4': expected an integer >= 1"),
     "other channels": (top(model_args={"in_chans": 5}), "1 of another shape"),
+    "facts of another type": (top(pretrained_cfg=3), "pretrained_cfg is 3. Expected an object"),
+    "inputs of another type": (block(inputs=3), "inputs is 3. Expected an object"),
+    "inputs without a mean": (block(inputs={"std": [1.0]}), "the mean of the inputs is None. Expected a list"),
+    "a mean of texts": (block(inputs={"mean": ["x"], "std": [1.0]}), "the mean of the inputs is ['x']"),
+    "results of another type": (block(results=[1]), "results is [1]. Expected an object"),
+    "dataset of another type": (block(dataset=3), "dataset is 3. Expected a name"),
 }
 
 

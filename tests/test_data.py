@@ -33,6 +33,8 @@ from spikezoo.data import (
     loaders,
     natural_dataset,
 )
+from spikezoo.data import images as image_files
+from spikezoo.data.info import natural
 from spikezoo.evaluate import dataset_arguments, input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
@@ -605,12 +607,24 @@ def test_subset_of_uneven_classes():
         ({"mean": (0.1, 0.2)}, "mean="),
         ({"std": (0.0,)}, "std="),
         ({"mean": (float("nan"),)}, "--mean 0.5"),
+        ({"scale": 3}, "--scale 0.08 1"),
+        ({"label_names": "cats"}, "names of classes"),
+        ({"label_names": 3}, "names of classes"),
+        ({"seed": "x"}, "--seed 42"),
+        ({"device": "gpu"}, "device='cpu'"),
     ],
 )
 def test_bad_arguments(npz, kwargs, said):
     with pytest.raises(ValueError) as error:
         create_loader(npz, "train", **kwargs)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"]])
+def test_names_that_are_no_text(name):
+    for call in (lambda: dataset_info(name), lambda: create_loader(name, "train")):
+        with pytest.raises(ValueError, match="expected a name such as 'digits'"):
+            call()
 
 
 def test_bad_split_epoch_and_start(npz):
@@ -1076,6 +1090,7 @@ def test_bad_shards(tmp_path):
         ([("a.png", _png(0))], "a.png has no label beside it"),
         ([("a.png", _png(0)), ("a.cls", b"one")], "label a.cls is b'one'"),
         ([("a.png", _png(0)), ("a.json", b'{"label": true}')], "under label"),
+        ([("a.png", _png(0)), ("a.json", b'{"label": 1e999}')], "under label"),
         ([("a.txt", b"x")], "no images"),
     ):
         _shard(path, samples)
@@ -1090,6 +1105,26 @@ def test_bad_shards(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\n")
     with pytest.raises(ValueError, match=r"there is a class 4, and classnames\.txt names 1"):
         create_loader("wds/my", "train", **options)
+
+
+def test_shards_are_of_the_split_that_their_names_end_with(tmp_path):
+    place = tmp_path / "my"
+    for name, label in (("latest-train-0", 0), ("latest-val-0", 1), ("train2017-test-0", 2)):
+        _shard(place / f"{name}.tar", [("a.png", _png(0)), ("a.cls", str(label).encode())])
+    options = {"data_dir": str(tmp_path), "img_size": 8, "num_classes": 3, "num_workers": 0}
+
+    def labels(split):
+        return [label for _, y in create_loader("wds/my", split, **options) for label in y.tolist()]
+
+    assert labels("train") == [0] and labels("test") == [2]
+    (place / "train2017-test-0.tar").unlink()
+    assert labels("test") == [1]
+    (place / "value").mkdir()
+    shutil.copy(place / "latest-train-0.tar", place / "value" / "0.tar")
+    assert labels("test") == [1]
+    shutil.copy(place / "latest-train-0.tar", place / "other-train-0.tar")
+    with pytest.raises(ValueError, match="shards of several datasets"):
+        labels("train")
 
 
 def test_missing_folders(folder, tmp_path):
@@ -1300,11 +1335,46 @@ def test_damaged_image_of_an_evaluation(folder, damage, workers, caplog):
         assert "the next one takes its place" in caplog.text
 
 
+def test_a_class_within_a_class_is_said(tmp_path, caplog):
+    _classes(tmp_path, "train", ["bee", "bee/more", "cat"])
+    assert _labels(tmp_path, "train")[1].info.label_names == ("bee", "cat", "more")  # as timm has it
+    assert "bee/more has images, and so has the folder around it: they are taken for two classes" in caplog.text
+
+
+def test_names_that_differ_in_capitals_or_zeros_alone_have_an_order(tmp_path):
+    names = ["cat", "b1", "Cat", "b01", "9", "10", "²"]  # of the last Python says that it is a digit
+    wanted = ("9", "10", "b01", "b1", "Cat", "cat", "²")
+    for order in (names, names[::-1]):
+        assert image_files._in_order(order) == wanted == tuple(sorted(order, key=natural))
+    _classes(tmp_path, "train", names)
+    assert dataset_info("folder", str(tmp_path)).label_names == wanted
+
+
+def test_no_program_is_run_for_an_image(folder, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was asked"))
+    with open(f"{folder}/val/bird/1.png", "w") as file:
+        file.write("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"val/bird/1.png cannot be read \(UnidentifiedImageError"):
+        list(_folder(folder, "val"))
+
+
+def test_every_kind_of_image_is_read(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    kinds = sorted(image_files._KINDS)
+    for number, kind in enumerate(kinds):
+        mode = {".pbm": "1", ".pgm": "L"}.get(kind, "RGB")
+        Image.new(mode, (8, 8)).save(tmp_path / "val" / "a" / f"{number}{kind}")
+    assert len(torch.cat([labels for _, labels in _folder(str(tmp_path), "val")])) == len(kinds)
+
+
 def test_pipes_and_links_to_nothing(folder, caplog):
+    os.symlink("itself", f"{folder}/val/itself")
     before = len(_folder(folder, "val").samples)
     os.mkfifo(f"{folder}/val/bird/8.png")  # opening it would wait for ever
     assert len(torch.cat([labels for _, labels in _folder(folder, "val")])) == before
-    assert "left out are 1 pipes or devices" in caplog.text
+    assert "1 pipes or devices; read are" in caplog.text
     os.symlink("nowhere.png", f"{folder}/val/bird/9.png")
     with pytest.raises(ValueError, match=r"^the image .*val/bird/9.png cannot be read \(FileNotFoundError"):
         list(_folder(folder, "val"))

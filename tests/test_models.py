@@ -796,6 +796,8 @@ def test_fixed_image_size():
         ({"surrogate": "sigmoyd"}, r"Did you mean 'sigmoid'"),
         ({"threshold": 0.0}, r"threshold=0\.0: expected a positive number"),
         ({"decay": 0.5, "tau": 2.0}, r"both given"),
+        ({"dtype": "float16"}, r"dtype='float16': expected a type of torch such as torch\.float16"),
+        ({"device": "gpu"}, r"device='gpu': Expected one of cpu"),
         ({"features_only": True, "out_indices": (0, 9)}, r"indices=\(0, 9\)|feature levels"),
     ],
 )
@@ -817,6 +819,21 @@ def test_reset_classifier_rejects_nonsense():
     with pytest.raises(ValueError, match="global_pool='' with num_classes=5"):
         model.reset_classifier(5, "")
     assert model.num_classes == 10 and model(image_for(model)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("value", ["tdbn", 3, None])
+def test_a_switch_is_true_or_false(value):
+    if value is not None:  # None leaves an argument out
+        with pytest.raises(ValueError, match=f"norm={value!r}: expected True or False"):
+            spikezoo.create_model("test_spiking_vgg", norm=value)
+    assert spikezoo.create_model("test_spiking_vgg", norm=None)
+
+
+def test_inputs_that_are_no_tensors():
+    model = spikezoo.create_model("test_mpbn_vgg")
+    for x in (torch.zeros(1, 3, 32, 32).numpy(), [1.0], None):
+        with pytest.raises(ValueError, match=rf"Input is a {type(x).__name__}: expected a tensor"):
+            model(x)
 
 
 def test_pixels_as_integers():

@@ -11,6 +11,7 @@ from spikezoo.checkpoint.files import CONFIG_NAME as CONFIG_NAME
 from spikezoo.checkpoint.files import WEIGHTS_NAME as WEIGHTS_NAME
 from spikezoo.checkpoint.files import atomic as atomic
 from spikezoo.checkpoint.files import check_run_file as check_run_file
+from spikezoo.checkpoint.files import check_target as check_target
 from spikezoo.checkpoint.files import file_hash as file_hash
 from spikezoo.checkpoint.files import find_weights as find_weights
 from spikezoo.checkpoint.files import read_metadata as read_metadata

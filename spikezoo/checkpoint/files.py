@@ -16,8 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "PICKLES", "WEIGHTS_NAME", "atomic", "check_file", "check_run_file", "file_hash"]
-__all__ += ["find_weights", "hint", "open_tensors", "read_metadata", "read_table", "write_metadata", "write_tensors"]
+__all__ = ["CONFIG_NAME", "PICKLES", "WEIGHTS_NAME", "atomic", "check_file", "check_run_file", "check_target"]
+__all__ += [
+    "file_hash",
+    "find_weights",
+    "hint",
+    "open_tensors",
+    "read_metadata",
+    "read_table",
+    "write_metadata",
+    "write_tensors",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
@@ -57,6 +66,25 @@ def atomic(path: str | Path) -> Iterator[Path]:
             _flush(path.parent, os.O_RDONLY)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_target(path: str | Path) -> None:
+    """Raise where a file cannot be written, before the work is done that it is for.
+
+    Args:
+        path: The file; folders that are not there are made later.
+
+    Raises:
+        OSError: A folder has the name, a file stands where a folder must be, or the folder may not be written to.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file, or remove it.")
+    place = next(parent for parent in path.parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {place} is no folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {place} may not be written to. Give another place.")
 
 
 def file_hash(path: str | Path) -> str:

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the command with parsed flags."""
     papers: dict[str, float] = {}
     if Path(args.papers).is_file():
-        papers = {name: row["top1"] for name, row in read_yaml(Path(args.papers)).get("checkpoints", {}).items()}
+        try:
+            papers = {name: row["top1"] for name, row in read_yaml(Path(args.papers)).get("checkpoints", {}).items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"--papers {args.papers}: expected checkpoints: {{NAME: {{top1: 92.3}}}}.") from error
     parts = None if args.runtime == "none" else runtime(args.runtime)
     page = gallery.build(args.output, args.names or None, papers=papers, parts=parts, say=print)
     print(f"Gallery         {page}")

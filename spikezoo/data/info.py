@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,15 @@ def check_split(split: str) -> str:
 def data_root(data_dir: str | None) -> Path:
     """The folder of the data: as given, else the environment's SPIKEZOO_DATA, else ./data."""
     return Path(data_dir or os.environ.get("SPIKEZOO_DATA") or "./data").expanduser()
+
+
+def natural(name: object) -> tuple[list[int | str], str]:
+    """The key that sorts names with their numbers as numbers, 9 before 10, and no two names as equals.
+
+    Cat and cat, or 1 and 01, would otherwise come in an order that is another one in every process.
+    """
+    parts = re.split(r"(\d+)", str(name).lower())
+    return [int(part) if part.isdecimal() else part for part in parts], str(name)
 
 
 def is_litter(name: str) -> bool:

@@ -236,6 +236,10 @@ class SpikingModel(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError, with what to do, where the model cannot take this input."""
+        if not hasattr(x, "dim"):  # whatever traces a model has its own kind of tensors
+            raise ValueError(
+                f"Input is a {type(x).__name__}: expected a tensor; of an array torch.from_numpy makes one."
+            )
         if x.dim() not in (4, 5):
             raise ValueError(
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "

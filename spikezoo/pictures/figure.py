@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, check_target
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +26,11 @@ def check_picture(path: str | Path) -> type[Figure]:
 
     Raises:
         ValueError: A name without a known suffix, or matplotlib is missing.
+        OSError: It cannot be written there.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"Picture {str(path)!r}: expected a name that ends in {', '.join(FORMATS)}.")
+    check_target(path)
     try:
         import matplotlib  # noqa: F401  (the part alone may stand imported without it)
         from matplotlib.figure import Figure

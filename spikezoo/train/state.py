@@ -236,6 +236,11 @@ def _prepare(run: Run, folder: Path) -> tuple[Path, Saver | None]:
 
 def check(run: Run, state: dict[str, Any], source: Path | None) -> None:
     """Raise where this run cannot go on from a state, before anything is written."""
+    if missing := {"architecture", "model_args", "spikezoo", "model", "optimizer", "rng", "recipe"} - state.keys():
+        raise ValueError(
+            f"{source} is no state of a training: it lacks {', '.join(sorted(missing))}. Give last.safetensors or a "
+            "recovery-*.safetensors of a run."
+        )
     theirs = (state["architecture"], state["model_args"], state["spikezoo"].get("recipe", []))
     ours = (run.args.model, run.arguments, run.recipe)
     if theirs != ours:
