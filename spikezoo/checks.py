@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def nearest(name: object, names: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(map(repr, close))}?" if close else f"Valid: {', '.join(valid)}."
 
 
-def choice(name: str, value: Any, valid: Iterable[str]) -> str:
+def choice(name: str, value: object, valid: Iterable[str]) -> str:
     """Return ``value`` where it is one of the valid names.
 
     Args:
@@ -54,7 +54,7 @@ def choice(name: str, value: Any, valid: Iterable[str]) -> str:
     return value
 
 
-def is_whole(value: object, low: int = 1, high: int | None = None) -> bool:
+def is_whole(value: object, low: int = 1, high: int | None = None) -> TypeGuard[int]:
     """Whether a value is an integer from ``low`` to ``high``, both included."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= (value if high is None else high)
 
@@ -64,7 +64,9 @@ def _shown(bound: int) -> str:
     return f"2**{width} - 1" if width >= 31 and bound == 2**width - 1 else str(bound)
 
 
-def whole(name: str, value: Any, low: int = 1, high: int | None = None, *, expected: str = "", hint: str = "") -> int:
+def whole(
+    name: str, value: object, low: int = 1, high: int | None = None, *, expected: str = "", hint: str = ""
+) -> int:
     """Return ``value`` where it is an integer from ``low`` to ``high``, both included.
 
     Args:
@@ -76,7 +78,7 @@ def whole(name: str, value: Any, low: int = 1, high: int | None = None, *, expec
         hint: What the message says after that.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not is_whole(value, low, high):
         bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {_shown(high)}"
@@ -84,7 +86,7 @@ def whole(name: str, value: Any, low: int = 1, high: int | None = None, *, expec
     return value
 
 
-def is_number(value: object, low: float = -math.inf, high: float = math.inf, bounds: str = "[)") -> bool:
+def is_number(value: object, low: float = -math.inf, high: float = math.inf, bounds: str = "[)") -> TypeGuard[float]:
     """Whether a value is a finite number in an interval: ``'[)'``, ``'[]'`` or ``'()'``."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not -math.inf < value < math.inf:
         return False
@@ -93,7 +95,7 @@ def is_number(value: object, low: float = -math.inf, high: float = math.inf, bou
 
 def number(
     name: str,
-    value: Any,
+    value: object,
     low: float = -math.inf,
     high: float = math.inf,
     bounds: str = "[)",
@@ -113,7 +115,7 @@ def number(
         hint: What the message says after that.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not is_number(value, low, high, bounds):
         within = f"a number in {bounds[0]}{low:g}, {high:g}{bounds[1]}"
@@ -144,7 +146,7 @@ def finite(x: Tensor, what: str = "Input") -> Tensor:
     return x
 
 
-def switch(name: str, value: Any) -> bool:
+def switch(name: str, value: object) -> bool:
     """Return ``value`` where it is True or False; the text 'false' would count as true.
 
     Args:
@@ -152,7 +154,7 @@ def switch(name: str, value: Any) -> bool:
         value: What was given.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: Another value.
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}: expected True or False.")

@@ -19,7 +19,7 @@ _FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "c
 class _Loader(yaml.SafeLoader):
     """Of a key that stands twice the last would win, 1:30 would be 90 and 010 would be 8: all three are refused."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[Any, int] = {}
         for key, _ in node.value:
             name = key.value if isinstance(key, yaml.ScalarNode) else None
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             seen[name] = line
         return super().construct_mapping(node, deep)
 
-    def number(self, node: Any) -> Any:
+    def number(self, node: yaml.ScalarNode) -> Any:
         """A number, unless YAML's own reading of it is none that is meant."""
         text = self.construct_scalar(node)
         if ":" in text or re.fullmatch("[-+]?0[0-9_]+", text):
@@ -84,7 +84,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}, {error}") from error

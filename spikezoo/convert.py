@@ -25,11 +25,11 @@ from torch.nn.utils import parametrize
 
 from spikezoo.checks import nearest, switch
 from spikezoo.encoding import poisson
-from spikezoo.factory import create_model
+from spikezoo.factory import SpikingModel, create_model
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
 from spikezoo.saving import describe
-from spikezoo.transforms import fold_bn, replay
+from spikezoo.transforms import Model, fold_bn, replay
 
 __all__ = ["convert"]
 
@@ -185,10 +185,10 @@ def _activations(ann: nn.Module, data: Tensor | Iterable[Any], mode: str | float
     return units
 
 
-def _folded(ann: nn.Module) -> Any:
+def _folded(ann: Model) -> Model:
     """A copy in evaluation mode without norms."""
     normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in ann.modules())
-    plain: Any = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
+    plain = fold_bn(ann) if normed else copy.deepcopy(ann).eval()
     for name, module in plain.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
@@ -218,13 +218,13 @@ def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
 
 @torch.no_grad()
 def convert(
-    ann: nn.Module,
+    ann: SpikingModel,
     data: Tensor | Iterable[Any] | None = None,
     T: int | None = None,
     mode: str | float = "max",
     encoding: str = "direct",
     half_threshold: bool = False,
-) -> nn.Module:
+) -> SpikingModel:
     """Convert a trained ReLU or QCFS network into a spiking one that codes activations as firing rates.
 
     Of a ReLU network the units are what SpikingJelly's converter measures: of every batch the maximum of a layer's
@@ -265,7 +265,7 @@ def convert(
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)
-    if not isinstance(ann.head.fc, nn.Linear):  # type: ignore[union-attr]
+    if not isinstance(ann.head.fc, nn.Linear):
         raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
     levels = {module.levels for module in ann.modules() if isinstance(module, QCFS)}
     if not levels and (data is None or T is None):
@@ -277,9 +277,9 @@ def convert(
     neuron |= {"v_init": 0.5 if half_threshold or levels else 0.0, "encoding": encoding}
     neuron["T"] = max(levels) if T is None else T
     arguments = {name: value for name, value in facts["model_args"].items() if name != "qcfs_levels"}
-    model: Any = create_model(facts["architecture"], **{**arguments, **neuron})
+    model = create_model(facts["architecture"], **{**arguments, **neuron})
     model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])
-    measured = _thresholds(plain, flow) if levels else _activations(plain, data, mode, encoding)  # type: ignore[arg-type]
+    measured = _thresholds(plain, flow) if levels or data is None else _activations(plain, data, mode, encoding)
     _rescale(plain, flow, measured)
     like = next(plain.parameters())
     spent = {f"{name}.threshold" for name in measured}
@@ -296,7 +296,8 @@ def _rescale(plain: nn.Module, flow: _Flow, measured: Mapping[str, float]) -> No
     for name, group in flow.neurons.items():
         units[group] = max(units.get(group, 0.0), measured[name])
     for name, source, target in flow.layers:
-        layer: Any = plain.get_submodule(name)
+        layer = plain.get_submodule(name)
+        assert isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
         # The image, the logits and what no neuron counts keep their unit.
         before, after = units.get(source, 1.0), units.get(target, 1.0)
         layer.weight *= before / after

@@ -23,11 +23,11 @@ from timm.utils import random_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spikezoo.checkpoint import Config, atomic, find_weights
+from spikezoo.checkpoint import Config, atomic, check_target, find_weights, read_table
 from spikezoo.checks import finite
 from spikezoo.data import DatasetInfo, dataset_info, is_read_by_timm, natural_dataset
 from spikezoo.data.events import is_event_dataset
-from spikezoo.factory import create_model, is_reference, locate, model_info
+from spikezoo.factory import SpikingModel, create_model, is_reference, locate, model_info
 from spikezoo.observe import WithRates, evaluating
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "input_options",
     "open_model",
     "read_layer_rates",
-    "write_layer_rates",
     "write_rows",
 ]
 
@@ -115,7 +114,7 @@ def evaluate(
 
 @torch.no_grad()
 def accuracy_over_time(
-    model: nn.Module,
+    model: SpikingModel,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     device: str | torch.device = "cpu",
@@ -138,13 +137,13 @@ def accuracy_over_time(
     Raises:
         ValueError: A head that pools by the maximum, or no images.
     """
-    if model.head.global_pool.pool_type == "max":  # type: ignore[union-attr]
+    if model.head.global_pool.pool_type == "max":
         raise ValueError(
             "global_pool='max': the model takes the maxima of features averaged over its steps, so that its logits "
             "of single steps say nothing of fewer steps. Evaluate it at one T at a time: validate.py --T."
         )
     probed = WithRates(model, steps=True)
-    hits: Any = 0
+    hits = torch.zeros((), dtype=torch.int64)
     rate, samples = 0.0, 0
     with evaluating(model):
         for images, labels in tqdm(loader, desc="validate", disable=not progress, leave=False):
@@ -152,7 +151,7 @@ def accuracy_over_time(
                 logits, rates = probed(finite(images.to(device)))
             # Of the sum and of the mean, the largest is the same one.
             right = logits.float().cumsum(0).argmax(2) == labels.to(device)
-            hits += right.sum(1).cpu()
+            hits = hits + right.sum(1).cpu()
             rate += len(images) * rates.mean().item()
             samples += len(images)
     if samples == 0:
@@ -170,7 +169,7 @@ def open_model(
     dataset: str | None = None,
     data_dir: str | None = None,
     seed: int = 42,
-) -> tuple[Any, str, str]:
+) -> tuple[SpikingModel, str, str]:
     """Make a model with the best weights at hand, and find the dataset that it is for.
 
     The weights are the checkpoint's, else pretrained ones where the model has some, else random.
@@ -208,7 +207,7 @@ def open_model(
         given = {**dataset_arguments(name, dataset_info(dataset, data_dir)), **given}  # random weights fit any data
     random_seed(seed)
     if checkpoint:
-        model: Any = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
+        model = create_model(name, checkpoint_path=checkpoint, use_ema=ema, **arguments)
         return model, dataset, str(find_weights(checkpoint))
     model = create_model(name, pretrained, **given)
     return model, dataset, f"{info.name}.{model.pretrained_cfg['tag']}" if pretrained else "random"
@@ -231,7 +230,7 @@ def dataset_arguments(name: str, info: DatasetInfo) -> dict[str, int]:
 
 
 def input_options(
-    model: Any,
+    model: SpikingModel,
     dataset: str,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -321,41 +320,26 @@ def check_results_file(path: str | Path) -> str:
 
     Raises:
         ValueError: Neither .csv nor .json.
+        OSError: It cannot be written there.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".csv", ".json"):
         raise ValueError(f"Results file {str(path)!r}: expected a name that ends in .csv or .json.")
+    check_target(path)
     return suffix
 
 
-def write_layer_rates(path: str | Path, epoch: int, rates: Mapping[str, float]) -> None:
-    """Add the firing rates of an epoch to a table of epochs by layers.
-
-    Rows of this and of later epochs, which a run left that was resumed before them, give way.
-
-    Args:
-        path: A .csv file, new or written by this function.
-        epoch: Number of the epoch.
-        rates: Layer -> spikes per neuron and time step. Without any, nothing is written.
-    """
-    if not rates:
-        return
-    rows: list[dict[str, Any]] = []
-    if Path(path).is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [dict(row) for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
-    write_rows(path, [*rows, {"epoch": epoch, **rates}])
-
-
 def read_layer_rates(path: str | Path, layers: Iterable[str]) -> dict[str, list[float]]:
-    """Read what :func:`write_layer_rates` wrote: layer -> rates of all epochs, nan of those that did not have it.
+    """Read a training's table of epochs by layers: layer -> rates of all epochs, nan of those that did not have it.
 
     Args:
         path: The file.
         layers: Names of layers, of those that the model has now.
+
+    Raises:
+        ValueError: It is not as the run wrote it.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(Path(path))
     return {name: [float(row.get(name) or "nan") for row in rows] for name in layers}
 
 

@@ -38,8 +38,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo._version import __version__
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, check_target
 from spikezoo.graph import Node, trace
+from spikezoo.models import SpikingModel
 from spikezoo.neurons import IF, LIF, PLIF, Sign, SpikingNeuron
 from spikezoo.saving import describe
 from spikezoo.transforms import fold_bn, fold_mpbn
@@ -72,10 +73,12 @@ def check_suffix(path: str | Path) -> str:
 
     Raises:
         ValueError: Neither .onnx nor .nir.
+        OSError: It cannot be written there.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"Export to {str(path)!r}: expected a name that ends in {' or '.join(SUFFIXES)}.")
+    check_target(path)
     return suffix
 
 
@@ -100,7 +103,7 @@ def _check_model(model: nn.Module) -> dict[str, Any]:
     return facts
 
 
-def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dynamic_batch: bool = True) -> Path:
+def export(model: SpikingModel, path: str | Path, example: Tensor | None = None, dynamic_batch: bool = True) -> Path:
     """Write a model as ONNX or NIR; the suffix says which.
 
     ONNX is checked in onnxruntime before the file takes its name: on the example its logits are the model's to 1e-4,
@@ -146,7 +149,7 @@ def export(model: nn.Module, path: str | Path, example: Tensor | None = None, dy
     """
     suffix, path = check_suffix(path), Path(path)
     facts = _check_model(model)
-    net: Any = copy.deepcopy(model).cpu()
+    net = copy.deepcopy(model).cpu()
     if example is None:
         noise = torch.randn if net.encoding == "direct" else torch.rand
         example = noise(4, *net.input_shape, generator=torch.Generator().manual_seed(0))
@@ -188,7 +191,7 @@ def _write_onnx(
     # A batch of one would be traced as a constant.
     traced = example if len(example) > 1 or not dynamic_batch else torch.cat([example, example])
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
-    program: Any = torch.onnx.export(
+    program = torch.onnx.export(
         model,
         (traced,),
         input_names=["input"],
@@ -197,6 +200,7 @@ def _write_onnx(
         dynamo=True,
         verbose=False,
     )
+    assert program is not None
     # The exporter notes at every node where in which source file it comes from: most of a small file, and private.
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
@@ -267,6 +271,9 @@ def _judge(differ: Tensor, found: Tensor, logits: Tensor, margins: Tensor, where
 # --------------------------------------------------------------------------------------------------------------
 
 
+Ints = Sequence[int] | np.ndarray
+
+
 @dataclass(frozen=True)
 class _Signal:
     """What the sum of some nodes' outputs is: their names, and its shape without time and batch."""
@@ -287,14 +294,14 @@ class _NirGraph:
         shape: Of the input without time and batch.
     """
 
-    def __init__(self, nir: Any, shape: Iterable[int]) -> None:
+    def __init__(self, nir: ModuleType, shape: Iterable[int]) -> None:
         self.nir = nir
-        self.nodes: dict[str, Any] = {}
+        self.nodes: dict[str, object] = {}
         self.edges: list[tuple[str, str]] = []
         shape = tuple(shape)
         self.input = self.add("input", nir.Input(input_type={"input": np.array(shape)}), _Signal((), shape), shape)
 
-    def add(self, name: str, node: Any, x: _Signal, shape: Iterable[int]) -> _Signal:
+    def add(self, name: str, node: object, x: _Signal, shape: Iterable[int]) -> _Signal:
         """Add a node that takes ``x`` and puts out ``shape``."""
         self.nodes[name] = node
         self.edges += [(source, name) for source in x.nodes]
@@ -322,7 +329,7 @@ class _NirGraph:
 
     def conv(self, node: Node, x: _Signal) -> _Signal:
         """A convolution, its norm folded."""
-        conv: Any = node.module
+        conv = node.module
         if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             raise _refuse(node.name, f"{conv} has no counterpart in NIR, whose convolutions are 2-d and pad zeros.")
         bias = np.zeros(conv.out_channels, np.float32) if conv.bias is None else conv.bias.numpy()
@@ -334,7 +341,7 @@ class _NirGraph:
         out = ((s + 2 * pad - apart * (kernel - 1) - 1) // stride + 1 for s, kernel, stride, pad, apart in steps)
         return self.add(node.name, convolution, x, (conv.out_channels, *out))
 
-    def pool(self, name: str, pool: Any, x: _Signal) -> _Signal:
+    def pool(self, name: str, pool: nn.Module, x: _Signal) -> _Signal:
         """Average pooling, where NIR's means the same."""
         if not isinstance(pool, nn.AvgPool2d):
             raise _refuse(
@@ -350,7 +357,7 @@ class _NirGraph:
             )
         return self.average(name, x, kernel, stride, padding)
 
-    def average(self, name: str, x: _Signal, kernel: Any, stride: Any, padding: Any) -> _Signal:
+    def average(self, name: str, x: _Signal, kernel: Ints, stride: Ints, padding: Ints) -> _Signal:
         """A node of average pooling."""
         node = self.nir.AvgPool2d(*(np.array(n) for n in (kernel, stride, padding)))
         size = ((s + 2 * p - k) // n + 1 for s, p, k, n in zip(x.shape[1:], padding, kernel, stride, strict=True))
@@ -365,7 +372,7 @@ class _NirGraph:
         node = self.nir.Flatten({"input": np.array(x.shape)}, 0, -1)
         return self.add(f"{name}.flatten", node, x, (int(np.prod(x.shape)),))
 
-    def linear(self, name: str, linear: Any, x: _Signal) -> _Signal:
+    def linear(self, name: str, linear: nn.Linear, x: _Signal) -> _Signal:
         """A linear layer, with or without bias."""
         if len(x.shape) > 1:
             raise _refuse(name, "it takes the channels of every place by themselves, and NIR's take vectors.")
@@ -373,9 +380,9 @@ class _NirGraph:
         node = self.nir.Linear(weight) if linear.bias is None else self.nir.Affine(weight, linear.bias.numpy())
         return self.add(name, node, x, (len(weight),))
 
-    def neuron(self, name: str, neuron: Any, x: _Signal) -> _Signal:
+    def neuron(self, name: str, neuron: nn.Module, x: _Signal) -> _Signal:
         """A neuron with its own threshold for every place of the map; see the file's docstring."""
-        if type(neuron) not in (LIF, IF, PLIF):
+        if not isinstance(neuron, SpikingNeuron) or type(neuron) not in (LIF, IF, PLIF):
             raise _refuse(name, f"NIR has no neuron such as {type(neuron).__name__}.")
         config, folded = neuron.config, neuron.folded
         if config.reset == "soft":
@@ -416,7 +423,7 @@ class _NirGraph:
         return np.array(np.broadcast_to(np.asarray(value, np.float64), x.shape))
 
 
-def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, Any]) -> None:
+def _write_nir(model: SpikingModel, path: Path, example: Tensor, facts: dict[str, Any]) -> None:
     """Fold, add the layers in order and write."""
     (nir,) = _optional("nir")
     for node in trace(model).of("other"):
@@ -429,22 +436,21 @@ def _write_nir(model: nn.Module, path: Path, example: Tensor, facts: dict[str, A
     flow = trace(model)
     flow.check_called_once("NIR")
     graph = _NirGraph(nir, example.shape[-3:])
-    net: Any = model
     signals = {flow.input: graph.input}
     for node in flow.nodes[1:]:
         if node.kind != "head" and node.name != "head.fc":
             signals[node] = graph.follow(node, [signals[source] for source in node.inputs])
     x = signals[flow.features]
-    pooling = net.head.global_pool.pool_type
+    pooling = model.head.global_pool.pool_type
     if pooling == "max" and len(x.shape) > 1:
         raise _refuse("head.global_pool", "NIR has no max-pooling: create the model with global_pool='avg'.")
     if pooling:
         x = graph.flatten("head", x, average=True)
-    if net.num_classes:
-        x = graph.linear("head.fc", net.head.fc, x)
+    if model.num_classes:
+        x = graph.linear("head.fc", model.head.fc, x)
     graph.add("output", nir.Output(output_type={"output": np.array(x.shape)}), x, x.shape)
     metadata = {
-        "T": example.shape[1] if example.dim() == 5 else net.T,
+        "T": example.shape[1] if example.dim() == 5 else model.T,
         "dt": DT,
         "update": "v + dt / tau * (v_leak - v + r * I), for IF v + dt * r * I; at first v is v_reset",
         "reset": "hard: v is v_reset after v > v_threshold",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from spikezoo import registry
 from spikezoo.checkpoint import Config, find_weights, load_weights, stored_numbers
-from spikezoo.checks import UnknownArgumentError, is_whole, nearest
+from spikezoo.checks import UnknownArgumentError, is_whole, nearest, switch
 from spikezoo.models._base import SpikingModel
 from spikezoo.neurons import ANALOG, NeuronConfig, SpikingNeuron
 from spikezoo.registry import Pretrained, class_of, family, list_pretrained, row_of, split_name, weights_filter
@@ -24,6 +25,7 @@ from spikezoo.transforms import FLAGS, apply, replay
 __all__ = [
     "FACTORY_ARGUMENTS",
     "ModelInfo",
+    "SpikingModel",
     "create_from",
     "create_model",
     "is_reference",
@@ -125,11 +127,21 @@ def _check_arguments(architecture: str, arguments: Mapping[str, Any], more: Sequ
     parameters = [p for init in constructors for p in inspect.signature(init).parameters.values()]
     layout = set(row_of(architecture).arguments) - {"mpbn"}
     known = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    switches = {p.name for p in parameters if p.annotation == "bool"}
     known = (known - {"self"}) | _NEURON_ARGUMENTS | FACTORY_ARGUMENTS | set(more)
     for name, value in arguments.items():
         if name not in known:
             valid = (known - layout - {"neuron_defaults"}) | {"pretrained", "checkpoint_path", "use_ema"}
             raise UnknownArgumentError(f"Model {architecture!r} has no argument {name!r}. {nearest(name, valid)}")
+        if name in switches and name not in more:  # the flag of a transform may share the name
+            switch(name, value)  # of any other value the truth would be taken: norm='tdbn' would be a plain norm
+        if name == "dtype" and not isinstance(value, torch.dtype):
+            raise ValueError(f"dtype={value!r}: expected a type of torch such as torch.float16; commands have --amp.")
+        if name == "device":
+            try:
+                torch.device(value)
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"device={value!r}: {str(error).splitlines()[0]}.") from None
         most = _MOST.get(name, _MOST_OTHERS)
         for number in _numbers(value):
             if number > most and not name.endswith("seed"):
@@ -431,11 +443,11 @@ def _make(source: _Source, arguments: Mapping[str, Any], overlay: bool = False) 
     if path is not None and not path.is_relative_to(registry.SHIPPED):
         _check_plausible(path, full, merged)
     model = cast(SpikingModel, timm.create_model(full, pretrained=overlay, **merged))
-    model = cast(SpikingModel, replay(model, recipe))
+    model = replay(model, recipe)
     if path is not None:
         model = _load(model, source, path, given)
     for flag, value in flags.items():
-        model = cast(SpikingModel, apply(model, flag, **value))
+        model = apply(model, flag, **value)
     if features.get("features_only"):
         return timm.model_entrypoint(architecture)(model=model, **features)
     return model
@@ -472,7 +484,7 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
     # The stem and the head of a baked ticket compute with its two values, which fitted or fresh weights have not.
     layers = [str(model.pretrained_cfg[places[key]]) for key in changed if trained.get(key, given[key]) != given[key]]
     if layers and any(name == "bake" for name, _ in source.config.recipe):
-        model = cast(SpikingModel, apply(model, "release", layers=layers))
+        model = apply(model, "release", layers=layers)
         if isinstance(model.get_classifier(), nn.Linear) and model.pretrained_cfg["classifier"] in layers:
             cast(nn.Linear, model.get_classifier()).reset_parameters()  # a ticket's two values are no start
     fresh = _fresh(model) if source.foreign else {}
@@ -487,6 +499,11 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
         {"label_names", "label_descriptions"} if same_classes else set()
     )
     facts = {key: value for key, value in source.config.facts.items() if key in names}
+    said = facts.get("label_names")
+    named = isinstance(said, tuple) and all(isinstance(name, str) for name in said)
+    if said is not None and not (named and len(said) == model.num_classes):
+        _logger.warning("%s: its label_names are no %d names and are left out.", path, model.num_classes)
+        del facts["label_names"]
     shape = {"input_size": (model.in_chans, *model.img_size), "num_classes": model.num_classes}
     model.pretrained_cfg = {**model.pretrained_cfg, **facts, **shape, "file": str(find_weights(path))}
     if same_inputs and source.config.inputs:

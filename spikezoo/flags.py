@@ -7,7 +7,7 @@ import importlib.util
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,9 +25,22 @@ Switch = argparse.BooleanOptionalAction
 class KeyValue(ParseKwargs):
     """timm's K=V pairs, with true and false as YAML has them."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Store the pairs as a dict."""
-        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in values]
+        pairs = values or ()
+        keys = [value.partition("=")[0] for value in pairs]
+        for key, value in zip(keys, pairs, strict=True):
+            if not key or key == value:
+                parser.error(f"argument {option_string}: {value!r}, expected NAME=VALUE")
+            if keys.count(key) > 1:
+                parser.error(f"argument {option_string}: {key!r} is there twice")
+        spelled = [re.sub("=(true|false)$", lambda found: found[0].title(), value) for value in pairs]
         super().__call__(parser, namespace, spelled, option_string)
 
 
@@ -37,11 +50,10 @@ class Parser(argparse.ArgumentParser):
     Args:
         prog: The command as it is typed, ``spikezoo count``.
         description: What it does: the docstring of its file.
-        **options: Of ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument(
             "--import",
             dest="imports",
@@ -50,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             help="run a Python file of yours first, which registers models or transforms; again for more",
         )
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """Parse; the result's ``command`` is the line that was typed."""
         argv = sys.argv[1:] if args is None else list(args)
         found, unknown = self.parse_known_args(argv, namespace)

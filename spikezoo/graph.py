@@ -36,8 +36,9 @@ Kinds of nodes:
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,7 +189,14 @@ class _Recorder(TorchFunctionMode):
             module.register_forward_hook(lambda _m, x, out, n=name, k=kind: self.leave(n, k, x, out))
 
     def add(
-        self, out: Any, axis: int | None, kind: str, name: str, op: str, owner: str, inputs: Sequence[Node]
+        self,
+        out: Tensor | Sequence[Tensor],
+        axis: int | None,
+        kind: str,
+        name: str,
+        op: str,
+        owner: str,
+        inputs: Sequence[Node],
     ) -> None:
         """Add a node that puts out a tensor, or some."""
         first = out if isinstance(out, Tensor) else out[0]
@@ -197,9 +205,9 @@ class _Recorder(TorchFunctionMode):
         for tensor in (out,) if isinstance(out, Tensor) else out:
             self.known[id(tensor)] = (tensor, self.nodes[-1], axis)
 
-    def signals(self, values: Any) -> list[tuple[Tensor, Node, int | None]]:
+    def signals(self, values: Iterable[object]) -> list[tuple[Tensor, Node, int | None]]:
         """The signals among some arguments."""
-        flat: list[Any] = []
+        flat: list[object] = []
         for value in values:
             flat += value if isinstance(value, list | tuple) else [value]
         return [self.known[id(value)] for value in flat if isinstance(value, Tensor) and id(value) in self.known]
@@ -209,7 +217,7 @@ class _Recorder(TorchFunctionMode):
         self.inside += kind is not None
         self.path.append(name)
 
-    def leave(self, name: str, kind: str | None, arguments: Any, out: Any) -> None:
+    def leave(self, name: str, kind: str | None, arguments: Iterable[object], out: Tensor) -> None:
         """A module has ended."""
         self.path.pop()
         self.inside -= kind is not None
@@ -231,7 +239,13 @@ class _Recorder(TorchFunctionMode):
             wanted = axis if out.shape == tensor.shape else None
         self.add(out, wanted, kind, name, self.types[name], name, inputs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         """Run a function of torch and note what it did to signals."""
         out = func(*args, **(kwargs or {}))
         tensors = out if isinstance(out, list | tuple) and not isinstance(out, torch.Size) else [out]
@@ -242,7 +256,12 @@ class _Recorder(TorchFunctionMode):
         return out
 
     def operation(
-        self, name: str, args: Any, kwargs: Any, found: list[tuple[Tensor, Node, int | None]], out: Any
+        self,
+        name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        found: list[tuple[Tensor, Node, int | None]],
+        out: Tensor | Sequence[Tensor],
     ) -> None:
         """Note one operation: a join, a reshape that is seen through, or another."""
         (tensor, node, axis), *others = found
@@ -267,7 +286,9 @@ class _Recorder(TorchFunctionMode):
         self.add(out, after, kind, f"{owner}.{name.strip('_')}" if owner else name, self.types[owner], owner, inputs)
 
 
-def _one_signal(name: str, args: Any, kwargs: Any, x: Tensor, axis: int, out: Tensor) -> tuple[str, int | None] | None:
+def _one_signal(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor, axis: int, out: Tensor
+) -> tuple[str, int | None] | None:
     """Kind of a known operation on one signal, 'same' where it only lays it out anew, and the axis of the channels."""
     if name in _SWAP and len(args) == 3:
         first, second = (dim % x.dim() for dim in args[1:])
@@ -295,6 +316,12 @@ def _without_numbers(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo).eval().float()
 
 
+def _one_step(forward: Callable[[Tensor], Tensor], x: Tensor, T: int | None = None) -> Tensor:
+    """Shape of a neuron's spikes by its first step, which stands for all: steps are most of the work of following."""
+    out = forward(x[:1])
+    return out.expand(x.shape[0] if T is None else T, *out.shape[1:])
+
+
 @torch.no_grad()
 def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     """Follow the signals through a model.
@@ -312,12 +339,16 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     Examples:
         >>> [node.name for node in trace(spikezoo.create_model('spiking_vgg9')).of('layer')]
     """
-    if not isinstance(getattr(model, "head", None), ClassifierHead) or not hasattr(model, "forward_frames"):
+    head = getattr(model, "head", None)
+    if not isinstance(head, ClassifierHead) or not hasattr(model, "forward_frames"):
         raise ValueError(
             f"The data flow of a {type(model).__name__} is unknown: give a model of spikezoo.create_model itself, "
             "without wrapper."
         )
     copied = _without_numbers(model)
+    for module in copied.modules():
+        if type(module).forward is SpikingNeuron.forward:
+            module.forward = functools.partial(_one_step, module.forward)
     recorder = _Recorder(model, copied)
     x = torch.zeros(3, *(copied.input_shape if shape is None else shape), device="meta")
     try:
@@ -333,7 +364,6 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     if id(out) not in recorder.known:
         raise ValueError(f"The features of {type(model).__name__} do not depend on its input by torch's operations.")
     _, features, axis = recorder.known[id(out)]
-    head: Any = model.head
     if axis != 2:
         recorder.add(out, None, "other", "head.layout", "ClassifierHead", "head", (features,))
         features = recorder.nodes[-1]

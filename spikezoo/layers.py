@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 from spikezoo.checks import choice
@@ -91,12 +92,12 @@ class _Signs(torch.autograd.Function):
     """Signs of weights that are -gain, 0 or +gain; their gradient is that of the weights."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, weight: Tensor, gain: Tensor) -> Tensor:
         ctx.save_for_backward(gain)
         return weight.sign()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, None]:
         (gain,) = ctx.saved_tensors
         return grad / gain.clamp_min(torch.finfo(gain.dtype).tiny), None
 
@@ -112,9 +113,10 @@ class _Ternary(nn.Module):
 
     weight: Tensor
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         weight, errors = state_dict.get(f"{prefix}weight"), args[-1]
+        assert isinstance(errors, list)
         if weight is not None and not ((weight == 0) | (weight.abs() == weight.abs().amax())).all():
             errors.append(
                 f"{prefix}weight holds other values than -gain, 0 and +gain, which this layer of a baked ticket "
@@ -339,7 +341,7 @@ class Pool(nn.Module):
 class Stem(nn.Sequential):
     """The encoding layers: the first sees a repeated image once, the rest see T steps."""
 
-    def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
         first, *rest = self
         x = first(x, T)

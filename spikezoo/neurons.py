@@ -193,7 +193,7 @@ class MembraneNorm(nn.Module):
         size: Sequence[int] = (),
         momentum: float = 0.1,
         eps: float = 1e-5,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -256,7 +256,13 @@ class FoldedThreshold(nn.Module):
         shape: ``(C,)`` or ``(C, H, W)``.
     """
 
-    def __init__(self, mode: str, shape: Sequence[int], device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        mode: str,
+        shape: Sequence[int],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.mode = mode
         self.register_buffer("threshold", torch.zeros(tuple(shape), device=device, dtype=dtype))
@@ -374,8 +380,8 @@ class SpikingNeuron(Maskable):
                     v = u - r * config.threshold
                 else:
                     v = u * (1 - r) if config.v_reset == 0 else r * config.v_reset + (1 - r) * u
-        if self.carry:
-            self.carry[1].append(v)  # type: ignore[arg-type]
+        if self.carry and v is not None:
+            self.carry[1].append(v)
         # Each frame keeps its memory layout: channels-last convolutions follow.
         out = spikes[0].unsqueeze(0) if T == 1 else torch.cat(spikes).view(T, *x.shape[1:])
         out = self.existing(out)
@@ -424,7 +430,7 @@ class PLIF(SpikingNeuron):
         self,
         config: NeuronConfig,
         norm: MembraneNorm | None = None,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(config, norm)
@@ -476,7 +482,9 @@ class QCFS(Maskable):
 
     drop = 0.0
 
-    def __init__(self, threshold: float, levels: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, threshold: float, levels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.levels = levels
         self.threshold = nn.Parameter(torch.full((), float(threshold), device=device, dtype=dtype))
@@ -506,7 +514,7 @@ class NeuronFactory:
         config: NeuronConfig,
         mpbn: str | None = None,
         drop: float = 0.0,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if mpbn is not None:

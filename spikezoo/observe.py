@@ -55,8 +55,8 @@ def observing_copy(model: nn.Module) -> nn.Module:
                     memo.setdefault(id(value), value.detach().clone())
     twin = copy.deepcopy(model, memo)
     for module in twin.modules():
-        if hasattr(module, "_memories"):
-            module.reset()  # type: ignore[operator]
+        if hasattr(module, "_memories") and callable(module.reset):
+            module.reset()
     return twin
 
 
@@ -87,7 +87,7 @@ def outputs(model: nn.Module, batch: Tensor, layers: Iterable[str]) -> dict[str,
     """What layers put out for a batch, in evaluation mode; of one that runs often the last; the model is not moved.
 
     Args:
-        model: Any model.
+        model: The model.
         batch: What it takes.
         layers: Names of its modules. One that does not run is left out.
     """
@@ -99,7 +99,7 @@ def outputs(model: nn.Module, batch: Tensor, layers: Iterable[str]) -> dict[str,
     return found
 
 
-def _keep(found: dict[str, Any], name: str, module: nn.Module, args: Any, out: Any) -> None:
+def _keep(found: dict[str, Any], name: str, module: nn.Module, args: object, out: object) -> None:
     found[name] = out
 
 
@@ -154,7 +154,7 @@ class WithRates(nn.Module):
         return output, torch.stack([torch.full_like(ran[0], torch.nan) if rate is None else rate for rate in rates])
 
 
-def _probe(probe: list[Tensor], module: nn.Module, args: Any, out: Tensor) -> None:
+def _probe(probe: list[Tensor], module: nn.Module, args: object, out: Tensor) -> None:
     """Keep the rates ``[T]`` of SpikingJelly's multi-step mode, or the rate of a single step."""
     dims = tuple(range(0 if getattr(module, "step_mode", "m") == "s" else 1, out.dim()))
     probe.append(out.float().mean(dims))

@@ -121,7 +121,7 @@ def _entrypoint(name: str, module: str, cls: type[nn.Module], row: ModelRow) -> 
         # model's own forward_intermediates.
         feature_cfg = {"feature_cls": "getter", "out_indices": tuple(range(_levels(arguments)))}
         if model is not None:  # made and loaded already, it only wants timm's wrapper
-            feature_cfg["out_indices"] = tuple(range(len(model.feature_info)))  # type: ignore[arg-type]
+            feature_cfg["out_indices"] = tuple(range(len(getattr(model, "feature_info", ()))))
             return build_model_with_cfg(lambda **_: model, name, False, feature_cfg=feature_cfg, **kwargs)
         if kwargs.get("neuron") in ANALOG:
             # A twin has no membrane potential and no time; only what was asked for by name is a mistake.
@@ -256,7 +256,7 @@ def register_rows(module: str, cls: type[nn.Module], rows: Mapping[str, ModelRow
             cfgs[f"{name}.{tag}" if tag else name] = {**cfg, **own}
     default_cfgs = generate_default_cfgs(cfgs)
     here = sys.modules[module]
-    here.default_cfgs = default_cfgs  # type: ignore[attr-defined]  # register_model reads it there
+    vars(here)["default_cfgs"] = default_cfgs  # register_model reads it there
     for name, row in rows.items():
         entry = _entrypoint(name, module, cls, row)
         setattr(here, name, entry)

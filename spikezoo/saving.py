@@ -123,7 +123,7 @@ def _settings(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any, path: str = "results") -> Any:
+def _plain(value: object, path: str = "results") -> Any:
     """A result as JSON has it: scalars of NumPy and PyTorch become numbers, and NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{path}[{key!r}]") for key, item in value.items()}

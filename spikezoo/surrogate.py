@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,19 @@ SURROGATES: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 }
 
 
+class _Context(Protocol):
+    """What torch hands a function of its own: what it saves forward it has backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
+class _SpikeContext(_Context, Protocol):
+    surrogate: str
+    alpha: float
+
+
 class _Spike(torch.autograd.Function):
     """Heaviside step forward, surrogate gradient backward."""
 
@@ -58,12 +71,12 @@ class _Spike(torch.autograd.Function):
         return (x > 0 if strict else x >= 0).to(x.dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, str, float, bool], output: Tensor) -> None:
+    def setup_context(ctx: _SpikeContext, inputs: tuple[Tensor, str, float, bool], output: Tensor) -> None:
         x, ctx.surrogate, ctx.alpha, _ = inputs
         ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: _SpikeContext, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         return grad * SURROGATES[ctx.surrogate][0](x, ctx.alpha), None, None, None
 
@@ -78,11 +91,11 @@ class _Sign(torch.autograd.Function):
         return x.sign()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: _Context, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * (2 - 2 * x.abs()).clamp_min(0)
 
@@ -114,11 +127,11 @@ class _Floor(torch.autograd.Function):
         return x.floor()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Tensor], output: Tensor) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: _Context, grad: Tensor) -> Tensor:
         return grad
 
 

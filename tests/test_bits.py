@@ -153,6 +153,19 @@ def test_without_a_compiler_int8_stays(monkeypatch, tmp_path, caplog):
     assert "need a C++ compiler and none was found: install g++, or set CXX." in caplog.text
 
 
+def test_a_damaged_kernel_is_compiled_anew(monkeypatch, tmp_path):
+    asked = tmp_path / "asked"
+    fake = tmp_path / "g++"  # writes what stands behind -o
+    fake.write_text(f'#!/bin/sh\necho x >> {asked}\nwhile [ "$1" != -o ]; do shift; done\necho kernel > "$2"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setattr(kernels, "cache_dir", lambda: str(tmp_path))
+    file = kernels.library("plain")
+    assert kernels.library("plain") == file and asked.read_text() == "x\n" and file.read_text() == "kernel\n"
+    file.write_text("kernek\n")
+    assert kernels.library("plain") == file and asked.read_text() == "x\nx\n" and file.read_text() == "kernel\n"
+
+
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="keeps spikes as bits and this model has none: use precision='bf16'"):
         deploy(create("test_spiking_vgg", T=None, neuron="relu"), "bits")

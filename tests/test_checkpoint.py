@@ -398,16 +398,24 @@ def settle(model, lift=0.0):
     The lift of membrane norms lets more neurons fire.
     """
     images = torch.randn(4, *image_for(model).shape[1:])
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | MembraneNorm)]
     model.train()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm | MembraneNorm) and module.weight is not None:
+        for module in norms:
+            if module.weight is not None:
                 module.weight.uniform_(1.2, 2.2)
                 module.bias.uniform_(-0.2, 0.2)
                 if isinstance(module, MembraneNorm):
                     module.bias.add_(lift)
-        for _ in range(40):
+        # In training every pass sees the same batch statistics: a few with a large momentum take them all. Membrane
+        # norms see one after the other the T steps, which shall weigh about the same.
+        momenta = [module.momentum for module in norms]
+        for module in norms:
+            module.momentum = 0.3 if isinstance(module, MembraneNorm) else 0.9
+        for _ in range(4):
             model(images)
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
     model.eval()
 
 
@@ -632,6 +640,17 @@ def test_time_steps_are_the_checkpoints_unless_given(tmp_path):
         assert by_path.T == T
 
 
+def test_names_that_are_none_of_the_classes(tmp_path, caplog):
+    model = spikezoo.create_model("test_spiking_vgg", num_classes=2)
+    for names, kept in ((["cat", "dog"], ("cat", "dog")), (["cat"], None), ("cats", None), (["cat", 3], None)):
+        model.pretrained_cfg["label_names"] = names
+        spikezoo.save_checkpoint(model, tmp_path)
+        caplog.clear()
+        loaded = spikezoo.create_model(f"local-dir:{tmp_path}", pretrained=True)
+        assert loaded.pretrained_cfg.get("label_names") == kept
+        assert ("its label_names are no 2 names and are left out" in caplog.text) == (kept is None)
+
+
 def test_arguments_come_back(tmp_path):
     arguments = {"neuron": "plif", "tau": 3.0, "threshold": 0.7, "reset": "soft", "num_classes": 4, "in_chans": 2}
     model = fill(spikezoo.create_model("test_mpbn_resnet", mpbn="element", img_size=24, **arguments))
@@ -797,6 +816,12 @@ EDITS = {
     "unknown argument of the model": (top(model_args={"bogus": 1}), "has no argument 'bogus'"),
     "T of another type": (top(model_args={"T": "4"}), "T='4': expected an integer >= 1"),
     "other channels": (top(model_args={"in_chans": 5}), "1 of another shape"),
+    "facts of another type": (top(pretrained_cfg=3), "pretrained_cfg is 3. Expected an object"),
+    "inputs of another type": (block(inputs=3), "inputs is 3. Expected an object"),
+    "inputs without a mean": (block(inputs={"std": [1.0]}), "the mean of the inputs is None. Expected a list"),
+    "a mean of texts": (block(inputs={"mean": ["x"], "std": [1.0]}), "the mean of the inputs is ['x']"),
+    "results of another type": (block(results=[1]), "results is [1]. Expected an object"),
+    "dataset of another type": (block(dataset=3), "dataset is 3. Expected a name"),
 }
 
 

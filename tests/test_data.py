@@ -33,6 +33,8 @@ from spikezoo.data import (
     loaders,
     natural_dataset,
 )
+from spikezoo.data import images as image_files
+from spikezoo.data.info import natural
 from spikezoo.evaluate import dataset_arguments, input_options, open_model
 
 # timm leaves the files of images and the tar file that it has opened to the garbage collector.
@@ -132,6 +134,7 @@ def test_info_constants(name, classes, channels, size):
     info = dataset_info(name)
     assert (info.num_classes, info.in_chans, info.img_size) == (classes, channels, size)
     assert len(info.mean) == len(info.std) == channels
+    assert len(info.label_names) == (0 if name == "imagenet" else classes)
 
 
 @pytest.mark.parametrize(
@@ -604,12 +607,24 @@ def test_subset_of_uneven_classes():
         ({"mean": (0.1, 0.2)}, "mean="),
         ({"std": (0.0,)}, "std="),
         ({"mean": (float("nan"),)}, "--mean 0.5"),
+        ({"scale": 3}, "--scale 0.08 1"),
+        ({"label_names": "cats"}, "names of classes"),
+        ({"label_names": 3}, "names of classes"),
+        ({"seed": "x"}, "--seed 42"),
+        ({"device": "gpu"}, "device='cpu'"),
     ],
 )
 def test_bad_arguments(npz, kwargs, said):
     with pytest.raises(ValueError) as error:
         create_loader(npz, "train", **kwargs)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"]])
+def test_names_that_are_no_text(name):
+    for call in (lambda: dataset_info(name), lambda: create_loader(name, "train")):
+        with pytest.raises(ValueError, match="expected a name such as 'digits'"):
+            call()
 
 
 def test_bad_split_epoch_and_start(npz):
@@ -684,6 +699,11 @@ def _drop(arrays):
             lambda a: a.update(test_labels=a["test_labels"][:0], test_images=a["test_images"][:0]),
             "0 test_images",
         ),
+        (lambda a: a.update(test_labels=a["test_labels"].astype(np.uint64) + 2**63), "is no number of a class"),
+        (lambda a: a.update(label_names=np.array(["a", "b", "c", "a"])), "expected one name for each class"),
+        (lambda a: a.update(label_names=np.array(["a", "b"]), num_classes=4), "expected one name for each class"),
+        (lambda a: a.update(num_classes=4.5), "num_classes as one number"),
+        (lambda a: a.update(num_classes=-4), "-4 classes"),
     ],
 )
 def test_bad_npz(tmp_path, change, said):
@@ -695,6 +715,19 @@ def test_bad_npz(tmp_path, change, said):
         with pytest.raises(ValueError) as error:
             call()
         assert said in str(error.value) and str(error.value).startswith(name)
+
+
+def test_labels_that_are_hardly_meant(tmp_path, caplog):
+    arrays = _arrays()
+    arrays |= {name: arrays[name] + 1 for name in ("train_labels", "test_labels")}
+    arrays["test_labels"][0] = 7
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert dataset_info(f"npz:{tmp_path / 'a.npz'}").num_classes == 8
+    assert "no label is 0: where classes are counted from 1, take 1 away" in caplog.text
+    assert "test has the labels 7, which train does not have" in caplog.text
+    caplog.clear()
+    np.savez(tmp_path / "b.npz", **_arrays())
+    assert dataset_info(f"npz:{tmp_path / 'b.npz'}").num_classes == 4 and not caplog.text
 
 
 def test_damaged_npz(tmp_path):
@@ -1057,6 +1090,7 @@ def test_bad_shards(tmp_path):
         ([("a.png", _png(0))], "a.png has no label beside it"),
         ([("a.png", _png(0)), ("a.cls", b"one")], "label a.cls is b'one'"),
         ([("a.png", _png(0)), ("a.json", b'{"label": true}')], "under label"),
+        ([("a.png", _png(0)), ("a.json", b'{"label": 1e999}')], "under label"),
         ([("a.txt", b"x")], "no images"),
     ):
         _shard(path, samples)
@@ -1071,6 +1105,26 @@ def test_bad_shards(tmp_path):
     (tmp_path / "classnames.txt").write_text("cat\n")
     with pytest.raises(ValueError, match=r"there is a class 4, and classnames\.txt names 1"):
         create_loader("wds/my", "train", **options)
+
+
+def test_shards_are_of_the_split_that_their_names_end_with(tmp_path):
+    place = tmp_path / "my"
+    for name, label in (("latest-train-0", 0), ("latest-val-0", 1), ("train2017-test-0", 2)):
+        _shard(place / f"{name}.tar", [("a.png", _png(0)), ("a.cls", str(label).encode())])
+    options = {"data_dir": str(tmp_path), "img_size": 8, "num_classes": 3, "num_workers": 0}
+
+    def labels(split):
+        return [label for _, y in create_loader("wds/my", split, **options) for label in y.tolist()]
+
+    assert labels("train") == [0] and labels("test") == [2]
+    (place / "train2017-test-0.tar").unlink()
+    assert labels("test") == [1]
+    (place / "value").mkdir()
+    shutil.copy(place / "latest-train-0.tar", place / "value" / "0.tar")
+    assert labels("test") == [1]
+    shutil.copy(place / "latest-train-0.tar", place / "other-train-0.tar")
+    with pytest.raises(ValueError, match="shards of several datasets"):
+        labels("train")
 
 
 def test_missing_folders(folder, tmp_path):
@@ -1204,6 +1258,8 @@ def test_names_of_the_model_number_the_classes(tmp_path, caplog):
     assert "has other names for its classes ('n01', 'n02') than the data ('bee', 'dog')" in caplog.text
     with pytest.raises(ValueError, match="has the class 'dog', which the model does not have"):
         _labels(tmp_path, label_names=("bee", "cat"))
+    with pytest.raises(ValueError, match="has the class 'bee', and the model has two of that name"):
+        _labels(tmp_path, label_names=("bee", "dog", "bee"))
 
 
 def test_what_is_left_out_of_a_folder_is_named(tmp_path, caplog):
@@ -1277,6 +1333,51 @@ def test_damaged_image_of_an_evaluation(folder, damage, workers, caplog):
     assert sum(len(labels) for _, labels in _folder(folder, train=True, drop_last=False, num_workers=workers)) == 12
     if not workers:
         assert "the next one takes its place" in caplog.text
+
+
+def test_a_class_within_a_class_is_said(tmp_path, caplog):
+    _classes(tmp_path, "train", ["bee", "bee/more", "cat"])
+    assert _labels(tmp_path, "train")[1].info.label_names == ("bee", "cat", "more")  # as timm has it
+    assert "bee/more has images, and so has the folder around it: they are taken for two classes" in caplog.text
+
+
+def test_names_that_differ_in_capitals_or_zeros_alone_have_an_order(tmp_path):
+    names = ["cat", "b1", "Cat", "b01", "9", "10", "²"]  # of the last Python says that it is a digit
+    wanted = ("9", "10", "b01", "b1", "Cat", "cat", "²")
+    for order in (names, names[::-1]):
+        assert image_files._in_order(order) == wanted == tuple(sorted(order, key=natural))
+    _classes(tmp_path, "train", names)
+    assert dataset_info("folder", str(tmp_path)).label_names == wanted
+
+
+def test_no_program_is_run_for_an_image(folder, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was asked"))
+    with open(f"{folder}/val/bird/1.png", "w") as file:
+        file.write("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"val/bird/1.png cannot be read \(UnidentifiedImageError"):
+        list(_folder(folder, "val"))
+
+
+def test_every_kind_of_image_is_read(tmp_path):
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    kinds = sorted(image_files._KINDS)
+    for number, kind in enumerate(kinds):
+        mode = {".pbm": "1", ".pgm": "L"}.get(kind, "RGB")
+        Image.new(mode, (8, 8)).save(tmp_path / "val" / "a" / f"{number}{kind}")
+    assert len(torch.cat([labels for _, labels in _folder(str(tmp_path), "val")])) == len(kinds)
+
+
+def test_pipes_and_links_to_nothing(folder, caplog):
+    os.symlink("itself", f"{folder}/val/itself")
+    before = len(_folder(folder, "val").samples)
+    os.mkfifo(f"{folder}/val/bird/8.png")  # opening it would wait for ever
+    assert len(torch.cat([labels for _, labels in _folder(folder, "val")])) == before
+    assert "1 pipes or devices; read are" in caplog.text
+    os.symlink("nowhere.png", f"{folder}/val/bird/9.png")
+    with pytest.raises(ValueError, match=r"^the image .*val/bird/9.png cannot be read \(FileNotFoundError"):
+        list(_folder(folder, "val"))
 
 
 @pytest.mark.parametrize(

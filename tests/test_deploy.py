@@ -27,6 +27,9 @@ package = sys.modules["spikezoo.deploy.package"]  # spikezoo.deploy is a functio
 TICKET = {"kind": "mpslt", "sparsity": 0.4}
 
 
+SMALL_RESNET = {"widths": (8, 12), "depths": (1, 1), "strides": (1, 2)}  # one block of each kind
+
+
 def create(name, T=3, ticket=False, seed=0, **arguments):
     """A net with every parameter and statistic at random, whose layers all fire."""
     torch.manual_seed(seed)
@@ -272,7 +275,8 @@ def saved_by_torch(module):
 def test_copies_compute_with_their_own_weights(copied, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr("torch.compile", lambda function, **_: compiler(function, backend="eager"))
-    fast, x = deploy(create("test_spiking_resnet"), "int8"), torch.randn(2, 3, 32, 32)
+    net = create("test_spiking_resnet", **SMALL_RESNET)
+    fast, x = deploy(net, "int8"), torch.randn(2, 3, 32, 32)
     wanted = fast(x)
     twin = copied(fast)
     assert twin.compiled and torch.equal(twin(x), wanted)
@@ -357,7 +361,7 @@ def test_long_sequences_run_in_parts(name, arguments):
 
 
 def test_long_sequences_of_events_compiled():
-    model = create("test_spiking_resnet", in_chans=2)
+    model = create("test_spiking_resnet", in_chans=2, **SMALL_RESNET)
     x = torch.rand(1, 17, 2, 32, 32)
     assert torch.equal(deploy(model, "exact")(x), model(x)) and model(x).std() > 0
 

@@ -9,9 +9,8 @@ from conftest import forget_model, load
 
 import spikezoo
 from spikezoo import cli, transforms
-from spikezoo.checkpoint import load_state, read_config
+from spikezoo.checkpoint import load_state, read_config, read_table
 from spikezoo.flags import import_files
-from spikezoo.train.output import read_rows
 
 METHOD = '''
 """Magnitude pruning: after every epoch the smallest weights are zero."""
@@ -119,7 +118,7 @@ def test_a_method_and_a_model_of_ones_own_train_save_load_and_resume(files, tmp_
     assert all(torch.equal(whole[key], parts[key]) for key in whole) and whole["cuts"] == 2
     folder = tmp_path / "whole" / "run"
     assert [tuple(entry) for entry in read_config(folder)["spikezoo"]["recipe"]] == [("magnitude", {"sparsity": 0.5})]
-    assert [float(row["eval_zeros"]) > 0.49 for row in read_rows(folder / "summary.csv")] == [True, True]
+    assert [float(row["eval_zeros"]) > 0.49 for row in read_table(folder / "summary.csv")] == [True, True]
     loaded = spikezoo.create_model(f"local-dir:{folder}", pretrained=True)
     assert loaded.recipe == [("magnitude", {"sparsity": 0.5})] and (loaded.head.fc.weight == 0).float().mean() > 0.49
     assert type(loaded).__name__ == "MyNet" and sum(p.numel() for p in loaded.parameters()) == 868

@@ -8,9 +8,8 @@ from torch import nn
 
 import spikezoo
 from spikezoo import cli
-from spikezoo.checkpoint import Config, load_state
+from spikezoo.checkpoint import Config, load_state, read_table
 from spikezoo.train.objective import Objective
-from spikezoo.train.output import read_rows
 from spikezoo.transforms import pruning
 
 
@@ -91,7 +90,7 @@ def test_a_run_prunes_resumes_and_delivers_plain_weights(method, tmp_path, monke
     folder = tmp_path / "whole" / "run"
     model = spikezoo.create_model(f"local-dir:{folder}", pretrained=True)
     assert model.recipe == [] and pruning.report(model)["weights_removed"] == pytest.approx(
-        float(read_rows(folder / "summary.csv")[-1]["eval_weights_removed"])
+        float(read_table(folder / "summary.csv")[-1]["eval_weights_removed"])
     )
     expected = {"magnitude": (59.9, 60.1), "deep_r": (59, 60.1), "gradient_rewiring": (1, 99)}[method]
     assert expected[0] < Config.read(folder).results["weights_removed"] < expected[1]

@@ -297,6 +297,18 @@ def test_an_interrupted_evolution_ends_as_if_it_had_not_been(tmp_path, monkeypat
     assert resumed.found == whole.found and resumed.others == whole.others and resumed.looked_at == whole.looked_at
     assert len(later) == whole.looked_at - 333 and not set(later) & set(scored)
     assert len(log.read_text().splitlines()) == 1 + whole.looked_at
+    # A flipped bit costs the net of its line, and is no score; in the first line it is refused.
+    intact = log.read_bytes()
+    place = intact.index(b'"score": ', len(intact) // 2) + 11
+    log.write_bytes(intact[:place] + bytes([intact[place] ^ 1]) + intact[place + 1 :])
+    later.clear()
+    assert run(log).found == whole.found and len(later) == 1
+    assert sorted(log.read_bytes().splitlines()) == sorted(intact.splitlines())
+    log.write_bytes(intact[:9] + b"x" + intact[10:])
+    with pytest.raises(ValueError, match="damaged in its first line"):
+        run(log)
+    log.write_bytes(intact)
+    later.clear()
     # Finished: nothing is scored any more, and the log stays as it is.
     before = log.read_bytes()
     assert run(log).found == whole.found and log.read_bytes() == before

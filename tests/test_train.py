@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import load
+from conftest import load, run_code
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -140,7 +140,7 @@ def test_resume_after_sigkill(fast, tmp_path):
         state.save_state = save
         main({argv!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "parts" / "run"
     assert remains(folder)
@@ -550,6 +550,10 @@ def test_unknown_schedule_names_the_nearest(train):
         (["--opt", "sgdd"], ValueError, "'sgdd' does not exist.*'sgd'"),
         (["--dataset", "folder", "--data-dir", __file__], ValueError, "one file.*train.tar and val.tar"),
         (["--model-kwargs", "decai=0.5"], ValueError, "decai.*decay"),
+        (["--opt-kwargs", "dampning=0.5"], ValueError, "--opt-kwargs.*unexpected keyword argument 'dampning'"),
+        (["--seed", "-1"], ValueError, r"--seed -1: expected a whole number from 0 to 2\*\*32 - 1"),
+        (["--experiment", "../x"], ValueError, r"--experiment ../x: expected the name of a folder"),
+        (["--experiment", "/x"], ValueError, r"--experiment /x: expected the name of a folder"),
         (["--device", "cuda"], ValueError, "no CUDA device.*--device cpu"),
         (["--initial-checkpoint", "nowhere"], FileNotFoundError, "nowhere"),
         (["--pretrained"], ValueError, "pretrained"),
@@ -998,7 +1002,7 @@ def test_two_processes(tmp_path, capsys):
         "--drop 0.3 --model-ema --model-ema-decay 0.7 --grad-accum-steps 2 --recovery-interval 2"
     )
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED).format(script=str(ROOT / "train.py"), argv=argv.split()))
+    script.write_text(textwrap.dedent(DISTRIBUTED).format(argv=argv.split()))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1241,6 +1245,21 @@ def test_stored_logits_are_the_teachers_of_every_view(fast, tmp_path, monkeypatc
     again.cache.teach = None  # nothing is asked twice
     again.train()
     assert_same_weights(run.model.state_dict(), again.model.state_dict())
+
+
+def test_views_that_are_damaged_or_swapped_are_computed_anew(fast, tmp_path, capsys):
+    fast.main(flags(tmp_path, "--experiment", "teacher", "--epochs", 1))
+    fast.main(cached(tmp_path, "--experiment", "one"))
+    first, second = (tmp_path / "l" / f"view-00{view}.safetensors" for view in range(2))
+    intact = first.read_bytes(), second.read_bytes()
+    first.write_bytes(intact[1])
+    second.write_bytes(intact[1][:-1] + bytes([intact[1][-1] ^ 1]))
+    capsys.readouterr()
+    fast.main(cached(tmp_path, "--experiment", "two"))
+    out = capsys.readouterr().out
+    assert f"{first} is not of view 0; its logits are computed anew" in out and f"{second} is damaged; its" in out
+    assert (first.read_bytes(), second.read_bytes()) == intact
+    assert_same_weights(*(tmp_path / name / "model.safetensors" for name in ("one", "two")))
 
 
 def test_logits_of_something_else_are_refused(fast, tmp_path):

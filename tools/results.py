@@ -335,9 +335,22 @@ def _checkpoints(rows: Sequence[Mapping[str, str]], papers: Mapping[str, Mapping
             f"**`{row['model']}`**: {row['neuron']}, T={row['T']}, MPBN {row['mpbn']}. Trained: {_trained(row)}. "
             f"Validated at {row['commit']}, {row['date']}, {row['machine']}. "
             f"sha256 `{row['checkpoint_sha256']}`.{compared}\n\n"
-            f"```bash\n{row['train_command']}\n```"
+            + _block([row["train_command"]], row["dataset"], _figure(row, "train_minutes", "{:.1f} minutes"))
         )
     return [checkpoint_table(rows, papers), details, "### How each was made", *made]
+
+
+def _block(commands: Sequence[str], dataset: str, time: str) -> str:
+    """Commands, and above them what they need: data, other runs, time."""
+    text = "\n".join(commands)
+    data = {name.removeprefix("events:") for name in (dataset, *re.findall(r"--dataset (\S+)", text)) if name}
+    names = {"cifar10": "CIFAR-10", "mnist": "MNIST"}
+    needs = [
+        *(f"{names.get(name, name)} in DATA" for name in sorted(data - {"digits"})),
+        *(f"`{run}`" for run in sorted(set(re.findall(r"(?:local-dir:|-checkpoint )((?i:output)/[\w./]+)", text)))),
+        time,
+    ]
+    return f"Needs: {', '.join(filter(None, needs))}.\n\n```bash\n{text}\n```"
 
 
 def _trained(row: Mapping[str, str]) -> str:
@@ -385,7 +398,7 @@ def _claim(claim: Claim, verdict: str) -> list[str]:
         f"Runs: {_span([f'runs/{side.source}' for side in claim.sides.values()])}; commit {facts['commit']}; "
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'no date'}; {facts['machine']}. The first "
         "run of each side:",
-        "```bash\n" + "\n".join(filter(None, firsts)) + "\n```",
+        _block([command for command in firsts if command], "", "the minutes of the table"),
     ]
 
 
@@ -409,7 +422,10 @@ def document(
         "# Results",
         "Written by `python -m tools.results` from `docs/results.csv`, `docs/runs/` and `docs/claims.yaml`; not by "
         "hand. Accuracies are of the last epoch on the whole test split. Energy: exact counts every spike through "
-        "every weight that is not zero, paper is the papers' convention (firing rate x T x dense MACs).",
+        "every weight that is not zero, paper is the papers' convention (firing rate x T x dense MACs). In commands "
+        "DATA is the folder of your datasets, OUTPUT that of your trainings; minutes are of the machine that is named. "
+        "`ann_resnet20_cifar10` is the ReLU network of `configs/dynsnn/ann_resnet20_cifar10.yaml`, in `output/zoo` "
+        "that of `configs/zoo.yaml`.",
         "## Checkpoints",
         "Any row again: `python validate.py --model NAME --pretrained --count --data-dir DATA`, which measures the "
         "shipped file in float32.",

@@ -10,8 +10,13 @@ from spikezoo.checkpoint.config import read_config as read_config
 from spikezoo.checkpoint.files import CONFIG_NAME as CONFIG_NAME
 from spikezoo.checkpoint.files import WEIGHTS_NAME as WEIGHTS_NAME
 from spikezoo.checkpoint.files import atomic as atomic
+from spikezoo.checkpoint.files import check_run_file as check_run_file
+from spikezoo.checkpoint.files import check_target as check_target
 from spikezoo.checkpoint.files import file_hash as file_hash
 from spikezoo.checkpoint.files import find_weights as find_weights
+from spikezoo.checkpoint.files import read_metadata as read_metadata
+from spikezoo.checkpoint.files import read_table as read_table
+from spikezoo.checkpoint.files import write_metadata as write_metadata
 from spikezoo.checkpoint.state import load_state as load_state
 from spikezoo.checkpoint.state import save_state as save_state
 from spikezoo.checkpoint.weights import check_nan as check_nan

@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg
 
 from spikezoo.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, file_hash, find_weights, hint
 from spikezoo.checkpoint.state import is_state, load_state
-from spikezoo.checks import nearest
+from spikezoo.checks import is_number, nearest
 
 __all__ = ["Config", "config_hash", "known_facts", "read_config", "write_config"]
 
@@ -122,6 +122,21 @@ def _check_types(config: dict[str, Any], path: Path) -> dict[str, Any]:
         for entry in recipe
     ):
         raise ValueError(f"{path}: recipe is {recipe!r}. Expected pairs such as ['fold_bn', {{}}].")
+    inputs = block.get("inputs")
+    for name, value in (
+        ("pretrained_cfg", config.get("pretrained_cfg")),
+        ("inputs", inputs),
+        ("results", block.get("results")),
+    ):
+        if not isinstance(value, dict | None):
+            raise ValueError(f"{path}: {name} is {value!r}. Expected an object of names and values.")
+    for name in ("mean", "std"):
+        values = inputs.get(name) if inputs else []
+        if not (isinstance(values, list | tuple) and all(map(is_number, values))):
+            raise ValueError(f"{path}: the {name} of the inputs is {values!r}. Expected a list of numbers.")
+    for name in ("dataset", "split"):
+        if not isinstance(block.get(name), str | None):
+            raise ValueError(f"{path}: {name} is {block[name]!r}. Expected a name.")
     return config
 
 

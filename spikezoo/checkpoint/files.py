@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["CONFIG_NAME", "PICKLES", "WEIGHTS_NAME", "atomic", "check_file", "file_hash", "find_weights", "hint"]
-__all__ += ["open_tensors", "write_tensors"]
+__all__ = ["CONFIG_NAME", "PICKLES", "WEIGHTS_NAME", "atomic", "check_file", "check_run_file", "check_target"]
+__all__ += [
+    "file_hash",
+    "find_weights",
+    "hint",
+    "open_tensors",
+    "read_metadata",
+    "read_table",
+    "write_metadata",
+    "write_tensors",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+METADATA_NAME = "metadata.json"
+# What a training leaves for people and for other commands, with its digest in metadata.json.
+RUN_FILES = ("args.yaml", "summary.csv", "layer_rates.csv")
 PICKLES = (".pth", ".pt", ".tar", ".bin", ".ckpt")
 
 
@@ -55,10 +68,138 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_target(path: str | Path) -> None:
+    """Raise where a file cannot be written, before the work is done that it is for.
+
+    Args:
+        path: The file; folders that are not there are made later.
+
+    Raises:
+        OSError: A folder has the name, a file stands where a folder must be, or the folder may not be written to.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file, or remove it.")
+    place = next(parent for parent in path.parents if parent.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {place} is no folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {place} may not be written to. Give another place.")
+
+
 def file_hash(path: str | Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _table_digest(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """How many rows a table has, and the sha256 of what their cells say.
+
+    Other line ends, and a column that a later row brings, are no damage.
+    """
+    said = [sorted((str(key), str(value)) for key, value in row.items() if value not in ("", None)) for row in rows]
+    return [len(said), hashlib.sha256(json.dumps(said).encode()).hexdigest()]
+
+
+def _metadata_digest(content: Mapping[str, Any]) -> str:
+    digests = {key: value for key, value in content["sha256"].items() if key != METADATA_NAME}
+    return hashlib.sha256(json.dumps({**content, "sha256": digests}, sort_keys=True).encode()).hexdigest()
+
+
+def write_metadata(
+    folder: Path, facts: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> None:
+    """Write metadata.json: facts of a run, and the digests of its files and of itself.
+
+    A table is vouched for up to its last row here. So it is written before this where it grows, after it where it
+    shrinks: whatever moment a process is killed at, the two fit.
+
+    Args:
+        folder: The run's, with its args.yaml.
+        facts: Plain data.
+        tables: Name of a .csv file -> its rows.
+    """
+    digests: dict[str, Any] = {name: _table_digest(rows) for name, rows in (tables or {}).items() if rows}
+    digests["args.yaml"] = file_hash(folder / "args.yaml")
+    content = json.loads(json.dumps({**facts, "format": 1, "sha256": digests}))
+    content["sha256"][METADATA_NAME] = _metadata_digest(content)
+    with atomic(folder / METADATA_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """What a run wrote down of itself, {} where nothing is there.
+
+    Raises:
+        ValueError: Damaged, or edited.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # Runs of older versions have neither a format nor digests.
+        old = not content.keys() & {"format", "sha256"}
+        sound = old or content["sha256"].get(METADATA_NAME) == _metadata_digest(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} is not as its run wrote it: damaged, or edited. It says what the files beside it were; put it "
+            "back, or move it away to have them read as they are."
+        )
+    return content
+
+
+def _digest_of(path: Path) -> Any:
+    """What the metadata.json beside a file of a run says that it is; None of another's, or where none is."""
+    return read_metadata(path.parent).get("sha256", {}).get(path.name) if path.name in RUN_FILES else None
+
+
+def _check_digest(path: Path, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(
+            f"{path} is not as its run wrote it: damaged, or edited. Put it back; to change it, copy it under another "
+            f"name or to another folder; to have it read as it is, move {METADATA_NAME} away, which has its digest."
+        )
+
+
+def check_run_file(path: Path) -> Path:
+    """Return the path of a file that is as its run wrote it, by the metadata.json beside it, or that is no run's.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: Damaged, or edited.
+    """
+    if path.is_file() and (wanted := _digest_of(path)) is not None:
+        _check_digest(path, file_hash(path), wanted)
+    return path
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a .csv file, none where there is none.
+
+    Args:
+        path: The file; that of a run is compared with what the run wrote, see :func:`check_run_file`. A row more, which
+            a process was killed behind, is left out.
+
+    Raises:
+        ValueError: Damaged, or edited.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of comma-separated values: {error}.") from error
+    if (wanted := _digest_of(path)) is not None:
+        rows = rows[: wanted[0]]
+        _check_digest(path, _table_digest(rows), wanted)
+    return rows
 
 
 def find_weights(path: str | Path) -> Path:

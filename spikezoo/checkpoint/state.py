@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from spikezoo.checkpoint.files import atomic, open_tensors, write_tensors
@@ -21,7 +22,7 @@ _KEY = "spikezoo.state"
 _NO_DIGEST = "0" * 64
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _pack(value: object, path: str, tensors: dict[str, Tensor]) -> Any:
     """Replace the tensors of a nested structure by references, so that the rest is JSON."""
     if isinstance(value, Tensor):
         while path in tensors:  # the keys 1 and "1", or "a.b" and a's "b", have the same path
@@ -118,7 +119,7 @@ def load_state(path: str | Path, *keys: str) -> dict[str, Any]:
         try:
             entries = json.loads(metadata["tree"])["dict"]
             return {key: _unpack(item, file.get_tensor) for key, item in entries if not keys or key in keys}
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
             raise ValueError(f"{path} is damaged: its tree of entries cannot be read ({error!r}).") from error
 
 

@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from timm.models import adapt_input_conv
@@ -51,7 +51,7 @@ def _unwrap(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _is_weights(value: Any) -> bool:
+def _is_weights(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
@@ -192,7 +192,7 @@ def check_nan(state: Mapping[str, Tensor], what: str) -> None:
 
 def _adapt(weights: dict[str, Tensor], own: Mapping[str, Tensor], model: nn.Module, changed: Collection[str]) -> None:
     """Fit the head and the first convolution of weights to a model with other classes or channels, in place."""
-    cfg: Any = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", {})
     head, stem = f"{cfg['classifier']}.", f"{cfg['first_conv']}.weight"
     said = []
     if "num_classes" in changed:
@@ -216,7 +216,6 @@ def load_weights(
     path: str | Path,
     ema: bool = False,
     *,
-    weights: dict[str, Tensor] | None = None,
     fresh: Mapping[str, Tensor] | None = None,
     changed: Collection[str] = (),
     filter_fn: Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None = None,
@@ -227,7 +226,6 @@ def load_weights(
         model: The model.
         path: A file or a folder.
         ema: Take the averaged weights of a training state.
-        weights: What :func:`read_weights` read there already.
         fresh: What the model keeps of its own where the checkpoint lacks it.
         changed: Of 'num_classes' and 'in_chans', what may differ from the checkpoint: the classifier is then left
             as initialised, the first convolution fitted as timm does, and a warning says so.
@@ -238,11 +236,9 @@ def load_weights(
         ValueError: Damaged, foreign, or NaN; names and counts of what differs.
     """
     own = model.state_dict()
-    if weights is None:
-        # With other classes or channels the checkpoint's head and stem may be larger than the model's.
-        most = 2 * sum(tensor.numel() for tensor in own.values()) + 2**24
-        weights = read_weights(path, ema, most=most)
-    weights = {**(fresh or {}), **weights}
+    # With other classes or channels the checkpoint's head and stem may be larger than the model's.
+    most = 2 * sum(tensor.numel() for tensor in own.values()) + 2**24
+    weights = {**(fresh or {}), **read_weights(path, ema, most=most)}
     if filter_fn is not None and weights.keys() != own.keys():
         weights = filter_fn(weights, model)
     if changed:

@@ -7,8 +7,10 @@ the words behind the command and returns the exit code; what it raises of a user
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from spikezoo._version import __version__
 from spikezoo.checks import nearest
@@ -55,9 +57,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words behind ``spikezoo``; None takes those of the process.
 
     Returns:
-        The exit code: 2 where the arguments make no sense.
+        The exit code: 2 where the arguments make no sense, 141 where nobody reads on, as behind ``| head``.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()  # what nobody reads is noticed here, not when the process ends
+        return code
+    except BrokenPipeError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is written at the end
+        return 128 + 13
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    argv = [*(sys.argv[1:] if argv is None else argv)]  # list is a command here, once it was imported
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -70,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import_files(argv[1:])
         code: int = importlib.import_module(f"spikezoo.cli.{argv[0]}").main(argv[1:])
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

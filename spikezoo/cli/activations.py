@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+
+from torch import Tensor
 
 from spikezoo import pictures
 from spikezoo.cli.common import add_data, batches, one_image, open_net
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.image < 0 or args.channels < 0:
         raise ValueError(f"image={args.image}, channels={args.channels}: expected integers >= 0.")
     columns = []
-    pixels: Any = None
+    pixels: Tensor
     dataset = args.dataset
     for checkpoint in args.checkpoint:
         _, model, dataset, _ = open_net(args, {}, dataset, checkpoint=checkpoint)

@@ -6,11 +6,12 @@ import argparse
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikezoo.checkpoint import Config
-from spikezoo.data import create_loader
+from spikezoo.data import Loader, create_loader
 from spikezoo.evaluate import input_options, open_model
+from spikezoo.factory import SpikingModel
 from spikezoo.flags import Parser, add_flags, choose_device
 
 __all__ = ["add_data", "add_name", "batches", "noise", "one_image", "open_net"]
@@ -33,7 +34,7 @@ def open_net(
     dataset: str | None,
     name: str | None = None,
     checkpoint: str | None = None,
-) -> tuple[str, Any, str, str]:
+) -> tuple[str, SpikingModel, str, str]:
     """Open a model by its name or its checkpoint, and put it on the device.
 
     Args:
@@ -61,14 +62,21 @@ def open_net(
     return name, model.to(device), dataset, weights
 
 
-def device_of(model: Any) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
     """Where a model is."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def batches(
-    args: argparse.Namespace, dataset: str, model: Any, images: int, split: str | None = None, **options: Any
-) -> Any:
+    args: argparse.Namespace,
+    dataset: str,
+    model: SpikingModel,
+    images: int,
+    split: str | None = None,
+    *,
+    subset: int | None = None,
+    channels_last: bool = False,
+) -> Loader:
     """Batches of a dataset's images or recordings as a model takes them, on its device."""
     return create_loader(
         dataset,
@@ -80,18 +88,19 @@ def batches(
         img_size=model.img_size[0],
         in_chans=model.in_chans,
         num_workers=0,
+        subset=subset,
+        channels_last=channels_last,
         **input_options(model, dataset),
-        **options,
     )
 
 
-def noise(model: Any, images: int) -> Tensor:
+def noise(model: SpikingModel, images: int) -> Tensor:
     """Random input of a model; of a model that encodes pixels, in [0, 1]."""
     made = (torch.randn if model.encoding == "direct" else torch.rand)(images, *model.input_shape)
     return made.to(device_of(model))
 
 
-def one_image(loader: Any, number: int, where: str) -> Tensor:
+def one_image(loader: Loader, number: int, where: str) -> Tensor:
     """One image of a loader whose batches have one.
 
     Raises:
@@ -99,5 +108,4 @@ def one_image(loader: Any, number: int, where: str) -> Tensor:
     """
     if not 0 <= number < len(loader):
         raise ValueError(f"image={number}: {where} has images 0 to {len(loader) - 1}.")
-    image: Tensor = next(loader.iterate(number))[0][0]
-    return image
+    return next(loader.iterate(number))[0][0]

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from spikezoo import pictures
 from spikezoo.checkpoint import WEIGHTS_NAME
 from spikezoo.cli.common import add_data, batches, noise, open_net
 from spikezoo.counting import align, count_loader
+from spikezoo.data import Batch
 from spikezoo.evaluate import evaluate
 from spikezoo.flags import Parser, add_flags, whole_flags
 from spikezoo.registry import shipped_folder
@@ -53,16 +56,16 @@ def compare(
     """
     checkpoint = name if Path(name).exists() else None
     _, model, dataset, weights = open_net(args, dict(given), args.dataset, None if checkpoint else name, checkpoint)
-    loader: Any = [noise(model, args.images)]
+    data: Iterable[Tensor | Batch] = [noise(model, args.images)]
     top1 = None
     if dataset != "none":
         subset = {"subset": args.val_subset} if getattr(args, "val_subset", None) else {}
-        loader = batches(args, dataset, model, args.batch_size, **subset)
+        data = loader = batches(args, dataset, model, args.batch_size, **subset)
         if accuracy:
             device = next(model.parameters()).device
             top1 = evaluate(model, loader, device=device, rates=False, progress=True)["top1"]
     inputs = "auto" if model.takes_events else "analog"  # pixels are no spikes
-    counted = count_loader(model, loader, args.images, inputs=inputs, **counting).mean
+    counted = count_loader(model, data, args.images, inputs=inputs, **counting).mean
     file = Path(weights) if checkpoint else shipped_folder(weights) / WEIGHTS_NAME
     tensors = (*model.parameters(), *model.buffers())
     size = file.stat().st_size if file.is_file() else sum(tensor.nbytes for tensor in tensors)

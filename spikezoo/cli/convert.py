@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     steps = 64 if args.T is None and not learned else args.T
     calibration = batches(args, dataset, ann, 128, split="train", subset=args.calibrate)
     images = None if learned else (images for images, _ in calibration)
-    model: Any = convert(ann, images, steps, mode, args.encoding, args.half_threshold)
+    model = convert(ann, images, steps, mode, args.encoding, args.half_threshold)
     for net in (ann, model):
         net.to(memory_format=torch.channels_last)
     loader = batches(

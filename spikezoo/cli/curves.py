@@ -6,11 +6,11 @@ spikezoo curves output/ablation/mpbn-T4-seed1 output/ablation/plain-T4-seed1 --p
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 from spikezoo import pictures
+from spikezoo.checkpoint import read_table
 from spikezoo.checks import nearest
 from spikezoo.flags import Parser, add_flags
 
@@ -35,13 +35,12 @@ def read_curve(folder: Path, measure: str) -> dict[float, list[float]]:
 
     Raises:
         FileNotFoundError: No summary.csv there.
-        ValueError: No such column.
+        ValueError: No such column, or not as the run wrote it.
     """
     path = folder / "summary.csv"
     if not path.is_file():
         raise FileNotFoundError(f"No {path}: {folder} is no folder of a run.")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path)
     if rows and measure not in rows[0]:
         raise ValueError(f"{path} has no column {measure!r}. {nearest(measure, rows[0])}")
     return {float(row["epoch"]): [float(row[measure])] for row in rows if row[measure]}

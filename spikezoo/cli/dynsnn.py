@@ -13,6 +13,7 @@ from torch import nn
 
 from spikezoo import pictures
 from spikezoo.cli.common import add_data, batches, open_net
+from spikezoo.data import Loader
 from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import environment, evaluate
 from spikezoo.flags import Parser, add_flags, whole_flags
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.per not in (None, masks.get("per", "unit")):
         raise ValueError(f"--per {args.per}: {name} has masks per {masks.get('per', 'unit')} already. Leave --per out.")
 
-    def measure(net: nn.Module, loader: Any) -> dict[str, Any]:
+    def measure(net: nn.Module, loader: Loader) -> dict[str, Any]:
         return evaluate(deploy(net.eval(), args.deploy) if args.deploy else net, loader, rates=not args.deploy)
 
     train, test = (batches(args, dataset, model, args.batch_size, split) for split in ("train", None))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from spikezoo import pictures
 from spikezoo.checks import number
 from spikezoo.cli.common import add_data, batches, open_net
+from spikezoo.data import Batch
 from spikezoo.evaluate import evaluate
 from spikezoo.flags import Parser, add_flags, whole_flags
 
@@ -40,7 +40,7 @@ def build_parser() -> Parser:
 
 
 @torch.no_grad()
-def loss_along(model: nn.Module, loader: Any, places: Iterable[float], seed: int = 0) -> list[float]:
+def loss_along(model: nn.Module, loader: Iterable[Batch], places: Iterable[float], seed: int = 0) -> list[float]:
     """Loss of a model at places along a random direction; its weights are the same afterwards.
 
     Args:

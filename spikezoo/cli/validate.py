@@ -28,10 +28,10 @@ import torch
 
 from spikezoo.checkpoint import Config, file_hash
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
-from spikezoo.data import create_loader
+from spikezoo.data import Loader, create_loader
 from spikezoo.deploy import PRECISIONS, deploy
 from spikezoo.evaluate import check_results_file, environment, evaluate, input_options, open_model, write_rows
-from spikezoo.factory import is_reference, locate
+from spikezoo.factory import SpikingModel, is_reference, locate
 from spikezoo.flags import Parser, add_flags, choose_device, whole_flags
 from spikezoo.hub import check_push, push_folder, push_to_hub
 from spikezoo.hub.provenance import portable_command, training_facts
@@ -130,7 +130,7 @@ def validate(name: str, args: argparse.Namespace, config: Config) -> dict[str, A
         if same and not given and dataset == record.get("dataset"):
             row |= compare(row, record)
     if args.push_to_hub:
-        row["published"] = publish(model, weights, args, config, row)
+        row["published"] = publish(model, args, config, row)
         print(f"Published {row['published']}")
     return row
 
@@ -157,7 +157,7 @@ def compare(row: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     return {"recorded_top1": record["top1"], "reproduced": reproduced}
 
 
-def loader_for(name: str, model: Any, dataset: str, args: argparse.Namespace, own: str | None) -> Any:
+def loader_for(name: str, model: SpikingModel, dataset: str, args: argparse.Namespace, own: str | None) -> Loader:
     """The batches to measure a model on.
 
     Raises:
@@ -204,12 +204,14 @@ def loader_for(name: str, model: Any, dataset: str, args: argparse.Namespace, ow
 
 
 def measure(
-    name: str, model: Any, dataset: str, weights: str, args: argparse.Namespace, config: Config
+    name: str, model: SpikingModel, dataset: str, weights: str, args: argparse.Namespace, config: Config
 ) -> dict[str, Any]:
     """Measure a model that is open already, and return its row."""
     device = choose_device(args.device)
     loader = loader_for(name, model, dataset, args, config.dataset)
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     if args.amp and half is torch.bfloat16 and (said := slow_bfloat16(device)):
         print(said, file=sys.stderr)
@@ -246,11 +248,11 @@ def measure(
 
 def row_of(
     name: str,
-    model: Any,
+    model: SpikingModel,
     dataset: str,
     weights: str,
     args: argparse.Namespace,
-    loader: Any,
+    loader: Loader,
     result: dict[str, Any],
 ) -> dict[str, Any]:
     """The results row of what was measured, with everything that it depends on."""
@@ -286,7 +288,7 @@ def row_of(
     }
 
 
-def count_row(model: Any, loader: Any, args: argparse.Namespace) -> dict[str, Any]:
+def count_row(model: SpikingModel, loader: Loader, args: argparse.Namespace) -> dict[str, Any]:
     """Count a model, say what came of it, and return what joins its row."""
     # Outside autocast and uncompiled: counts belong to the model, not to how it runs.
     prices = {"mac_pj": args.mac_pj, "sop_pj": args.sop_pj}
@@ -310,7 +312,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     if any(row.get("energy_exact_mj") is not None for row in rows):
         columns |= {"energy_exact_mj": "mJ exact", "energy_paper_mj": "mJ paper"}
 
-    def cell(value: Any) -> str:
+    def cell(value: object) -> str:
         return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
     cells = [list(columns.values()), *([cell(row.get(key)) for key in columns] for row in rows)]
@@ -318,7 +320,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
-def publish(model: Any, weights: str, args: argparse.Namespace, config: Config, row: dict[str, Any]) -> str:
+def publish(model: SpikingModel, args: argparse.Namespace, config: Config, row: dict[str, Any]) -> str:
     """Push the very weights that were measured, with the figures."""
     # What the folder already says about training stays beside what was measured now.
     facts = training_facts(args.checkpoint) if args.checkpoint else {}

@@ -5,17 +5,17 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from spikezoo.counting.observer import Observer, Tally, tensors
+from spikezoo.counting.observer import Call, Observer, Tally, tensors
 from spikezoo.counting.rules import NORMS, TABLE, Rule
 from spikezoo.counting.signals import ANALOG, BLANK, UNKNOWN
 from spikezoo.observe import evaluating, is_neuron
@@ -42,7 +42,7 @@ class _Plan:
 
 
 @functools.cache
-def _plan(func: Any) -> _Plan:
+def _plan(func: OpOverload) -> _Plan:
     name = str(func._overloadpacket)
     returns = func._schema.returns
     alias = returns[0].alias_info if returns else None
@@ -71,7 +71,13 @@ class CountingMode(TorchDispatchMode):
         self.observer = observer
         self.paused = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Run an operation and count it."""
         kwargs = kwargs or {}
         plan, observer = _plan(func), self.observer
@@ -88,18 +94,20 @@ class CountingMode(TorchDispatchMode):
             return out
         live = any(observer.live(t) for t in tensors((*args, *kwargs.values())))
         signal = BLANK
+        call = Call(func, args, kwargs, out)
         if plan.kind == "product":
             assert plan.rule is not None
-            signal = plan.rule(observer, func, args, kwargs, out)
+            signal = plan.rule(observer, call)
         elif plan.kind == "free":
             if live:
                 assert plan.rule is not None
-                signal = plan.rule(observer, func, args, kwargs, out)
-                if any(norm in func._schema.name for norm in NORMS):
+                signal = plan.rule(observer, call)
+                if any(norm in call.name for norm in NORMS):
                     observer.dense(0, out[0].shape[0], norm_elements=out[0].numel())
         elif plan.kind == "torch":
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-            observer.analog(func, None, flops // 2, 0, args[0].shape[0] if args[0].dim() else 1)
+            first = call.args[0]
+            observer.analog(call, None, flops // 2, 0, first.shape[0] if first.dim() else 1)
             signal = ANALOG
         elif plan.kind != "ignored":
             observer.tally.note(str(func))
@@ -117,11 +125,11 @@ def watched(model: nn.Module, mode: CountingMode) -> Iterator[None]:
     """Tell the mode which module runs, and what its neurons put out; of this thread alone."""
     thread = threading.get_ident()
 
-    def enter(name: str, module: nn.Module, args: Any) -> None:
+    def enter(name: str, module: nn.Module, args: object) -> None:
         if threading.get_ident() == thread:
             mode.observer.stack.append(name)
 
-    def leave(neuron: bool, name: str, module: nn.Module, args: Any, out: Any) -> None:
+    def leave(neuron: bool, name: str, module: nn.Module, args: object, out: object) -> None:
         if threading.get_ident() != thread:
             return
         mode.observer.stack.pop()

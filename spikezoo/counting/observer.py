@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from spikezoo.counting.results import FiringRate, ModuleCount
 from spikezoo.counting.signals import ANALOG, BLANK, DECLARED, SPIKES, UNKNOWN, Events, Signal, common, constant, judge
 
-__all__ = ["Fired", "Observer", "Row", "Tally", "tensors"]
+__all__ = ["Call", "Fired", "Observer", "Row", "Tally", "tensors"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One operation that ran, with what it took and put out."""
+
+    func: OpOverload
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    out: Any
+
+    @property
+    def name(self) -> str:
+        """Its name with namespace and without overload, such as 'aten::add'."""
+        return self.func._schema.name
 
 
 @dataclass
@@ -49,7 +67,7 @@ class Row:
     calls: int = 0
     spiking: bool = False
     events: int = 0
-    weights: dict[Any, tuple[int, int]] = field(default_factory=dict)  # storage -> numel, zeros
+    weights: dict[Hashable, tuple[int, int]] = field(default_factory=dict)  # storage -> numel, zeros
 
     def add(self, other: Row) -> None:
         """Add the sums of more images."""
@@ -170,7 +188,7 @@ class Observer:
         self.batch = self.T = 1
         self.stack: list[str] = [type(model).__name__]  # modules that are running, the model first
         self._signals: dict[int, Signal] = {}
-        self._facts: dict[Any, Any] = {}
+        self._facts: dict[Hashable, Any] = {}
         self._lasting = {address(t) for t in itertools.chain(model.parameters(), model.buffers())}
 
     def begin(self, batch: Tensor, inputs: str, T: int) -> None:
@@ -199,11 +217,11 @@ class Observer:
 
     # ---------------------------------------------------------------------------------------- what tensors are
 
-    def live(self, x: Any) -> bool:
+    def live(self, x: object) -> bool:
         """Whether a tensor descends from the model's input."""
         return isinstance(x, Tensor) and self._signals.get(address(x), BLANK) is not BLANK
 
-    def signal(self, x: Any) -> Signal:
+    def signal(self, x: Tensor | float) -> Signal:
         """What is known of a tensor or number; a constant tensor is judged by its values."""
         if not isinstance(x, Tensor):
             return Signal(abs(Fraction(x)), abs(Fraction(x))) if math.isfinite(x) else ANALOG
@@ -216,7 +234,7 @@ class Observer:
             return self.signal(x.item())
         return self.fact(x, "signal", lambda: constant(x))
 
-    def common(self, values: Sequence[Any]) -> Signal:
+    def common(self, values: Sequence[Tensor | float]) -> Signal:
         """The signal of a sum; constants are looked at only where everything else is known to be spikes."""
         live = [self.signal(v) for v in values if isinstance(v, Tensor) and address(v) in self._signals]
         if any(s.unit is None for s in live):
@@ -227,7 +245,7 @@ class Observer:
         """Whether a tensor has a record."""
         return address(x) in self._signals
 
-    def fact(self, w: Tensor, what: Any, find: Callable[[], Any]) -> Any:
+    def fact(self, w: Tensor, what: Hashable, find: Callable[[], T]) -> T:
         """Something about a weight, found once for parameters and buffers, each time for computed ones."""
         if address(w) not in self._lasting:
             return find()
@@ -288,9 +306,9 @@ class Observer:
 
     # --------------------------------------------------------------------------------------------- what they do
 
-    def _row(self, func: Any, w: Tensor | None, kind: str) -> Row:
+    def _row(self, call: Call, w: Tensor | None, kind: str) -> Row:
         row = self.tally.rows.setdefault(self.stack[-1], Row())
-        row.ops[func._schema.name.removeprefix("aten::").removesuffix("_with_indices")] = None
+        row.ops[call.name.removeprefix("aten::").removesuffix("_with_indices")] = None
         row.kinds[kind] = None
         row.calls += 1
         if w is not None:
@@ -347,14 +365,14 @@ class Observer:
                 del tally.rows[name]
         return tally
 
-    def analog(self, func: Any, w: Tensor | None, macs: int, positions: int, frames: int) -> None:
+    def analog(self, call: Call, w: Tensor | None, macs: int, positions: int, frames: int) -> None:
         """Count an operation on analog input, whose every weight meets ``positions`` values."""
         needed, additions = macs, False
         if w is not None:
             alive = self.fact(w, "alive", lambda: int(torch.count_nonzero(w)))
             needed = alive * positions
             additions = alive > 1 and self.fact(w, "binary", lambda: _is_binary(w))
-        row = self._row(func, w, "analog x binary weights" if additions else "analog")
+        row = self._row(call, w, "analog x binary weights" if additions else "analog")
         self.dense(macs, frames, w)
         row.macs_paper += macs
         if additions:
@@ -364,7 +382,7 @@ class Observer:
 
     def spiking(
         self,
-        func: Any,
+        call: Call,
         x: Tensor,
         events: Events,
         macs: int,
@@ -376,7 +394,7 @@ class Observer:
     ) -> None:
         """Count an operation on spikes: ``arrived`` events and ``total`` synaptic operations."""
         kind = events.kind if w is not None else f"{events.kind} x {other.kind if other else 'analog'}"
-        row = self._row(func, w, kind)
+        row = self._row(call, w, kind)
         self.dense(macs, frames, w)
         rate = self._rate(row, x, events, arrived)
         row.sops_exact += _integer(total)
@@ -385,9 +403,9 @@ class Observer:
         else:
             row.sops_paper += rate * macs * events.signal.steps
 
-    def pooling(self, func: Any, x: Tensor, events: Events, total: Tensor) -> None:
+    def pooling(self, call: Call, events: Events, total: Tensor) -> None:
         """Count a pooling of spikes."""
-        row = self._row(func, None, events.kind)
+        row = self._row(call, None, events.kind)
         operations = _integer(total)
         row.spiking = True
         row.events += operations
@@ -404,9 +422,9 @@ class Observer:
         row.places += x.numel()
         return fired / x.numel()
 
-    def idle(self, func: Any, *weights: Tensor) -> Signal:
+    def idle(self, call: Call) -> Signal:
         """Note a product that no image takes part in; it is done once, for any number of images."""
-        self.tally.note(f"{func} on weights only")
+        self.tally.note(f"{call.func} on weights only")
         return BLANK
 
     def create(self, out: Tensor) -> None:
@@ -426,11 +444,11 @@ class Observer:
         elif not (writes and self._signals.get(key, BLANK) is not BLANK):
             self._signals.pop(key, None)  # a constant
 
-    def compare(self, func: Any, args: Any, kwargs: Any, out: Any, macs: int) -> None:
+    def compare(self, call: Call, macs: int) -> None:
         """Hold fvcore's MACs against torch's own counter."""
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None and formula(*args, **kwargs, out_val=out) != 2 * macs:
-            self.tally.note(f"{func}: {macs} MACs by fvcore, {formula(*args, **kwargs, out_val=out) // 2} by torch")
+        formula = flop_registry.get(call.func._overloadpacket)
+        if formula is not None and (flops := formula(*call.args, **call.kwargs, out_val=call.out)) != 2 * macs:
+            self.tally.note(f"{call.func}: {macs} MACs by fvcore, {flops // 2} by torch")
 
 
 def address(x: Tensor) -> int:
@@ -448,7 +466,7 @@ def _is_binary(w: Tensor) -> bool:
     return bool(((size == 0) | (size == size.max())).all())
 
 
-def tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+def tensors(args: Iterable[object]) -> Iterator[Tensor]:
     """The tensors among arguments, lists of them included."""
     for arg in args:
         if isinstance(arg, Tensor):

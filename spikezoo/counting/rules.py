@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spikezoo.counting.observer import Observer, tensors
+from spikezoo.counting.observer import Call, Observer, tensors
 from spikezoo.counting.signals import ANALOG, SIGNS, SPIKES, UNKNOWN, Events, Signal, times
 
 __all__ = ["NORMS", "TABLE", "Rule", "register"]
@@ -59,7 +60,7 @@ def _fan_out(w: Tensor, size: Sequence[int], out: Sequence[int], args: Sequence[
     return _spread(kernel, [_reach(*axis, transposed) for axis in axes])
 
 
-def _stretch(value: Any, dims: int) -> list[int]:
+def _stretch(value: int | Sequence[int], dims: int) -> list[int]:
     """Spread torch's one-number-for-all-axes."""
     values = [value] if isinstance(value, int) else list(value)
     return values * dims if len(values) == 1 else values
@@ -70,7 +71,7 @@ def _stretch(value: Any, dims: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------------------
 
 # A rule counts what an operation does and returns the signal of its output; a flow only returns that signal.
-Rule = Callable[[Observer, Any, Sequence[Any], Mapping[str, Any], Any], Signal]
+Rule = Callable[[Observer, Call], Signal]
 TABLE: dict[str, tuple[str, Rule]] = {}
 
 
@@ -96,7 +97,7 @@ def register(kind: str, names: str) -> Callable[[Rule], Rule]:
     "_batch_norm_with_update batch_norm_with_update native_layer_norm native_group_norm var var_mean std std_mean "
     "linalg_vector_norm norm",
 )
-def _analog(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
+def _analog(observer: Observer, call: Call) -> Signal:
     return ANALOG
 
 
@@ -106,13 +107,13 @@ def _analog(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[
     "trunc heaviside bernoulli bitwise_and bitwise_or bitwise_xor bitwise_not any all argmax argmin one_hot __and__ "
     "__or__ __xor__ spikezoo.top_mask spikezoo.poisson spikezoo.ttfs",
 )
-def _whole(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
+def _whole(observer: Observer, call: Call) -> Signal:
     return SPIKES
 
 
 @register("free", "sign sgn")
-def _sign(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return SIGNS if args[0].dtype.is_floating_point else SPIKES
+def _sign(observer: Observer, call: Call) -> Signal:
+    return SIGNS if call.args[0].dtype.is_floating_point else SPIKES
 
 
 @register(
@@ -123,76 +124,77 @@ def _sign(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[st
     "view_copy reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
     "replication_pad3d tril triu topk cumsum",
 )
-def _kept(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return observer.common(list(tensors(args)))
+def _kept(observer: Observer, call: Call) -> Signal:
+    return observer.common(list(tensors(call.args)))
 
 
 @register("free", "index _unsafe_index index_select gather take")
-def _picked(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return observer.signal(args[0])  # the rest are positions
+def _picked(observer: Observer, call: Call) -> Signal:
+    return observer.signal(call.args[0])  # the rest are positions
 
 
 @register("free", "copy")
-def _written(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return observer.signal(args[1])
+def _written(observer: Observer, call: Call) -> Signal:
+    return observer.signal(call.args[1])
 
 
 @register("free", "index_put scatter")
-def _inserted(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return observer.common([args[0], args[2 if "index_put" in func._schema.name else 3]])
+def _inserted(observer: Observer, call: Call) -> Signal:
+    return observer.common([call.args[0], call.args[2 if "index_put" in call.name else 3]])
 
 
 @register("free", "where")
-def _chosen(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    return observer.common(args[1:3])
+def _chosen(observer: Observer, call: Call) -> Signal:
+    return observer.common(call.args[1:3])
 
 
 @register("free", "add sub rsub fmod remainder")
-def _summed(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    alpha = kwargs.get("alpha", args[2] if len(args) > 2 else 1)
-    return observer.common(args[:2]) if alpha == 1 else ANALOG
+def _summed(observer: Observer, call: Call) -> Signal:
+    alpha = call.kwargs.get("alpha", call.args[2] if len(call.args) > 2 else 1)
+    return observer.common(call.args[:2]) if alpha == 1 else ANALOG
 
 
 @register("free", "clamp clamp_min clamp_max constant_pad_nd masked_fill fill threshold")
-def _bounded(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
+def _bounded(observer: Observer, call: Call) -> Signal:
     # Bounds and fillings are values that the output may take.
-    numbers = [a for a in (*args[1:], *kwargs.values()) if isinstance(a, int | float)]
-    others = [a for a in args[1:] if isinstance(a, Tensor) and a.dtype is not torch.bool]
-    return observer.common([args[0], *others, *numbers])
+    numbers = [a for a in (*call.args[1:], *call.kwargs.values()) if isinstance(a, int | float)]
+    others = [a for a in call.args[1:] if isinstance(a, Tensor) and a.dtype is not torch.bool]
+    return observer.common([call.args[0], *others, *numbers])
 
 
 @register("free", "mul div")
-def _scaled(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    if kwargs.get("rounding_mode"):
+def _scaled(observer: Observer, call: Call) -> Signal:
+    if call.kwargs.get("rounding_mode"):
         return SPIKES
-    if any(observer.live(a) and observer.signal(a) == ANALOG for a in args[:2]):
+    if any(observer.live(a) and observer.signal(a) == ANALOG for a in call.args[:2]):
         return ANALOG  # without a look at the values of the other
-    first, second = observer.signal(args[0]), observer.signal(args[1])
-    if func._schema.name.startswith("aten::div"):
-        if not second.unit or (isinstance(args[1], Tensor) and (args[1].numel() > 1 or observer.live(args[1]))):
+    first, second = observer.signal(call.args[0]), observer.signal(call.args[1])
+    if call.name.startswith("aten::div"):
+        by = call.args[1]
+        if not second.unit or (isinstance(by, Tensor) and (by.numel() > 1 or observer.live(by))):
             return ANALOG
         second = Signal(1 / second.unit, 1 / second.unit)
     return times(first, second)
 
 
 @register("free", "native_dropout dropout _fused_dropout")
-def _dropped(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
+def _dropped(observer: Observer, call: Call) -> Signal:
     return UNKNOWN
 
 
 @register("free", "sum mean")
-def _averaged(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    x = args[0]
-    given = args[1] if len(args) > 1 else kwargs.get("dim")
+def _averaged(observer: Observer, call: Call) -> Signal:
+    x = call.args[0]
+    given = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
     along: Sequence[int] = [given] if isinstance(given, int) else given or range(x.dim())
     dims = [d % max(x.dim(), 1) for d in along]
     merged = math.prod(x.shape[d] for d in dims)
     signal = observer.signal(x)
     events = observer.events(x) if merged > 1 else None
     if events is not None:
-        observer.pooling(func, x, events, observer.rows(x, events, (0,)).sum())
+        observer.pooling(call, events, observer.rows(x, events, (0,)).sum())
         signal = events.signal
-    if func._schema.name == "aten::sum" or signal.unit is None:
+    if call.name == "aten::sum" or signal.unit is None:
         return signal
     # The mean of [T, B, ...] over its first axis is a mean over time.
     steps = x.shape[0] if dims == [0] and x.dim() > 1 and x.shape[1] == observer.batch else 1
@@ -200,33 +202,36 @@ def _averaged(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mappin
 
 
 @register("free", "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices")
-def _max_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    x, kernel = args[:2]
-    stride, padding, dilation = (args[i] if len(args) > i else default for i, default in ((2, ()), (3, 0), (4, 1)))
+def _max_pool(observer: Observer, call: Call) -> Signal:
+    x, kernel = call.args[:2]
+    stride, padding, dilation = (
+        call.args[i] if len(call.args) > i else default for i, default in ((2, ()), (3, 0), (4, 1))
+    )
     events = observer.events(x)
     if events is None:
         return observer.signal(x)
-    _pool(observer, func, x, out[0], _dims(func), events, kernel, stride, padding, dilation)
+    _pool(observer, call, x, call.out[0], _dims(call), events, kernel, stride, padding, dilation)
     return events.signal
 
 
 @register("free", "avg_pool1d avg_pool2d avg_pool3d")
-def _avg_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    given = dict(zip(("x", "kernel", "stride", "padding", "ceil", "include", "divisor"), args, strict=False))
-    x, dims = given["x"], _dims(func)
+def _avg_pool(observer: Observer, call: Call) -> Signal:
+    given = dict(zip(("x", "kernel", "stride", "padding", "ceil", "include", "divisor"), call.args, strict=False))
+    x, dims = given["x"], _dims(call)
     events = observer.events(x)
     if events is None:
         return observer.signal(x)
     kernel = _stretch(given["kernel"], dims)
     stride = _stretch(given.get("stride") or kernel, dims)
     padding = _stretch(given.get("padding", 0), dims)
-    include = given.get("include", kwargs.get("count_include_pad", True))
-    divisor = given.get("divisor", kwargs.get("divisor_override"))
-    _pool(observer, func, x, out, dims, events, kernel, stride, padding, 1)
+    include = given.get("include", call.kwargs.get("count_include_pad", True))
+    divisor = given.get("divisor", call.kwargs.get("divisor_override"))
+    _pool(observer, call, x, call.out, dims, events, kernel, stride, padding, 1)
     if not divisor:
+        places = _positions(call.out, dims)
         low, high = (0, 0) if not include else (1, 1)  # how much of the padding a window may cover
         windows = [
-            {min(o * s - p + k, size + high * p) - max(o * s - p, -low * p) for o in range(_positions(out, dims)[axis])}
+            {min(o * s - p + k, size + high * p) - max(o * s - p, -low * p) for o in range(places[axis])}
             for axis, (size, k, s, p) in enumerate(
                 zip(_positions(x, dims), kernel, stride, padding, strict=True),
             )
@@ -239,9 +244,9 @@ def _avg_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mappin
 
 
 @register("free", "_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d")
-def _adaptive_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    x, dims = args[0], _dims(func)
-    y = out[0] if isinstance(out, tuple) else out
+def _adaptive_pool(observer: Observer, call: Call) -> Signal:
+    x, dims = call.args[0], _dims(call)
+    y = call.out[0] if isinstance(call.out, tuple) else call.out
     events = observer.events(x)
     if events is None:
         return observer.signal(x)
@@ -255,8 +260,8 @@ def _adaptive_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: M
         lengths.append({end - start for start, end in ends})
         cover = cover[..., None] * line
     rows = observer.rows(x, events, tuple(range(x.dim() - dims)))
-    observer.pooling(func, x, events, (rows * cover.to(rows.device)).sum())
-    if "max" in func._schema.name:
+    observer.pooling(call, events, (rows * cover.to(rows.device)).sum())
+    if "max" in call.name:
         return events.signal
     if any(len(sizes) > 1 for sizes in lengths):
         return ANALOG
@@ -265,9 +270,9 @@ def _adaptive_pool(observer: Observer, func: Any, args: Sequence[Any], kwargs: M
     return Signal(signal.unit / divisor if signal.unit else signal.unit, signal.spike, signal.steps, signs=signal.signs)
 
 
-def _dims(func: Any) -> int:
+def _dims(call: Call) -> int:
     """Spatial axes of a pooling operation, from its name."""
-    return next(n for n in (1, 2, 3) if f"{n}d" in func._schema.name)
+    return next(n for n in (1, 2, 3) if f"{n}d" in call.name)
 
 
 def _positions(x: Tensor, dims: int) -> Sequence[int]:
@@ -276,15 +281,15 @@ def _positions(x: Tensor, dims: int) -> Sequence[int]:
 
 def _pool(
     observer: Observer,
-    func: Any,
+    call: Call,
     x: Tensor,
     out: Tensor,
     dims: int,
     events: Events,
-    kernel: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
+    kernel: int | Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    dilation: int | Sequence[int],
 ) -> None:
     """Count events times the windows that cover them."""
     kernel = _stretch(kernel, dims)
@@ -294,42 +299,42 @@ def _pool(
     for axis in axes:
         cover = cover[..., None] * _reach(*axis).sum(0)
     rows = observer.rows(x, events, tuple(range(x.dim() - dims)))
-    observer.pooling(func, x, events, (rows * cover.to(rows.device)).sum())
+    observer.pooling(call, events, (rows * cover.to(rows.device)).sum())
 
 
 @register("product", "convolution")
-def _convolution(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    x, w = args[0], args[1]
-    macs = _handles().conv_flop_count(list(x.shape), list(w.shape), list(out.shape), transposed=args[6])
-    observer.compare(func, args, kwargs, out, macs)
+def _convolution(observer: Observer, call: Call) -> Signal:
+    x, w = call.args[0], call.args[1]
+    macs = _handles().conv_flop_count(list(x.shape), list(w.shape), list(call.out.shape), transposed=call.args[6])
+    observer.compare(call, macs)
     if not observer.live(x):
-        return observer.idle(func, w)
+        return observer.idle(call)
     events = observer.events(x)
     if events is None:
-        observer.analog(func, w, macs, macs // w.numel(), x.shape[0])
+        observer.analog(call, w, macs, macs // w.numel(), x.shape[0])
         return ANALOG
-    size, positions = x.shape[2:], out.shape[2:]
+    size, positions = x.shape[2:], call.out.shape[2:]
     fan_out = observer.fact(
-        w, ("fan-out", size, positions, str(args[3:9])), lambda: _fan_out(w, size, positions, args[3:9])
+        w, ("fan-out", size, positions, str(call.args[3:9])), lambda: _fan_out(w, size, positions, call.args[3:9])
     )
     rows = observer.rows(x, events, (0,))
-    observer.spiking(func, x, events, macs, rows.sum(), (rows * fan_out).sum(), x.shape[0], w)
+    observer.spiking(call, x, events, macs, rows.sum(), (rows * fan_out).sum(), x.shape[0], w)
     return ANALOG
 
 
 @register("product", "mm addmm bmm baddbmm mv addmv dot")
-def _product(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Signal:
-    a, b = args[1:3] if func._schema.name.startswith(("aten::add", "aten::badd")) else args[:2]
+def _product(observer: Observer, call: Call) -> Signal:
+    a, b = call.args[1:3] if call.name.startswith(("aten::add", "aten::badd")) else call.args[:2]
     one_a, one_b = a, b  # as [batch, m, k] and [batch, k, n], views of the same storage
     if a.dim() < 3:
         one_a = a.reshape(1, -1, a.shape[-1])
         one_b = b.reshape(1, b.shape[0], -1)
-    macs = _handles().matmul_flop_jit([_Shape(one_a), _Shape(one_b)], [_Shape(out)])
-    observer.compare(func, args, kwargs, out, macs)
+    macs = _handles().matmul_flop_jit([_Shape(one_a), _Shape(one_b)], [_Shape(call.out)])
+    observer.compare(call, macs)
     live_a, live_b = observer.live(a), observer.live(b)
     if not (live_a or live_b):
-        signal = observer.idle(func, a, b)
-        return ANALOG if observer.live(args[0]) else signal  # what it was added to
+        signal = observer.idle(call)
+        return ANALOG if observer.live(call.args[0]) else signal  # what it was added to
     batch, m, _ = one_a.shape
     n = one_b.shape[2]
     frames = batch if batch > 1 else (m if live_a else n)
@@ -337,20 +342,20 @@ def _product(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping
     events_b = observer.events(b) if live_b else None
     if live_a and live_b:
         if events_a is None and events_b is None:
-            observer.analog(func, None, macs, 0, frames)
+            observer.analog(call, None, macs, 0, frames)
             return ANALOG
         # Either the events of the other operand, or its non-zero values, are what an event meets.
         rows_a = observer.rows(one_a, events_a, (1,)) if events_a else (one_a != 0).double().sum(1)
         rows_b = observer.rows(one_b, events_b, (2,)) if events_b else (one_b != 0).double().sum(2)
         total = (rows_a * rows_b).sum()
         if events_b is not None and (events_a is None or (events_b.binary and not events_a.binary)):
-            observer.spiking(func, b, events_b, macs, rows_b.sum(), total, frames, None, events_a)
+            observer.spiking(call, b, events_b, macs, rows_b.sum(), total, frames, None, events_a)
         elif events_a is not None:
-            observer.spiking(func, a, events_a, macs, rows_a.sum(), total, frames, None, events_b)
+            observer.spiking(call, a, events_a, macs, rows_a.sum(), total, frames, None, events_b)
         return times(events_a.signal, events_b.signal) if events_a and events_b else ANALOG
     x, w, events = (a, b, events_a) if live_a else (b, a, events_b)
     if events is None:
-        observer.analog(func, w, macs, m if live_a else n, frames)
+        observer.analog(call, w, macs, m if live_a else n, frames)
         return ANALOG
     if live_a:
         fan_out = observer.fact(w, "fan-out of rows", lambda: (one_b != 0).double().sum(2))
@@ -358,7 +363,7 @@ def _product(observer: Observer, func: Any, args: Sequence[Any], kwargs: Mapping
     else:
         fan_out = observer.fact(w, "fan-out of columns", lambda: (one_a != 0).double().sum(1))
         rows = observer.rows(one_b, events, (2,))
-    observer.spiking(func, x, events, macs, rows.sum(), (rows * fan_out).sum(), frames, w)
+    observer.spiking(call, x, events, macs, rows.sum(), (rows * fan_out).sum(), frames, w)
     return ANALOG
 
 
@@ -383,7 +388,7 @@ class _Shape:
 
 
 @functools.cache
-def _handles() -> Any:
+def _handles() -> ModuleType:
     """The formulas of fvcore; imported late, since its focal loss uses the deprecated torch.jit.script."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

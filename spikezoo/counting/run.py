@@ -115,7 +115,7 @@ def count(
     single-step mode T is the number of their calls, if the model's ``forward`` holds the loop.
 
     Args:
-        model: Any module that takes one batch.
+        model: A module that takes one batch.
         batch: Images ``[B, C, H, W]``, event frames ``[B, T, C, H, W]`` or ``[T, B, C, H, W]``, or what else the module
             takes.
         mac_pj: Energy of a MAC in picojoule.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
+import logging
+import operator
 import os
 import shutil
 import tempfile
-import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,23 @@ from torchvision.datasets.utils import check_integrity
 
 from spikezoo.data.info import Batch, DatasetInfo, data_root
 
+_logger = logging.getLogger("spikezoo")
+
 _CIFAR_NOTE = "the official train and test sets, 50000 and 10000 images"
 _MNIST_NOTE = "the official train and test sets, 60000 and 10000 images"
 _DIGITS_NOTE = "every fifth image of scikit-learn's load_digits, 360 of 1797, is test, the other 1437 are train"
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_CIFAR100 = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+    man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+    pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+    skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+    tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()  # noqa: SIM905
+)
 _CLOTHES = tuple(datasets.FashionMNIST.classes)
 _FIGURES = tuple("0123456789")
 
@@ -30,7 +43,7 @@ ARRAY_INFOS = {
     info.name: info
     for info in (
         DatasetInfo("cifar10", 10, 3, 32, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), _CIFAR_NOTE, _CIFAR10),
-        DatasetInfo("cifar100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR_NOTE),
+        DatasetInfo("cifar100", 100, 3, 32, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), _CIFAR_NOTE, _CIFAR100),
         DatasetInfo("digits", 10, 1, 8, (0.3053,), (0.3762,), _DIGITS_NOTE, _FIGURES),
         DatasetInfo("fashion_mnist", 10, 1, 28, (0.2860,), (0.3530,), _MNIST_NOTE, _CLOTHES),
         DatasetInfo("mnist", 10, 1, 28, (0.1307,), (0.3081,), _MNIST_NOTE, _FIGURES),
@@ -76,14 +89,19 @@ def load_split(name: str, split: str, data_dir: str | None, download: bool) -> B
     return _load_npz(_npz_path(name, data_dir), split)
 
 
-def _load_digits(split: str) -> Batch:
+@functools.cache  # a packed table of text, read in a quarter of a second
+def _digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None], digits.target.astype(np.int64)
+
+
+def _load_digits(split: str) -> Batch:
+    images, labels = _digits()
     test = np.arange(len(images)) % 5 == 0
-    chosen = test if split == "test" else ~test
-    return torch.from_numpy(images[chosen]), torch.from_numpy(digits.target[chosen].astype(np.int64))
+    chosen = test if split == "test" else ~test  # a copy, which its owner may change
+    return torch.from_numpy(images[chosen]), torch.from_numpy(labels[chosen])
 
 
 def _load_torchvision(name: str, split: str, root: Path, download: bool) -> Batch:
@@ -120,7 +138,9 @@ def _load_torchvision(name: str, split: str, root: Path, download: bool) -> Batc
     return images, torch.as_tensor(data.targets, dtype=torch.int64)
 
 
-def _fetch(cls: Any, root: Path, folder: Path, archives: list[tuple[Path, str]], download: bool) -> None:
+def _fetch(
+    cls: Callable[..., object], root: Path, folder: Path, archives: list[tuple[Path, str]], download: bool
+) -> None:
     """Let torchvision download and unpack in a scratch folder and moves what came into ``folder``.
 
     torchvision takes an MNIST file that merely exists for a good one: one that was cut short must not get its name.
@@ -165,6 +185,8 @@ def _checked(split: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.nda
         raise ValueError(f"there are {len(images)} {split}_images and {len(labels)} {split}_labels")
     if labels.min() < 0:
         raise ValueError(f"{split}_labels has negative labels (the smallest is {labels.min()})")
+    if labels.max() >= 2**31:  # beyond int64 they would wrap
+        raise ValueError(f"{split}_labels has the label {labels.max()}, which is no number of a class")
     return images, labels
 
 
@@ -177,7 +199,7 @@ def _load_npz(path: Path, split: str) -> Batch:
                 raise ValueError(f"it lacks {', '.join(absent)}; it has {', '.join(archive.files)}")
             images, labels = (archive[key] for key in (keys[:2] if split == "train" else keys[2:]))
         images, labels = _checked(split, images, labels)
-    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # archives and headers raise whatever they stumble over, too little memory as well
         raise ValueError(
             f"npz:{path}: {error}. Wanted: train_images and test_images as uint8 [N, H, W, C] or "
             f"[N, H, W] with H = W, train_labels and test_labels as integers [N] (or {', '.join(_SHORT_KEYS)}); write "
@@ -196,11 +218,13 @@ def _npz_names(path: Path, labels: torch.Tensor) -> tuple[int, tuple[str, ...]]:
     with np.load(path, allow_pickle=False) as archive:
         try:
             names = tuple(map(str, archive["label_names"])) if "label_names" in archive.files else ()
-            classes = int(archive["num_classes"].item()) if "num_classes" in archive.files else len(names)
+            classes = operator.index(archive["num_classes"].item()) if "num_classes" in archive.files else len(names)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"npz:{path}: label_names are wanted as texts, num_classes as one number ({error})"
             ) from error
+    if len(set(names)) < len(names) or (names and len(names) != classes) or classes < 0:
+        raise ValueError(f"npz:{path}: {classes} classes and the label_names {names}: expected one name for each class")
     highest, used = int(labels.max()), len(labels.unique())
     if classes and highest >= classes:
         raise ValueError(f"npz:{path}: there are {classes} classes, but the label {highest}")
@@ -228,6 +252,12 @@ def _npz_info(path: Path, mtime_ns: int, size: int) -> DatasetInfo:
     std = (shares @ levels.square() - mean.square()).clamp(min=0).sqrt()
     std[std < 1e-6] = 1  # A channel of one colour has no spread, and normalising must not divide by it.
     classes, names = _npz_names(path, torch.cat([labels, other_labels]))
+    train, test = set(labels.unique().tolist()), set(other_labels.unique().tolist())
+    if not names and 0 not in train | test:
+        _logger.warning("npz:%s: no label is 0: where classes are counted from 1, take 1 away.", path)
+    if test - train:
+        told = ", ".join(map(str, sorted(test - train)[:5]))
+        _logger.warning("npz:%s: test has the labels %s, which train does not have.", path, told)
     values = tuple(mean.tolist()), tuple(std.tolist())
     note = "train_* and test_* of the file"
     return DatasetInfo(f"npz:{path}", classes, len(mean), images.shape[-1], *values, note, names)

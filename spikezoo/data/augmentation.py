@@ -191,7 +191,7 @@ def policy(name: str, img_size: int, mean: Sequence[float]) -> Callable[[Image.I
     return policy
 
 
-def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+def _posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
     """timm's, with black for 0 bits: its 'inc1' asks for them at the top magnitude, and Pillow 13 raises there."""
     return posterize(image, bits_to_keep) if bits_to_keep else image.point([0] * 256 * len(image.getbands()))
 

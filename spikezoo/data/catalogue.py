@@ -43,6 +43,7 @@ def dataset_info(name: str, data_dir: str | None = None) -> DatasetInfo:
         ValueError: The name is unknown or the file is not usable.
         FileNotFoundError: The file or folder is not there.
     """
+    _check_text(name)
     if is_array_dataset(name):
         return array_info(name, data_dir)
     if is_event_dataset(name):
@@ -99,6 +100,11 @@ def load_arrays(name: str, split: str, data_dir: str | None = None, download: bo
     raise ValueError(f"dataset {name!r} is not held in memory; use create_loader({name!r}, ...) instead")
 
 
+def _check_text(name: object) -> None:
+    if not isinstance(name, str):
+        raise ValueError(f"dataset {name!r}: expected a name such as 'digits'. Known are {', '.join(list_datasets())}")
+
+
 def _check_timm_name(name: str) -> None:
     """Raise ValueError for a name that nothing here reads, with the nearest names."""
     if is_read_by_timm(name):
@@ -132,6 +138,7 @@ def create_loader(name: str, split: str, **options: Any) -> Loader:
         ValueError: An argument is not possible.
         FileNotFoundError: The data is not there.
     """
+    _check_text(name)
     known = [field.name for field in fields(LoaderOptions)]
     for option in options:
         if option not in known:

@@ -17,10 +17,18 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
 from torch import Tensor
 
-from spikezoo.data.info import check_split, data_root, is_litter, number_classes, renumber, shared_names, subfolders
+from spikezoo.data.info import (
+    check_split,
+    data_root,
+    is_litter,
+    natural,
+    number_classes,
+    renumber,
+    shared_names,
+    subfolders,
+)
 from spikezoo.data.shards import Shards, find_shards
 
 FOLDER_NAMES = ("imagenet", "folder")
@@ -31,6 +39,8 @@ _LAYOUT = "FOLDER contains train/CLASS/*.JPEG and val/CLASS/*.JPEG (any image fo
 _KINDS = frozenset(
     [".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".jp2", ".pbm", ".pgm", ".ppm", ".tif", ".tiff", ".webp"]
 )
+# Of what Pillow knows, no format that another program is run for, whatever the name of the file says.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _TRIES = 10  # images in a row that a training may find damaged
 
 _logger = logging.getLogger("spikezoo")
@@ -87,10 +97,10 @@ class Images(torch.utils.data.Dataset):
         return self.transform(image), label
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
-        file, label, *_ = self.reader[index]
         try:
+            file, label, *_ = self.reader[index]
             with file:
-                image = Image.open(file)
+                image = Image.open(file, formats=_FORMATS)
                 image.load()
             return eight_bits(image), int(label if self.labels is None else self.labels[index])
         except Exception as error:  # decoders raise whatever they stumble over
@@ -98,16 +108,17 @@ class Images(torch.utils.data.Dataset):
             raise ValueError(f"the image {name} cannot be read ({type(error).__name__}: {error})") from error
 
 
-def labels_of(dataset: Any) -> Tensor:
+def labels_of(dataset: object) -> Tensor:
     """All labels of a dataset, int64 [N], without reading an image."""
     if isinstance(dataset, Images):
         return torch.tensor(list(dataset.reader.iter_targets()) if dataset.labels is None else dataset.labels)
     if hasattr(dataset, "targets"):
         return torch.as_tensor(dataset.targets)
+    assert hasattr(dataset, "samples")
     return torch.tensor([sample[1] for sample in dataset.samples])
 
 
-def names_of(dataset: Any) -> tuple[str, ...]:
+def names_of(dataset: object) -> tuple[str, ...]:
     """The names of the classes of a dataset, in the order of their numbers; empty where it has none."""
     return tuple(map(str, getattr(dataset, "classes", ())))
 
@@ -150,10 +161,12 @@ def _in_folder(folder: str) -> dict[str, str]:
             suffix = os.path.splitext(entry.name)[1].lower()
             if is_litter(entry.name):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # False, too, of a link to itself
                 (links if entry.is_symlink() else rest).append(entry.path)
             elif suffix not in _KINDS:
                 left[suffix or entry.name] += 1
+            elif not os.path.isfile(entry.path) and not entry.is_symlink():  # whoever opens a pipe waits for ever
+                left["pipes or devices"] += 1
             elif place == folder:
                 left["in no folder of a class"] += 1
             else:
@@ -164,10 +177,13 @@ def _in_folder(folder: str) -> dict[str, str]:
     for label, several in homes.items():
         if len(several) > 1:
             _warn_once(f"{folder}: {', '.join(sorted(several)[:3])} and so on are one class, {label!r}")
+    every = set().union(*homes.values())
+    if inner := sorted(home for home in every if os.path.dirname(home) in every):
+        _warn_once(f"{folder}: {inner[0]} has images, and so has the folder around it: they are taken for two classes")
     if left:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
         _warn_once(f"{folder}: left out are {told}; read are {', '.join(sorted(_KINDS))}")
-    return {file: found[file] for file in sorted(found, key=natural_key)}
+    return {file: found[file] for file in sorted(found, key=natural)}
 
 
 def _in_tar(file: str) -> tuple[Any, list[str]]:
@@ -224,7 +240,7 @@ def image_place(name: str, parts: Sequence[str], data_dir: str | None) -> Path:
 
 
 def _in_order(labels: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(set(labels), key=natural_key))
+    return tuple(sorted(set(labels), key=natural))
 
 
 def class_names(name: str, data_dir: str | None) -> tuple[str, ...]:

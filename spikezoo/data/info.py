@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,15 @@ def data_root(data_dir: str | None) -> Path:
     return Path(data_dir or os.environ.get("SPIKEZOO_DATA") or "./data").expanduser()
 
 
+def natural(name: object) -> tuple[list[int | str], str]:
+    """The key that sorts names with their numbers as numbers, 9 before 10, and no two names as equals.
+
+    Cat and cat, or 1 and 01, would otherwise come in an order that is another one in every process.
+    """
+    parts = re.split(r"(\d+)", str(name).lower())
+    return [int(part) if part.isdecimal() else part for part in parts], str(name)
+
+
 def is_litter(name: str) -> bool:
     """Whether a file or folder is hidden, or one that systems and programs leave among data."""
     return name.startswith(".") or name in _LITTER
@@ -107,13 +117,15 @@ def number_classes(found: Iterable[str], known: Sequence[str], place: object, wh
         whose: Who knows the names, likewise.
 
     Raises:
-        ValueError: A class that is not known.
+        ValueError: A class that is not known, or known by two numbers.
     """
     if unknown := [name for name in found if name not in known]:
         raise ValueError(
             f"{place} has the class {unknown[0]!r}, which {whose} does not have. {nearest(unknown[0], known)} Rename "
             f"its folder, or take it out"
         )
+    if twice := [name for name in found if list(known).count(name) > 1]:
+        raise ValueError(f"{place} has the class {twice[0]!r}, and {whose} has two of that name: which number is its?")
     return {name: number for number, name in enumerate(known)}
 
 

@@ -37,6 +37,7 @@ from spikezoo.data.augmentation import (
     seeded_generator,
     snn_policy,
 )
+from spikezoo.data.events.frames import EventFrames
 from spikezoo.data.images import eight_bits, labels_of, names_of
 from spikezoo.data.info import Batch, DatasetInfo, refuse
 from spikezoo.data.options import LoaderOptions
@@ -328,7 +329,7 @@ class EventLoader(_BaseLoader):
     All of it acts on height and width, alike on all time steps of a recording.
     """
 
-    def __init__(self, frames: Any, info: DatasetInfo, options: LoaderOptions) -> None:
+    def __init__(self, frames: EventFrames, info: DatasetInfo, options: LoaderOptions) -> None:
         if options.train and options.auto_augment not in (None, "snn"):
             refuse("auto_augment", options.auto_augment, "snn, since events have no colours", "--aa snn")
         if options.train and options.reprob:
@@ -397,11 +398,11 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
 class _SeededItems(torch.utils.data.Dataset):
     """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
-    def __init__(self, dataset: Any, seed: int) -> None:
+    def __init__(self, dataset: torch.utils.data.Dataset[object], seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> object:
         with seeded("item", self.seed, *key):
             try:
                 return self.dataset[key[1]]

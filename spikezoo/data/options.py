@@ -108,7 +108,12 @@ class LoaderOptions:
             refuse("crop_pct", self.crop_pct, "a part of the side of an image, above 0 and up to 1", 0.875)
         for option, highest, example in (("scale", 1.0, "0.08 1"), ("ratio", math.inf, "0.75 1.33")):
             pair = getattr(self, option)
-            fits = len(pair) == 2 and all(is_number(side, 0, highest, "(]") for side in pair) and pair[0] <= pair[1]
+            fits = (
+                isinstance(pair, Sequence)
+                and len(pair) == 2
+                and all(is_number(side, 0, highest, "(]") for side in pair)
+                and pair[0] <= pair[1]
+            )
             if not fits:
                 refuse(
                     option,
@@ -116,6 +121,15 @@ class LoaderOptions:
                     f"two numbers above 0, the second not below the first{' nor above 1' * (highest == 1)}",
                     f"--{option} {example}",
                 )
+        names = self.label_names
+        if isinstance(names, str) or not (isinstance(names, Sequence) and all(isinstance(name, str) for name in names)):
+            refuse("label_names", names, "names of classes", "label_names=('cat', 'dog')")
+        if type(self.seed) is not int:
+            refuse("seed", self.seed, "a whole number", 42)
+        try:
+            torch.device(self.device)
+        except (RuntimeError, TypeError):
+            refuse("device", self.device, "a device of torch", "device='cpu'")
         if not 0 <= self.rank < self.world_size:
             refuse("rank", self.rank, f"from 0 to below world_size={self.world_size}", "rank=0, world_size=1")
         if self.translate and self.crop_padding:

@@ -9,18 +9,22 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from timm.data.readers.reader import Reader
-from timm.utils.misc import natural_key
+
+from spikezoo.data.info import natural
 
 __all__ = ["Shards", "find_shards"]
 
 _PARTS = {"train": ("train",), "test": ("test", "val")}
 _LABELS = (".cls", ".json")
+# The word of a split in a name: the latest-train-0.tar of a dataset called latest is no test set.
+_SPLIT = re.compile(r"(?<![a-z])(train|test|val)(?:val|ing|id|idation)?(?![a-z])")
 
 
 class _Sample(NamedTuple):
@@ -44,17 +48,32 @@ def find_shards(name: str, split: str, root: Path) -> list[str]:
 
     Raises:
         FileNotFoundError: There are none.
+        ValueError: There are those of several datasets.
     """
     own = root / name.partition("/")[2]
     for part in _PARTS[split]:
         for place in (own, root):
-            found = [*place.glob(f"*{part}*.tar"), *place.glob(f"{part}*/*.tar")]
+            found = [path for path in place.glob("*.tar") if _told(path.name)[1] == part]
+            datasets = {_told(path.name)[0] for path in found}
+            found += [path for folder in place.glob(f"{part}*/") if _told(folder.name) == ("", part)
+                      for path in folder.glob("*.tar")]  # fmt: skip
+            if len(datasets) > 1:
+                raise ValueError(
+                    f"{name}: {place} has shards of several datasets ({', '.join(sorted(datasets)[:3])}): put those "
+                    f"that are meant into a folder of their own, {own}."
+                )
             if found:
-                return sorted(map(str, found), key=natural_key)
+                return sorted(map(str, found), key=natural)
     raise FileNotFoundError(
         f"{name}: looked in {own} and {root} for shards such as {split}-000000.tar or {split}/000000.tar and found "
         "none; type --data-dir FOLDER. Addresses are not read: fetch them first."
     )
+
+
+def _told(name: str) -> tuple[str, str]:
+    """What stands in front of the last word of a split in a name, and the split: train, test, val, or ''."""
+    words = [*_SPLIT.finditer(name.lower())]
+    return (name[: words[-1].start()], words[-1][1]) if words else (name, "")
 
 
 def _label(kind: str, content: bytes, where: str) -> int:
@@ -63,7 +82,7 @@ def _label(kind: str, content: bytes, where: str) -> int:
         if isinstance(value, bool) or int(value) != value or value < 0:
             raise ValueError
         return int(value)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise ValueError(
             f"the label {where} is {content[:40]!r}: expected the number of a class, from 0"
             f"{'' if kind == '.cls' else ', under label'}"

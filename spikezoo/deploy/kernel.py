@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from spikezoo.checkpoint import atomic, file_hash
 from spikezoo.checks import choice
 
 __all__ = ["KINDS", "Layer", "Term", "compiler", "instructions", "kernel", "pack", "processor", "unpack"]
@@ -106,7 +107,8 @@ def library(path: str, content: bytes | None = None) -> Path:
         ValueError: No compiler, or one that fails; its first lines are in the message.
     """
     file, found = place(path), compiler()
-    if file.exists():
+    digest = file.with_suffix(".sha256")  # a damaged one is compiled anew, as it would be run as it is
+    if file.is_file() and digest.is_file() and digest.read_bytes() == file_hash(file).encode():
         return file
     if found is None and content is None:
         raise ValueError("Spikes in bits need a C++ compiler and none was found: install g++, or set CXX.")
@@ -122,6 +124,8 @@ def library(path: str, content: bytes | None = None) -> Path:
             if done.returncode:
                 raise ValueError(f"{found} failed on {SOURCE.name}: {done.stderr[:500]}")
         made.replace(file)
+        with atomic(digest) as temporary:
+            temporary.write_bytes(file_hash(file).encode())
     return file
 
 

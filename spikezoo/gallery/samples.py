@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from spikezoo.data import load_arrays
+from spikezoo.factory import SpikingModel
 
 __all__ = ["Sample", "record", "samples_of"]
 
@@ -113,7 +114,7 @@ def record(image: Tensor, T: int, threshold: float = 0.1, reach: float = 4.0, mo
     return torch.zeros(T, 2, height, width).index_add_(0, frame, events)
 
 
-def samples_of(model: Any) -> list[Sample]:
+def samples_of(model: SpikingModel) -> list[Sample]:
     """Inputs for a model, before any normalisation; none where nothing here fits it.
 
     Args:

@@ -8,8 +8,9 @@ spikes are parts of one, they are fewer: no net that the gallery runs has one be
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,11 @@ from torch import Tensor, nn
 from torch.nn.grad import conv2d_input
 
 from spikezoo.checkpoint.sparse import levels_of
+from spikezoo.factory import SpikingModel
 from spikezoo.neurons import SpikingNeuron
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["StepNet", "run_steps", "write_step"]
 
@@ -45,9 +50,9 @@ class StepNet(nn.Module):
         layers: Names of convolutions and linear layers in the order in which they run, once something ran.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: SpikingModel) -> None:
         super().__init__()
-        self.net: Any = copy.deepcopy(model).cpu().eval()
+        self.net = copy.deepcopy(model).cpu().eval()
         found = {name: module for name, module in self.net.named_modules() if isinstance(module, SpikingNeuron)}
         self.neurons, self._neurons = list(found), list(found.values())
         self.layers: list[str] = []
@@ -75,11 +80,11 @@ class StepNet(nn.Module):
         spikes: dict[str, Tensor] = {}
         operations: dict[str, Tensor] = {}
 
-        def fired(name: str) -> Any:
+        def fired(name: str) -> Callable[[nn.Module, object, Tensor], None]:
             return lambda module, inputs, out: spikes.__setitem__(name, out[0])
 
-        def met(name: str) -> Any:
-            def hook(layer: Any, inputs: tuple[Tensor]) -> None:
+        def met(name: str) -> Callable[[nn.Conv2d | nn.Linear, tuple[Tensor]], None]:
+            def hook(layer: nn.Conv2d | nn.Linear, inputs: tuple[Tensor]) -> None:
                 if name not in self._fans:
                     self._fans[name] = _fan_out(layer, inputs[0])
                 operations[name] = (inputs[0].abs() * self._fans[name]).sum()
@@ -149,7 +154,7 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
     count = len(step.neurons)
     potentials = step(example)[2 + count :]
     numbers = range(count)
-    program: Any = torch.onnx.export(
+    program = torch.onnx.export(
         step,
         (example, *step.rest(list(potentials))),
         input_names=["x", *(f"v{i}" for i in numbers)],
@@ -158,17 +163,20 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
         optimize=False,  # which would take norms into the weights, that are then no levels
         verbose=False,
     )
+    assert program is not None
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # where in which source file it comes from
     program.save(str(path), external_data=False)
     net = onnx.load(str(path))
-    _compress(net.graph, onnx)
+    _compress(net.graph)
     onnx.save(net, str(path))
     return [list(v.shape[1:]) for v in potentials]
 
 
-def _compress(graph: Any, onnx: Any) -> None:
+def _compress(graph: onnx.GraphProto) -> None:
     """Put weights into bytes with a scale a row where that is exactly what they are."""
+    import onnx
+
     nodes = []
     for tensor in list(graph.initializer):
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2 or len(tensor.raw_data) < 4 * _LARGE:

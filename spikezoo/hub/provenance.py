@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from spikezoo.checkpoint import Config
+from spikezoo.checkpoint import Config, read_metadata, read_table
 
-__all__ = ["portable_command", "portable_place", "training_facts"]
+__all__ = ["portable_command", "portable_place", "train_seconds", "training_facts"]
 
 
 def portable_command(command: str) -> str:
@@ -59,6 +57,21 @@ def portable_place(flag: str, value: str, trains: bool) -> str:
     return value
 
 
+def train_seconds(folder: Path) -> float | None:
+    """How long the epochs of a run took, None where its table lacks the first ones.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        ValueError: The table is not as the run wrote it.
+    """
+    rows = read_table(folder / "summary.csv")
+    if not rows or rows[0]["epoch"] not in ("0", "1"):
+        return None
+    return round(sum(float(row["train_seconds"]) for row in rows), 1)
+
+
 def training_facts(checkpoint: str | Path) -> dict[str, Any]:
     """What is known of how a checkpoint was trained: command, seed, epochs, minutes, precision, commit, machine, date.
 
@@ -74,8 +87,7 @@ def training_facts(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint)
     folder = path if path.is_dir() else path.parent
     results = Config.read(checkpoint).results
-    if "train_command" not in results and (folder / "metadata.json").is_file():
-        meta = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    if "train_command" not in results and (meta := read_metadata(folder)):
         results = {**meta, **results, "train_command": meta.get("command"), "command": None}
     # Further programs, such as dynsnn, say in their results what was known of the training, under these names.
     facts = {"train_command": results.get("train_command"), "seed": results.get("seed")}
@@ -86,11 +98,9 @@ def training_facts(checkpoint: str | Path) -> dict[str, Any]:
     if made.startswith(("python -m spikezoo ", "spikezoo ")) and "spikezoo validate" not in made:
         facts["train_command"] = " && ".join(filter(None, [facts["train_command"], made]))
     facts |= {key: results.get(key) for key in ("epochs", "train_minutes")}
-    if (folder / "summary.csv").is_file():
-        with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        facts["epochs"] = facts["epochs"] or len(rows)
-        facts["train_minutes"] = round(sum(float(row["train_seconds"]) for row in rows) / 60, 1)
+    if (taken := train_seconds(folder)) is not None:
+        facts["epochs"] = facts["epochs"] or len(read_table(folder / "summary.csv"))
+        facts["train_minutes"] = round(taken / 60, 1)
     if facts["train_command"]:
         facts["train_command"] = portable_command(facts["train_command"])
     return {key: value for key, value in facts.items() if value is not None}

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
@@ -29,7 +29,7 @@ from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
 from spikezoo.neurons import NeuronConfig, NeuronFactory, SpikingNeuron
 
-__all__ = ["SpikingModel", "init_without_norms"]
+__all__ = ["SpikingModel", "drop_path_rates", "init_without_norms", "truncated_normal"]
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:
@@ -47,6 +47,18 @@ def init_without_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
+
+
+def truncated_normal(weight: Tensor) -> None:
+    """Draw a weight as vision transformers do; not on the meta device, where timm's takes longer than all the rest."""
+    if not weight.is_meta:
+        trunc_normal_(weight, std=0.02)
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Probability of leaving out a branch, a block: it grows linearly from 0 at the first to that of the last."""
+    rates: list[float] = torch.linspace(0, last, depth, device="cpu").tolist()
+    return rates
 
 
 class SpikingModel(nn.Module):
@@ -90,7 +102,7 @@ class SpikingModel(nn.Module):
         encoding: str = "direct",
         encoding_seed: int = 0,
         neuron_defaults: dict[str, Any] | None = None,
-        device: Any = None,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **neuron_arguments: Any,
     ) -> None:
@@ -230,6 +242,10 @@ class SpikingModel(nn.Module):
 
     def check_input(self, x: Tensor) -> None:
         """Raise ValueError, with what to do, where the model cannot take this input."""
+        if not hasattr(x, "dim"):  # whatever traces a model has its own kind of tensors
+            raise ValueError(
+                f"Input is a {type(x).__name__}: expected a tensor; of an array torch.from_numpy makes one."
+            )
         if x.dim() not in (4, 5):
             raise ValueError(
                 f"Input of shape {tuple(x.shape)}: expected images [B, C, H, W] or event frames [B, T, C, H, W]. "
@@ -286,7 +302,8 @@ class SpikingModel(nn.Module):
         return poisson(x, self.T, None if self.training else self.encoding_seed)
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        for block in stage:  # type: ignore[attr-defined]
+        assert isinstance(stage, nn.Sequential)
+        for block in stage:
             x = checkpointed(block, x) if self.grad_checkpointing and torch.is_grad_enabled() else block(x)
         return x
 
@@ -421,7 +438,7 @@ class SpikingModel(nn.Module):
 
     def summary(self) -> str:
         """One line: name, time steps, code, neurons, parameters and recipe."""
-        config: Any = getattr(self, "pretrained_cfg", None) or {}
+        config = getattr(self, "pretrained_cfg", None) or {}
         name = config.get("architecture", type(self).__name__)
         made = ", ".join(name for name, _ in getattr(self, "recipe", ()))
         return (

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from spikezoo.models.spikformer import (
     EVENT_ARGUMENTS,
@@ -32,7 +31,7 @@ from spikezoo.registry import ModelRow, register_rows
 AUTOST = "AutoST: Training-free Neural Architecture Search for Spiking Transformers (arXiv:2307.00293)"
 
 
-def _row(dim: int, mlp_ratios: Sequence[float], parameters: int, printed: str, **arguments: Any) -> ModelRow:
+def _row(dim: int, mlp_ratios: Sequence[float], parameters: int, printed: str, **arguments: object) -> ModelRow:
     note = (
         f"The paper never published its nets: this is the wide and shallow one nearest to the {printed} that it prints "
         f"({parameters / 1e6:.2f} M)."

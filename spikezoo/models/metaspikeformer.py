@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import number, whole
 from spikezoo.layers import ConvNormNeuron, conv_out, over_time
-from spikezoo.models._base import SpikingModel
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.ms_resnet import CurrentStem, Fire
 from spikezoo.models.sdt import AverageNeuron
 from spikezoo.models.spikformer import IMAGENET_INPUT, SPIKFORMER_NEURON, SpikformerBlock, SpikingMLP, attend
@@ -224,8 +223,7 @@ class MetaSpikeFormer(SpikingModel):
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         product_config = dataclasses.replace(self.neuron_config, threshold=threshold)
         behind_product = NeuronFactory(product_config, neurons.mpbn, neurons.drop, **dd)
-        drops: Any = calculate_drop_path_rates(drop_path_rate, depths[3] + depths[4])
-        rates = iter(drops)
+        rates = iter(drop_path_rates(drop_path_rate, depths[3] + depths[4]))
         self.min_img_size = 1
         for stride in strides:
             self.min_img_size *= stride
@@ -252,7 +250,7 @@ class MetaSpikeFormer(SpikingModel):
         self.finish(channels)
         # The authors': convolutions keep torch's.
         if isinstance(self.head.fc, nn.Linear):
-            trunc_normal_(self.head.fc.weight, std=0.02)
+            truncated_normal(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
 

@@ -33,7 +33,7 @@ __all__ = ["CurrentStem", "Fire", "MSBlock", "MSResNet", "checkpoint_filter_fn"]
 class CurrentStem(Stem):
     """A stem without neurons: an image passes all of it once, and its current is repeated."""
 
-    def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
         *layers, last = self
         for layer in layers:
@@ -177,8 +177,8 @@ class MSResNet(SpikingModel):
                 nn.init.constant_(module.weight, self.neuron_config.threshold)
         for module in self.modules():
             if isinstance(module, MSBlock):
-                norm: Any = module.conv2.norm
-                nn.init.zeros_(norm.weight)
+                assert isinstance(module.conv2.norm, nn.BatchNorm2d)
+                nn.init.zeros_(module.conv2.norm.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ MS_NEURON = {
 }
 
 
-def _row(depth: int, depths: Sequence[int], parameters: int, **arguments: Any) -> ModelRow:
+def _row(depth: int, depths: Sequence[int], parameters: int, **arguments: object) -> ModelRow:
     arguments = {"widths": (64, 128, 256, 512), "depths": depths, "T": 6, "neuron_defaults": MS_NEURON, **arguments}
     note = f"MS-ResNet-{depth} for ImageNet: shortcuts between membrane potentials, T=6."
     return ModelRow(

@@ -163,21 +163,31 @@ PLIF = (
 PLIF_NEURON = {"kind": "plif", "tau": 2.0, "surrogate": "arctan", "detach_reset": True}
 
 
-def _row(widths: Sequence[Sequence[int]], parameters: int, T: int, note: str, size: int, **facts: Any) -> ModelRow:
-    arguments = {"widths": widths, "T": T, "neuron_defaults": PLIF_NEURON, **facts.pop("arguments", {})}
+def _row(
+    widths: Sequence[Sequence[int]],
+    parameters: int,
+    T: int,
+    note: str,
+    size: int,
+    in_chans: int = 3,
+    num_classes: int = 10,
+    **arguments: object,
+) -> ModelRow:
     return ModelRow(
-        arguments, parameters=parameters, paper=PLIF, note=note, img_size=size, fixed_input_size=True, **facts
+        {"widths": widths, "T": T, "neuron_defaults": PLIF_NEURON, **arguments},
+        parameters=parameters,
+        paper=PLIF,
+        note=note,
+        num_classes=num_classes,
+        img_size=size,
+        in_chans=in_chans,
+        fixed_input_size=True,
     )
 
 
-IMAGES = {"hidden": 2048}
 ROWS = {
-    "plif_mnist": _row(
-        ((128,), (128,)), 13_198_980, 8, "For MNIST and Fashion-MNIST.", 28, in_chans=1, arguments=IMAGES
-    ),
-    "plif_cifar10": _row(
-        ((256,) * 3, (256,) * 3), 36_718_344, 8, "For CIFAR-10.", 32, arguments={**IMAGES, "drops": (0.5, 0.0)}
-    ),
+    "plif_mnist": _row(((128,), (128,)), 13_198_980, 8, "For MNIST and Fashion-MNIST.", 28, in_chans=1, hidden=2048),
+    "plif_cifar10": _row(((256,) * 3, (256,) * 3), 36_718_344, 8, "For CIFAR-10.", 32, hidden=2048, drops=(0.5, 0.0)),
     "plif_nmnist": _row(((128,),) * 2, 17_132_292, 10, "For event frames of N-MNIST.", 34, in_chans=2),
     "plif_cifar10dvs": _row(((128,),) * 4, 17_427_718, 20, "For event frames of CIFAR10-DVS.", 128, in_chans=2),
     "plif_dvs": _row(
@@ -189,7 +199,9 @@ ROWS = {
         4,
         "Micro-model for tests.",
         32,
-        arguments={"hidden": 24, "drops": (0.0, 0.0), "neuron_defaults": {**PLIF_NEURON, "threshold": 0.5}},
+        hidden=24,
+        drops=(0.0, 0.0),
+        neuron_defaults={**PLIF_NEURON, "threshold": 0.5},
     ),
 }
 

@@ -23,12 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
 from spikezoo.layers import ConvNormNeuron, Stem, conv_out, over_time
-from spikezoo.models._base import SpikingModel
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.spikformer import SPIKFORMER_NEURON, SpikformerBlock, SpikingMLP, SpikingSelfAttention
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
@@ -189,7 +188,7 @@ class QKFormer(SpikingModel):
         threshold = number("attention_threshold", attention_threshold, 0, bounds="()")
         config = dataclasses.replace(self.neuron_config, threshold=threshold)
         behind = NeuronFactory(config, neurons.mpbn, neurons.drop, **dd)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = drop_path_rates(drop_path_rate, sum(depths))
         for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks: list[nn.Module] = []
             if stage:
@@ -210,7 +209,7 @@ class QKFormer(SpikingModel):
             self.add_stage(blocks, width, reduction)
         self.finish(widths[-1])
         if isinstance(self.head.fc, nn.Linear):  # the authors': convolutions keep torch's
-            trunc_normal_(self.head.fc.weight, std=0.02)
+            truncated_normal(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
 

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.layers import ConvNormNeuron
 from spikezoo.models import spikformer
+from spikezoo.models._base import truncated_normal
 from spikezoo.models.spikformer import FOUR_POOLS, IMAGENET_INPUT, SPIKFORMER_NEURON, PositionEncoding, Spikformer
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
@@ -98,9 +98,19 @@ class SpikeDrivenTransformer(Spikformer):
     def _make_encoding(self, dim: int, size: Sequence[int], membrane: bool) -> nn.Module:
         return PositionEncoding(ConvNormNeuron(dim, dim, size, dd=self.dd), self.neuron_factory(dim, size))
 
-    def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
-        taken = {name: arguments[name] for name in ("qkv_bias", "attention_neuron")}
-        return MaskAttention(dim, size, neuron=self.neuron_factory, dd=self.dd, **taken)
+    def _make_attention(
+        self,
+        dim: int,
+        heads: int,
+        size: Sequence[int],
+        *,
+        qkv_bias: bool,
+        scale: float,
+        membrane: bool,
+        attention_neuron: NeuronFactory,
+    ) -> nn.Module:
+        neuron = self.neuron_factory
+        return MaskAttention(dim, size, qkv_bias=qkv_bias, neuron=neuron, attention_neuron=attention_neuron, dd=self.dd)
 
     def _make_neck(self, dim: int) -> None:
         self.neck.append(AverageNeuron(self.neuron_factory(dim, (1, 1))))
@@ -109,7 +119,7 @@ class SpikeDrivenTransformer(Spikformer):
         # The authors': the classifier keeps torch's.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -131,7 +141,7 @@ SDT = "Spike-driven Transformer (arXiv:2307.01694)"
 MASKS: dict[str, Any] = {"heads": 8, "qkv_bias": False, "residual": "membrane", "neuron_defaults": SPIKFORMER_NEURON}
 
 
-def _row(dim: int, depth: int, parameters: int, note: str = "", **arguments: Any) -> ModelRow:
+def _row(dim: int, depth: int, parameters: int, note: str = "", **arguments: object) -> ModelRow:
     note = note or f"Spike-driven Transformer-{depth}-{dim} for 32x32 images."
     arguments = {"dim": dim, "depth": depth, **MASKS, **arguments}
     return ModelRow(arguments, parameters=parameters, paper=SDT, note=note)

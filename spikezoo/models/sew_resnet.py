@@ -152,9 +152,10 @@ class SEWResNet(SpikingModel):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, SEWBlock) and zero_init_residual:
-                norm: Any = module.branch[-1].norm
-                nn.init.zeros_(norm.weight)
-                nn.init.constant_(norm.bias, float(module.connect == "and"))
+                last = module.branch[-1]
+                assert isinstance(last, ConvNormNeuron) and isinstance(last.norm, nn.BatchNorm2d)
+                nn.init.zeros_(last.norm.weight)
+                nn.init.constant_(last.norm.bias, float(module.connect == "and"))
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -168,7 +169,9 @@ _LAYER = re.compile(r"(conv|bn|downsample)(\d*)\.(?:(\d)\.)?(?:module\.)?(?:(\d)
 
 def _renamed(name: str) -> str:
     """Our name of an entry of an official state dict."""
-    block, rest = re.fullmatch(r"(?:layer(\d+\.\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(?:layer(\d+\.\d+)\.)?(.*)", name)
+    assert found is not None
+    block, rest = found.groups()
     if rest.startswith("fc."):
         return f"head.{rest}"
     match = _LAYER.fullmatch(rest)

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
-from spikezoo.models._base import SpikingModel
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
 
@@ -274,7 +274,7 @@ class Spikformer(SpikingModel):
         behind_product = NeuronFactory(
             dataclasses.replace(self.neuron_config, threshold=threshold), neurons.mpbn, neurons.drop, **dd
         )
-        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
+        rates = drop_path_rates(drop_path_rate, depth)
         for count, ratio, rate in zip(all_heads, ratios, rates, strict=True):
             factor = (dim // count) ** -0.5 if scale == "head_dim" else float(scale)
             attn = self._make_attention(
@@ -296,9 +296,29 @@ class Spikformer(SpikingModel):
         neuron = None if membrane else self.neuron_factory
         return PositionEncoding(ConvNormNeuron(dim, dim, size, neuron=neuron, dd=self.dd))
 
-    def _make_attention(self, dim: int, heads: int, size: Sequence[int], **arguments: Any) -> nn.Module:
+    def _make_attention(
+        self,
+        dim: int,
+        heads: int,
+        size: Sequence[int],
+        *,
+        qkv_bias: bool,
+        scale: float,
+        membrane: bool,
+        attention_neuron: NeuronFactory,
+    ) -> nn.Module:
         """The attention of a block; the arguments are those of :class:`SpikingSelfAttention`."""
-        return SpikingSelfAttention(dim, heads, size, neuron=self.neuron_factory, dd=self.dd, **arguments)
+        return SpikingSelfAttention(
+            dim,
+            heads,
+            size,
+            qkv_bias=qkv_bias,
+            scale=scale,
+            membrane=membrane,
+            neuron=self.neuron_factory,
+            attention_neuron=attention_neuron,
+            dd=self.dd,
+        )
 
     def _make_neck(self, dim: int) -> None:
         """What stands between the last block and the head: nothing."""
@@ -312,7 +332,7 @@ class Spikformer(SpikingModel):
         # The authors' initialisation of linear layers; 3x3 convolutions keep torch's.
         for module in self.modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -407,7 +427,7 @@ def _row(
     parameters: int,
     note: str = "",
     paper: str = SPIKFORMER,
-    **arguments: Any,
+    **arguments: object,
 ) -> ModelRow:
     note = note or f"Spikformer-{depth}-{dim} for 32x32 images, {heads} heads of 32 channels."
     arguments = {"dim": dim, "depth": depth, "heads": heads, "neuron_defaults": SPIKFORMER_NEURON, **arguments}

@@ -22,12 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import calculate_drop_path_rates, trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, broadcast_steps, conv_out
-from spikezoo.models._base import SpikingModel
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.ms_resnet import Fire
 from spikezoo.models.spikformer import SpikformerBlock
 from spikezoo.neurons import NeuronFactory
@@ -39,7 +38,7 @@ __all__ = ["DualSpikeAttention", "GroupedMLP", "HeadRate", "SpikingResformer", "
 class PooledStem(Stem):
     """Layers without neurons: an image passes all of them once, and its current is repeated."""
 
-    def forward(self, x: Tensor, T: int) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, T: int | None = None) -> Tensor:
         """Map ``[1 or T, B, C, H, W]`` to ``[T, B, C', H', W']``."""
         for layer in self:
             x = layer(x)
@@ -195,7 +194,7 @@ class SpikingResformer(SpikingModel):
         size = conv_out(first.out_size, 3, 2, 1) if large else first.out_size
         pool = [Pool(nn.MaxPool2d(3, 2, 1))] if large else []
         self.add_stem(PooledStem(first, *pool), widths[0], reduction)
-        rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        rates = drop_path_rates(drop_path_rate, sum(depths))
         for stage, (width, depth, count, patch) in enumerate(zip(widths, depths, heads, patches, strict=True)):
             blocks: list[nn.Module] = []
             if stage:
@@ -211,7 +210,7 @@ class SpikingResformer(SpikingModel):
         self.finish(widths[-1], head_bias=False)
         for module in self.modules():  # the authors'
             if isinstance(module, nn.Conv2d | nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -274,7 +273,7 @@ RESFORMER = "SpikingResformer: Bridging ResNet and Vision Transformer in Spiking
 RESFORMER_NEURON = {"tau": 2.0, "surrogate": "arctan", "detach_reset": True}
 
 
-def _row(letters: str, widths: tuple[int, int, int], parameters: int, **arguments: Any) -> ModelRow:
+def _row(letters: str, widths: tuple[int, int, int], parameters: int, **arguments: object) -> ModelRow:
     heads = tuple(width // 64 for width in widths)
     layout = {"widths": widths, "depths": (1, 2, 3), "heads": heads, "neuron_defaults": RESFORMER_NEURON}
     note = f"SpikingResformer-{letters}: three stages, heads and groups of 64 channels."

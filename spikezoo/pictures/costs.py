@@ -6,10 +6,15 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikezoo.counting import Count
 from spikezoo.pictures.figure import check_picture, plain_ticks, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
+    from matplotlib.figure import Figure
 
 __all__ = ["draw_energies", "draw_operations", "draw_zoo", "pareto_front", "place_labels"]
 
@@ -228,7 +233,7 @@ def draw_zoo(
     write(figure, path)
 
 
-def _panel(axes: Any, dataset: str, rows: Sequence[Mapping[str, Any]], papers: Mapping[str, float]) -> None:
+def _panel(axes: Axes, dataset: str, rows: Sequence[Mapping[str, Any]], papers: Mapping[str, float]) -> None:
     """Draw the dots of one dataset, and in grey what they are held against."""
     axes.set(xlabel="energy of an image, mJ (every spike counted)", ylabel="top-1 test accuracy, %", xscale="log")
     axes.set_title(dataset, fontsize="medium")
@@ -240,7 +245,8 @@ def _panel(axes: Any, dataset: str, rows: Sequence[Mapping[str, Any]], papers: M
     for own, color, label in ((spiking, EXACT, "spiking, area by size of the file"), (analog, "0.5", "ANN")):
         if own:
             points = [(float(row["energy_exact_mj"]), float(row["top1"])) for row in own]
-            axes.scatter(*zip(*points, strict=True), [_dot(row) for row in own], color=color, alpha=0.6, label=label)
+            across, up = zip(*points, strict=True)
+            axes.scatter(across, up, [_dot(row) for row in own], color=color, alpha=0.6, label=label)
     if len(spiking) > 1:
         front = pareto_front([(float(row["energy_exact_mj"]), float(row["top1"])) for row in spiking])
         axes.step(
@@ -257,7 +263,7 @@ def _panel(axes: Any, dataset: str, rows: Sequence[Mapping[str, Any]], papers: M
     axes.set_ylim(low, min(high, 100.5) if high > 100 else high)
 
 
-def _name_dots(figure: Any, renderer: Any, axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _name_dots(figure: Figure, renderer: RendererBase, axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the models' names beside their dots, without the dataset, which the panel says."""
     pixel = figure.dpi / 72  # a point
     dots, sizes, texts = [], [], []

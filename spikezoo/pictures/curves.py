@@ -54,7 +54,7 @@ def draw_training(rows: Sequence[Mapping[str, Any]], path: str | Path, title: st
             color = "C7" if label == "training" else "C0"
             axis.plot(*zip(*line, strict=True), "o-", color=color, markersize=3, label=label)
         axis.set(xlabel="epoch", ylabel=name)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params("x", integer=True)
         axis.grid(alpha=0.3)
         if len(lines) > 1:
             axis.legend(frameon=False, fontsize="small")
@@ -98,7 +98,7 @@ def draw_layer_rates(history: Mapping[str, Sequence[float]], path: str | Path, t
             shown, ax=axis, label="spikes per neuron and time step", location="bottom", shrink=0.6, pad=0.02
         )
         axis.set_xlabel("epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params("x", integer=True)
         right = axis.secondary_yaxis("right")
         right.set_yticks(range(len(names)), [f"{rate:.3f}" for rate in last.values()], fontsize="x-small")
     else:

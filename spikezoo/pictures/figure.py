@@ -4,26 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, check_target
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 __all__ = ["bare", "check_picture", "event_pixels", "plain_ticks", "to_pixels", "write"]
 
 FORMATS = (".png", ".pdf", ".svg")
 
 
-def check_picture(path: str | Path) -> Any:
+def check_picture(path: str | Path) -> type[Figure]:
     """Matplotlib's ``Figure``, if a picture can be drawn and written to ``path``.
 
     Raises:
         ValueError: A name without a known suffix, or matplotlib is missing.
+        OSError: It cannot be written there.
     """
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"Picture {str(path)!r}: expected a name that ends in {', '.join(FORMATS)}.")
+    check_target(path)
     try:
         import matplotlib  # noqa: F401  (the part alone may stand imported without it)
         from matplotlib.figure import Figure
@@ -32,13 +39,13 @@ def check_picture(path: str | Path) -> Any:
     return Figure
 
 
-def write(figure: Any, path: str | Path) -> None:
+def write(figure: Figure, path: str | Path) -> None:
     """Write a picture under a temporary name first."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:].lower())
 
 
-def plain_ticks(axis: Any) -> None:
+def plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis (``axes.xaxis``) as people write numbers: 0.2, 0.5, 1, 2, 5."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -71,7 +78,7 @@ def to_pixels(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images.cpu() * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
 
 
-def bare(axis: Any) -> None:
+def bare(axis: Axes) -> None:
     """Take the ticks and the frame from an axis."""
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikezoo.checks import nearest
+from spikezoo.models import SpikingModel
 from spikezoo.neurons import ReLU, Sign, SpikingNeuron
 from spikezoo.observe import outputs
 from spikezoo.pictures.figure import bare, check_picture, event_pixels, write
@@ -126,7 +126,7 @@ def activation_maps(model: nn.Module, image: Tensor, layer: str | None = None) -
     return layer, out.mean(0)[0].float().cpu()
 
 
-def caption(model: Any) -> str:
+def caption(model: SpikingModel) -> str:
     """Architecture, neuron and transforms of a model, a line each."""
     lines = [model.pretrained_cfg["architecture"], f"{model.neuron_config.kind}, T={model.T}"]
     for name, arguments in model.recipe:

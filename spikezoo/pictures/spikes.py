@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from spikezoo.checks import nearest
 from spikezoo.neurons import SpikingNeuron
 from spikezoo.observe import observing_copy, outputs
 from spikezoo.pictures.figure import bare, check_picture, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["answer_of", "draw_raster", "spikes_over_time"]
 
@@ -49,7 +52,7 @@ def spikes_over_time(
     return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
 
 
-def answer_of(model: Any, image: Tensor) -> dict[str, float]:
+def answer_of(model: nn.Module, image: Tensor) -> dict[str, float]:
     """How probable a model finds each class, in per cent; by name where its weights know the names.
 
     Args:
@@ -118,7 +121,7 @@ def draw_raster(
 
 
 def _draw_step(
-    figure_type: Any,
+    figure_type: type[Figure],
     layer: str,
     spikes: Tensor,
     rates: Mapping[str, Sequence[float]],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from spikezoo.checks import number, whole
 from spikezoo.search.exhaustive import Found, Result, best_of, check_top, cover, front_of, keeping, quick_enough
 from spikezoo.search.metrics import find_metric, score
 from spikezoo.search.space import Constraints, Net, Setting, Space, cost
+
+_logger = logging.getLogger("spikezoo")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,20 @@ class Evolution:
             number(name, getattr(self, name), 0, 1, "[]", expected="a probability, from 0 to 1")
 
 
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps({**row, "crc32": zlib.crc32(json.dumps(row).encode())}).encode()
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """What a line of a log says, {} where it is not as it was written."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+        stored = row.pop("crc32")
+        return row if stored == zlib.crc32(json.dumps(row).encode()) else {}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
 class _Log:
     """Scores of an evolution, a JSON line each; the first line says which search they are of.
 
@@ -69,22 +87,27 @@ class _Log:
             path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
         )  # a line that was cut short does not count
         if lines:
-            written = json.loads(lines[0])
+            written = _row(lines[0])
+            if not written:
+                raise ValueError(f"{path} is damaged in its first line, or of an older version. Move it away.")
             changed = [key for key in {**header, **written} if header.get(key) != written.get(key)]
             if changed:
                 told = ", ".join(f"{k} is {header.get(k)!r} and was {written.get(k)!r}" for k in sorted(changed))
                 raise ValueError(f"{path} is of another search: {told}. Use another --output, or delete it.")
-        for line in lines[1:]:
-            row = json.loads(line)
+        rows = [line for line in lines[1:] if _row(line)]
+        if len(rows) < len(lines) - 1:
+            lost = len(lines) - 1 - len(rows)
+            _logger.warning("%s: %d damaged lines are left out; their nets are scored again.", path, lost)
+        for row in map(_row, rows):
             self.scores[Net(row["dim"], tuple(row["mlp_ratios"]), tuple(row["heads"]))] = row["score"]
         with atomic(path) as temporary:
-            temporary.write_bytes(b"\n".join(lines or [json.dumps(header).encode()]) + b"\n")
+            temporary.write_bytes(b"\n".join([*lines[:1], *rows] or [_line(header)]) + b"\n")
 
     def add(self, net: Net, value: float) -> None:
         self.scores[net] = value
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({**net._asdict(), "score": value}) + "\n")
+            with open(self.path, "ab") as file:
+                file.write(_line({**net._asdict(), "score": value}) + b"\n")
 
 
 def random_net(space: Space, rng: random.Random) -> Net:

@@ -116,7 +116,7 @@ def _on_spikes(model: nn.Module, see: Callable[[Tensor], None]) -> Iterator[nn.M
     if not neurons:
         raise ValueError("A network without spiking neurons has no spikes to measure: create it with neuron='lif'.")
 
-    def hook(_module: nn.Module, _inputs: Any, spikes: Tensor) -> None:
+    def hook(_module: nn.Module, _inputs: object, spikes: Tensor) -> None:
         for step in spikes:
             see((step.flatten(1) > 0).float())
 
@@ -261,7 +261,7 @@ def score(
     images: Tensor | None = None,
     labels: Tensor | None = None,
     seed: int = 0,
-    **arguments: Any,
+    **arguments: object,
 ) -> float:
     """One metric of one net.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,6 +15,9 @@ from spikezoo.evaluate import write_rows
 from spikezoo.search.exhaustive import Result
 from spikezoo.search.metrics import find_metric
 from spikezoo.search.space import Constraints, Net, Setting, Space
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Spikformer's recipes, in train.py's words.
 RECIPE: dict[str, Any] = {
@@ -161,7 +164,7 @@ def write(
     return paths
 
 
-def figure_of(width: float, height: float) -> Any:
+def figure_of(width: float, height: float) -> Figure | None:
     """A matplotlib figure, or None where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure

@@ -181,7 +181,7 @@ class Setting:
         """Name of the model whose layout the nets vary."""
         return "autost_in_tiny" if self.large else "autost_tiny"
 
-    def create(self, net: Net, **arguments: Any) -> nn.Module:
+    def create(self, net: Net, **arguments: object) -> nn.Module:
         """Build a net; random weights."""
         own: dict[str, Any] = {**asdict(self), **net.arguments(), **arguments}
         return create_model(self.model, **own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor
 
 from spikezoo.checkpoint import read_weights
-from spikezoo.data import create_loader, dataset_info
+from spikezoo.data import Loader, create_loader, dataset_info
 from spikezoo.evaluate import input_options
-from spikezoo.factory import create_from, create_model
+from spikezoo.factory import SpikingModel, create_from, create_model
 from spikezoo.train.initial import model_arguments
 from spikezoo.train.length import check_sizes
 from spikezoo.train.start import fresh_membrane_norms, preserve_function
@@ -24,7 +25,7 @@ from spikezoo.transforms import TRANSFORMS
 __all__ = ["Batches", "build_model", "build_teacher"]
 
 
-def build_model(args: argparse.Namespace, device: torch.device) -> Any:
+def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
     """The model of a run, with the weights that it starts from, on its device.
 
     Args:
@@ -38,13 +39,15 @@ def build_model(args: argparse.Namespace, device: torch.device) -> Any:
         )
     arguments = model_arguments(args)
     if args.initial_checkpoint:
-        model: Any = create_from(args.model, args.initial_checkpoint, **arguments)
+        model = create_from(args.model, args.initial_checkpoint, **arguments)
     else:
         model = create_model(args.model, args.pretrained, **arguments)
     for transform in TRANSFORMS.values():
         if transform.initialise:
             transform.initialise(model, args)
-    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     if args.rate_penalty and not model.neuron_config.spiking:
@@ -72,7 +75,7 @@ class Batches:
         inputs: Mean, standard deviation and, of events, how recordings become frames; it travels with the weights.
     """
 
-    def __init__(self, args: argparse.Namespace, model: Any, device: torch.device) -> None:
+    def __init__(self, args: argparse.Namespace, model: SpikingModel, device: torch.device) -> None:
         self.args = args
         given = (args.mean, args.std, args.frames_by, args.duration_us, args.crop_pct, args.interpolation)
         seen = input_options(model, args.dataset, *given)
@@ -123,16 +126,16 @@ class Batches:
         frames = {key: value for key, value in self.val.facts.items() if key in ("frames_by", "duration_us")}
         self.inputs = {"mean": list(info.mean), "std": list(info.std), **frames}
 
-    def open(self, split: str, **options: Any) -> Any:
+    def open(self, split: str, **options: Any) -> Loader:
         """Batches of a split, with options of ``create_loader`` besides those of all."""
         return create_loader(self.args.dataset, split, **self.common, **options)
 
-    def plain(self, most: int, batch_size: int | None = None) -> Any:
+    def plain(self, most: int, batch_size: int | None = None) -> Loader:
         """At most so many training images, classes balanced, without augmentation."""
         batch = batch_size or self.args.validation_batch_size or self.args.batch_size
         return self.open(self.args.train_split, batch_size=batch, subset=min(most, self.train.num_samples))
 
-    def preserve_function(self, model: Any) -> None:
+    def preserve_function(self, model: SpikingModel) -> None:
         """Let membrane norms that the initial checkpoint lacks begin as the identity."""
         norms = fresh_membrane_norms(model, read_weights(self.args.initial_checkpoint))
         if norms:
@@ -140,7 +143,11 @@ class Batches:
 
 
 def build_teacher(
-    args: argparse.Namespace, student: Any, inputs: dict[str, Any], device: torch.device, autocast: Callable[[], Any]
+    args: argparse.Namespace,
+    student: SpikingModel,
+    inputs: dict[str, Any],
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
 ) -> tuple[Callable[[Tensor], Tensor], dict[str, Any]]:
     """What gives the teacher's logits of a batch that is normalised for the student, and what they depend on.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from spikezoo import pictures
+from spikezoo.checkpoint import read_table
 from spikezoo.evaluate import read_layer_rates
 
 __all__ = ["LAYER_RATES", "plot", "plot_results"]
@@ -25,7 +25,7 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
         print("No pictures: pip install 'spikezoo-snn[plot]' brings matplotlib.")
         return []
     summary = folder / "summary.csv"  # not there where a finished run was resumed into another folder
-    rows = list(csv.DictReader(summary.read_text(encoding="utf-8").splitlines())) if summary.is_file() else []
+    rows = read_table(summary)
     pictures.draw_training([{**row, "epoch": str(int(row["epoch"]) - 1)} for row in rows], paths[0])
     if not layer_rates:
         return paths[:1]

@@ -13,6 +13,7 @@ from timm.utils import (
     ParseKwargs,
 )
 
+from spikezoo.checkpoint import check_run_file
 from spikezoo.checks import nearest
 from spikezoo.config_files import find_config, read_yaml
 from spikezoo.flags import KeyValue, Parser, Switch, add_flags
@@ -91,7 +92,13 @@ class Precision(Switch):
         super().__init__(option_strings, dest, **kwargs)
         self.nargs, self.metavar = "?", "auto"
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Store true, false or 'auto'."""
         on = not str(option_string).startswith("--no-")
         if values is not None and (values != "auto" or not on):
@@ -102,9 +109,15 @@ class Precision(Switch):
 class Sizes(KeyValue):
     """Pairs SIZE:SHARE, with numbers as keys."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[str] | None,
+        option_string: str | None = None,
+    ) -> None:
         """Store the pairs as a dict."""
-        super().__call__(parser, namespace, [value.replace(":", "=") for value in values], option_string)
+        super().__call__(parser, namespace, [value.replace(":", "=") for value in values or ()], option_string)
         pairs = getattr(namespace, self.dest).items()
         setattr(namespace, self.dest, {int(size) if size.isdecimal() else size: share for size, share in pairs})
 
@@ -349,7 +362,7 @@ def known_flags() -> dict[str, argparse.Action]:
     return {action.dest: action for action in build_parser()._actions if action.dest not in NOT_IN_CONFIGS}
 
 
-def number(value: Any) -> Any:
+def number(value: object) -> object:
     """Read what YAML takes for text and Python for a number, such as 3e-4; lists too."""
     if isinstance(value, list):
         return [number(item) for item in value]
@@ -385,7 +398,7 @@ def convert(action: argparse.Action, key: str, value: Any) -> Any:
         converted = [kind(item) for item in value] if many else kind(value)
         if (isinstance(value, float | bool) and kind is int and converted != value) or isinstance(value, bool):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"Config key {key!r}: {value!r}, expected {getattr(kind, '__name__', 'a value')}.") from None
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"Config key {key!r}: {value!r} does not exist. {nearest(value, action.choices)}")
@@ -403,13 +416,15 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "spikezoo train") 
     first, _ = parser.parse_known_args(argv)
     if first.config:
         path = find_config(first.config)
-        config = read_yaml(path)
+        config = read_yaml(check_run_file(path))
         actions = {action.dest: action for action in parser._actions if action.dest not in NOT_IN_CONFIGS}
         defaults = {}
         for key, value in config.items():
             dest = str(key).replace("-", "_")
             if dest not in actions:
                 raise ValueError(f"Unknown key {key!r} in {path}. {nearest(dest, actions)}")
+            if dest in defaults:
+                raise ValueError(f"Key {key!r} in {path} is there twice, with - and with _. Leave one out.")
             defaults[dest] = convert(actions[dest], str(key), value)
         parser.set_defaults(**defaults)
     args = parser.parse_args(argv)
@@ -443,6 +458,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a number above 0.")
     if not 0 <= args.distill_weight <= 1:
         raise ValueError(f"--distill-weight {args.distill_weight}: expected a number in [0, 1].")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed {args.seed}: expected a whole number from 0 to 2**32 - 1.")
+    if Path(args.experiment).is_absolute() or ".." in Path(args.experiment).parts:
+        raise ValueError(f"--experiment {args.experiment}: expected the name of a folder. Its place is --output DIR.")
     _check_length(args)
     if args.teacher_cache and not args.teacher:
         raise ValueError(

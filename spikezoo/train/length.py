@@ -7,7 +7,10 @@ import itertools
 import math
 from typing import Any
 
+import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+from spikezoo.factory import SpikingModel
 
 __all__ = ["Length", "check_sizes"]
 
@@ -15,7 +18,7 @@ __all__ = ["Length", "check_sizes"]
 Part = tuple[int | None, int]
 
 
-def check_sizes(name: str, model: Any, given: dict[int, float]) -> None:
+def check_sizes(name: str, model: SpikingModel, given: dict[int, float]) -> None:
     """Raise where a model cannot see images of the sizes of ``--progressive``.
 
     Args:
@@ -58,7 +61,7 @@ class Length:
         scheduler: timm's, or None for a constant learning rate.
     """
 
-    def __init__(self, args: argparse.Namespace, optimizer: Any, updates_per_epoch: int) -> None:
+    def __init__(self, args: argparse.Namespace, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> None:
         self.args, self.optimizer, self.updates_per_epoch = args, optimizer, updates_per_epoch
         self.sizes: list[Part] = []
         self.total, self.epochs, self.scheduler = 0, args.epochs, None

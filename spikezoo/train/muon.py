@@ -18,13 +18,14 @@ from timm.optim.muon import (
     zeropower_via_newtonschulz,
 )
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from spikezoo.precision import fast_bfloat16
 
 __all__ = ["FixedNormMuon", "normalised_weights"]
 
 
-def normalised_weights(model: nn.Module) -> list[nn.Parameter]:
+def normalised_weights(model: nn.Module) -> list[Tensor]:
     """Weights of convolutions and linear layers whose size does not matter, since a batch norm follows.
 
     Args:
@@ -34,13 +35,13 @@ def normalised_weights(model: nn.Module) -> list[nn.Parameter]:
         The weights, in that order; none whose weights are made of others by a parametrization.
     """
     leaves = [module for module in model.modules() if not list(module.children())]
-    found: list[nn.Parameter] = []
-    last: nn.Module | None = None
+    found: list[Tensor] = []
+    last: nn.Conv2d | nn.Linear | None = None
     for leaf in leaves:
         if isinstance(leaf, nn.Conv2d | nn.Linear):
             last = leaf
         elif isinstance(leaf, nn.modules.batchnorm._BatchNorm) and last is not None:
-            found.append(last.weight)  # type: ignore[arg-type]
+            found.append(last.weight)
         if not isinstance(leaf, nn.Conv2d | nn.Linear | nn.MaxPool2d | nn.AvgPool2d):
             last = None
     return found
@@ -59,7 +60,7 @@ class FixedNormMuon(Muon):
         **kwargs: Arguments of ``timm.optim.Muon``.
     """
 
-    def __init__(self, params: Any, **kwargs: Any) -> None:
+    def __init__(self, params: ParamsT, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
         self._fixed: set[int] = set()
 

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import csv
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from spikezoo.checkpoint import atomic
+from spikezoo.checkpoint import atomic, read_metadata, read_table, write_metadata
 from spikezoo.counting import MAC_PJ, SOP_PJ, count_loader
-from spikezoo.evaluate import environment, write_layer_rates
+from spikezoo.evaluate import environment
+from spikezoo.factory import SpikingModel
 from spikezoo.hub import push_folder
 from spikezoo.observe import failing_layers
 from spikezoo.saving import save_checkpoint
 from spikezoo.train.curves import LAYER_RATES, plot
 
 if TYPE_CHECKING:
-    from spikezoo.factory import SpikingModel
     from spikezoo.train.run import Run
 
-__all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_rows", "write_epoch", "write_json"]
+__all__ = ["begin", "deliver", "look_at_rates", "say_epoch", "trim_tables", "write_epoch"]
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+# One row an epoch.
+TABLES = ("summary.csv", LAYER_RATES)
 
 
 def begin(run: Run) -> None:
@@ -46,25 +42,16 @@ def begin(run: Run) -> None:
     )
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, none where there is none.
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file of rows with all their columns; without rows none is left.
 
     Args:
         path: The file.
+        rows: Its rows.
     """
-    if not path.is_file():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a CSV file of rows with all their columns.
-
-    Args:
-        path: The file.
-        rows: At least one.
-    """
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     columns = dict.fromkeys(key for row in rows for key in row)
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
@@ -72,24 +59,50 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def trim_rows(folder: Path, epoch: int) -> None:
-    """Keep the rows of the first epochs alone; those of an older version, which counted from 0, are counted from 1.
+def first_rows(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """Rows of the first epochs of a table, counted from 1; those of an older version counted from 0.
+
+    One that is not as the run wrote it is no reason to lose the run: it is set aside, and said.
 
     Args:
-        folder: The run's.
+        path: The file.
         epoch: How many epochs are done.
     """
-    for name in ("summary.csv", LAYER_RATES):
-        rows: list[dict[str, Any]] = list(read_rows(folder / name))
-        if not rows:
-            continue
-        shift = int(rows[0]["epoch"]) == 0
-        kept = [{**row, "epoch": int(row["epoch"]) + shift} for row in rows]
-        kept = [row for row in kept if row["epoch"] <= epoch]
-        if kept:
-            write_rows(folder / name, kept)
-        else:
-            (folder / name).unlink()
+    try:
+        rows = read_table(path)
+        numbers = [int(row["epoch"]) for row in rows]
+    except (ValueError, KeyError, TypeError):
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        print(
+            f"{path} is not as this run wrote it: damaged, or edited. It is {aside.name} now, and the rows go on with "
+            f"epoch {epoch + 1}.",
+            flush=True,
+        )
+        return []
+    shift = int(numbers[:1] == [0])
+    counted = zip(rows, numbers, strict=True)
+    return [{**row, "epoch": number + shift} for row, number in counted if number + shift <= epoch]
+
+
+def trim_tables(folder: Path, epoch: int, facts: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Keep the rows of the first epochs alone, write down what they are, and return them.
+
+    Args:
+        folder: The run's, with its args.yaml.
+        epoch: How many epochs are done.
+        facts: Of the run.
+    """
+    try:
+        read_metadata(folder)
+    except ValueError as error:
+        print(f"{error} Here it is written anew, and the tables are taken as they are.", flush=True)
+        (folder / "metadata.json").unlink()
+    tables = {name: first_rows(folder / name, epoch) for name in TABLES}
+    write_metadata(folder, facts, tables)
+    for name, rows in tables.items():
+        write_table(folder / name, rows)
+    return tables
 
 
 def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted: dict[str, Any], lr: float) -> None:
@@ -109,8 +122,12 @@ def write_epoch(run: Run, train: dict[str, Any], results: dict[str, Any], acted:
     row: dict[str, Any] = {"epoch": run.epoch}
     row |= {f"train_{key}": value for key, value in train.items()}
     row |= {f"eval_{key}": value for key, value in (measured | acted).items()} | {"lr": lr}
-    write_rows(run.folder / "summary.csv", [*read_rows(run.folder / "summary.csv"), row])
-    write_layer_rates(run.folder / LAYER_RATES, run.epoch, results.get("layer_firing_rates") or {})
+    run.tables["summary.csv"].append(row)
+    if rates := results.get("layer_firing_rates"):
+        run.tables[LAYER_RATES].append({"epoch": run.epoch, **rates})
+    for name, rows in run.tables.items():
+        write_table(run.folder / name, rows)
+    write_metadata(run.folder, run.facts, run.tables)
     for log in run.logs:
         log({key: value for key, value in row.items() if value is not None}, run.epoch)
 
@@ -177,7 +194,7 @@ def deliver(run: Run, results: dict[str, Any]) -> None:
     args, model = run.args, run.ema or run.model
     for transform, _ in run.parts:
         if transform.deliver:
-            model = transform.deliver(model)
+            model = cast(SpikingModel, transform.deliver(model))
     final = results.get("ema", results)
     measured = {key: final[key] for key in ("top1", "top5", "loss", "samples", "firing_rate")}
     for transform, _ in run.parts:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import math
 import os
@@ -22,10 +21,11 @@ from timm.utils import (
     world_info_from_env,
 )
 
-from spikezoo.checkpoint import Config, load_state
+from spikezoo.checkpoint import Config, check_run_file, load_state
 from spikezoo.checks import nearest
 from spikezoo.config_files import find_config, read_yaml
 from spikezoo.evaluate import write_rows
+from spikezoo.hub.provenance import train_seconds
 from spikezoo.registry import is_model, list_models
 from spikezoo.train.curves import plot_results
 from spikezoo.train.flags import NOT_IN_CONFIGS, build_parser, convert, known_flags, parse_args, recipe_flags, seconds
@@ -57,7 +57,7 @@ class Planned(NamedTuple):
 
     def get(self, key: str) -> Any:
         """A flag of the run, 'name' (of its row) or what a dotted key reaches; None where there is none."""
-        value: Any = {**vars(self.args), "name": self.row}
+        value: object = {**vars(self.args), "name": self.row}
         for part in key.replace("-", "_").split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
@@ -74,17 +74,16 @@ class Planned(NamedTuple):
         last = self.folder / "last.safetensors"
         if last.is_file() and load_state(last, "epoch")["epoch"] != results.get("epochs"):
             return None  # it was started anew since
-        then, now = read_yaml(self.folder / "args.yaml"), vars(self.args)
+        then, now = read_yaml(check_run_file(self.folder / "args.yaml")), vars(self.args)
         keys, defaults = recipe_flags(), {name: action.default for name, action in known_flags().items()}
         if set(self.args.model) & set(":."):  # a checkpoint, and the record names its architecture
             keys.remove("model")
         was = {k: then.get(k, defaults[k]) for k in sorted(keys)}  # of a flag that is newer than the run, the default
         if changed := [f"{k} is {now[k]!r} and was {then.get(k)!r}" for k in was if now[k] != was[k]]:
             raise ValueError(f"{self.folder} holds a finished run of other flags: {'; '.join(changed)}. Move it away.")
-        with open(self.folder / "summary.csv", newline="", encoding="utf-8") as file:
-            seconds = sum(float(row["train_seconds"]) for row in csv.DictReader(file))
+        seconds = train_seconds(self.folder)
         paper = {f"paper_{measure}": number for measure, number in self.plan.paper.items()}
-        return {"name": self.name, "overrides": self.settings, "seconds": round(seconds, 1), **results, **paper}
+        return {"name": self.name, "overrides": self.settings, "seconds": seconds, **results, **paper}
 
 
 def to_flags(settings: Mapping[str, Any], config: Path | None) -> list[str]:
@@ -97,6 +96,8 @@ def to_flags(settings: Mapping[str, Any], config: Path | None) -> list[str]:
         dest = flag.replace("-", "_")
         if dest not in actions:
             raise ValueError(f"Unknown key {key!r}. {nearest(dest, actions)}")
+        if not dot and dest in wanted:
+            raise ValueError(f"Key {key!r} is there twice, with - and with _, or behind a key of it. Leave one out.")
         if not dot:
             wanted[dest] = value
         elif isinstance(actions[dest], ParseKwargs):

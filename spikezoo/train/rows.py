@@ -47,7 +47,7 @@ class PlanRow:
     def placed(self, folder: Path) -> dict[str, Any]:
         """The settings with the folders of other runs in place of their names."""
 
-        def place(key: str, value: Any) -> Any:
+        def place(key: str, value: object) -> object:
             if not isinstance(value, str) or not value.startswith(REFERENCE):
                 return value
             path = str(folder / value.removeprefix(REFERENCE))
@@ -87,8 +87,11 @@ def read_rows(path: Path) -> tuple[list[PlanRow], dict[str, str] | None]:
     for number, row in enumerate(rows, 1):
         own = dict(row)
         grid, config, paper = own.pop("grid", {}), own.pop("config", None), own.pop("paper", None)
+        given = own.pop("name", None)
+        if not isinstance(config, str | None) or not isinstance(given, str | int | None):
+            raise ValueError(f"{path}, row {number}: config={config!r}, name={given!r}: expected texts.")
         source = path.parent / config if config else None
-        name = str(own.pop("name", None) or (source.stem if source else own.get("model", f"run{number}")))
+        name = str(given or (source.stem if source else own.get("model", f"run{number}")))
         where = f"{path}, row {number} ({name})"
         printed, cell = _paper(paper, where)
         axes = (

@@ -10,9 +10,9 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,9 @@ from timm.utils import (
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spikezoo.data import Batch, Loader
 from spikezoo.evaluate import evaluate
+from spikezoo.factory import SpikingModel
 from spikezoo.flags import choose_device
 from spikezoo.hub import check_push
 from spikezoo.observe import WithRates
@@ -58,8 +60,8 @@ def not_finite(model: nn.Module, images: Tensor, autocast: Callable[[], Any]) ->
     """Name of the first layer whose output is not finite, found by running the batch again."""
     found: list[str] = []
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def watch(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
             if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
                 found.append(name)
 
@@ -115,7 +117,10 @@ class Run:
             self.batches.preserve_function(model)
         # Of Muon, the classifier's weights go to the optimiser for vectors. Others keep the groups that they had.
         hybrid: dict[str, Any] = {"fallback_list": ["head.*"]} if "muon" in args.opt.lower() else {}
-        self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
+        try:
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **hybrid)
+        except TypeError as error:  # of an argument that the optimiser does not have
+            raise ValueError(f"--opt {args.opt} --opt-kwargs {args.opt_kwargs}: {error}.") from error
         if isinstance(self.optimizer, FixedNormMuon):
             self.optimizer.fix_norms(normalised_weights(model))
         updates_per_epoch = math.ceil(len(self.train_loader) / args.grad_accum_steps)
@@ -125,6 +130,8 @@ class Run:
         self.averaged = (
             ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
         )
+        self.epoch, self.batch, self.updates = 0, 0, 0
+        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0, "hits": 0, "lr": 0.0}
         # What recorded transforms do in a run, with their arguments.
         self.parts: list[tuple[Transform, dict[str, Any]]] = [
             (TRANSFORMS[name], dict(arguments)) for name, arguments in dict(self.recipe).items()
@@ -132,10 +139,10 @@ class Run:
         for transform, arguments in self.parts:
             if transform.start:
                 transform.start(self, arguments)
-        self.epoch, self.batch, self.updates = 0, 0, 0
-        self.sums = {"loss": 0.0, "rate": 0.0, "batches": 0, "images": 0, "seconds": 0.0, "hits": 0, "lr": 0.0}
         self.rng: list[dict[str, Any]] = []  # of every rank, at the time of the last save
         self.compiled: Step | None = None
+        self.facts: dict[str, Any] = {}  # for metadata.json
+        self.tables: dict[str, list[dict[str, Any]]] = {}  # summary.csv and layer_rates.csv, of the process that writes
         self.folder, self.saver = state.prepare(self)
         self.logs = open_logs(args, self.folder) if self.main else []
 
@@ -162,16 +169,16 @@ class Run:
     # ------------------------------------------------------------------------------- what hooks of transforms see
 
     @property
-    def ema(self) -> Any:
+    def ema(self) -> SpikingModel | None:
         """The model of averaged weights, or None."""
-        return self.averaged.module if self.averaged else None
+        return cast(SpikingModel, self.averaged.module) if self.averaged else None
 
     @property
     def epochs(self) -> int:
         """Epochs of the run, the last one perhaps in part."""
         return self.length.epochs
 
-    def images(self, most: int) -> Any:
+    def images(self, most: int) -> Loader:
         """At most so many training images, classes balanced, without augmentation, and their labels."""
         return self.batches.plain(most)
 
@@ -292,7 +299,7 @@ class Run:
         again = f"--progressive {told}" if args.progressive else f"--updates {self.length.total}"
         self.say(f"--train-time {args.train_time} is {self.length.total} updates here; to repeat it: {again}")
 
-    def _time_step(self, run: Step, groups: Any, size: int | None) -> float:
+    def _time_step(self, run: Step, groups: Iterator[Batch], size: int | None) -> float:
         started = 0.0
         for _ in range(self.args.grad_accum_steps):
             images, target = next(groups)
@@ -379,7 +386,7 @@ class Run:
         args, total, accumulate = self.args, len(self.train_loader), self.args.grad_accum_steps
         last_group = total - (total % accumulate or accumulate)  # a shorter last group is averaged over its own length
         group = total - last_group if self.batch >= last_group else accumulate
-        sync = nullcontext() if update or not args.distributed else net.no_sync()  # type: ignore[operator]
+        sync = net.no_sync() if isinstance(net, nn.parallel.DistributedDataParallel) and not update else nullcontext()
         with sync:
             taught = self.cache(self.epoch, self.batch) if self.cache else None
             logits, rates, taught = self._forward(run, images, self.length.size_at(self.updates), taught)

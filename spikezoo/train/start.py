@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spikezoo.neurons import MembraneNorm
+from spikezoo.observe import evaluating
 
 __all__ = ["fresh_membrane_norms", "preserve_function"]
 
@@ -37,7 +38,8 @@ def preserve_function(model: nn.Module, norms: Iterable[MembraneNorm], batches: 
     """
     sums: dict[MembraneNorm, list[Tensor]] = {}
 
-    def watch(norm: MembraneNorm, potential: Tensor) -> Tensor:
+    def watch(norm: MembraneNorm, inputs: tuple[Tensor], _normed: Tensor) -> Tensor:
+        (potential,) = inputs
         flat = potential.double()
         axes = (0,) if norm.mode == "element" else (0, *range(2, potential.dim()))
         count = flat.new_tensor(math.prod(flat.shape[axis] for axis in axes))
@@ -45,17 +47,9 @@ def preserve_function(model: nn.Module, norms: Iterable[MembraneNorm], batches: 
         sums[norm] = [a + b for a, b in zip(sums[norm], new, strict=True)] if norm in sums else new
         return potential
 
-    mode, norms = model.training, list(norms)
-    model.eval()
-    for norm in norms:
-        norm.forward = lambda u, norm=norm: watch(norm, u)  # type: ignore[method-assign, misc]
-    try:
+    with evaluating(model, [(norm, watch) for norm in norms]):
         for batch in batches:
             model(batch)
-    finally:
-        for norm in norms:
-            del norm.forward
-        model.train(mode)
     for norm, (count, total, squares) in sums.items():
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)

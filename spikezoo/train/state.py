@@ -21,7 +21,7 @@ from spikezoo.checkpoint import atomic, load_state, save_state
 from spikezoo.evaluate import environment
 from spikezoo.train.flags import known_flags, recipe_flags
 from spikezoo.train.lock import lock, release
-from spikezoo.train.output import trim_rows, write_json
+from spikezoo.train.output import trim_tables
 
 if TYPE_CHECKING:
     from spikezoo.train.run import Run
@@ -34,10 +34,16 @@ class Saver(CheckpointSaver):
 
     Args:
         snapshot: Returns the training state.
+        folder: Where its files are.
+        decreasing: Whether a smaller metric is better.
+        max_history: How many of the best it keeps.
     """
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
-        super().__init__(model=None, optimizer=None, **kwargs)
+    def __init__(
+        self, snapshot: Callable[[], dict[str, Any]], folder: Path, decreasing: bool = False, max_history: int = 10
+    ) -> None:
+        places = {"checkpoint_dir": str(folder), "recovery_dir": str(folder)}
+        super().__init__(None, None, **places, decreasing=decreasing, max_history=max_history)
         self.extension = ".safetensors"
         self.snapshot = snapshot
 
@@ -214,28 +220,27 @@ def _prepare(run: Run, folder: Path) -> tuple[Path, Saver | None]:
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        saver = Saver(
-            functools.partial(snapshot, run),
-            checkpoint_dir=str(folder),
-            recovery_dir=str(folder),
-            decreasing=args.eval_metric == "loss",
-            max_history=args.checkpoint_hist,
-        )
+        saver = Saver(functools.partial(snapshot, run), folder, args.eval_metric == "loss", args.checkpoint_hist)
         saver.drop_remains()
     if state is not None:
         restore(run, state, source, saver)
     if run.main:
-        trim_rows(folder, run.epoch)
         with atomic(folder / "args.yaml") as temporary:
             known = known_flags().keys() - {"resume", "no_resume_opt"}
             kept = {key: value for key, value in vars(args).items() if key in known and value is not None}
             temporary.write_text(yaml.safe_dump(kept, sort_keys=True), encoding="utf-8")
-        write_json(folder / "metadata.json", {"command": args.command, "seed": args.seed, **environment()})
+        run.facts = {"command": args.command, "seed": args.seed, **environment()}
+        run.tables = trim_tables(folder, run.epoch, run.facts)
     return folder, saver
 
 
 def check(run: Run, state: dict[str, Any], source: Path | None) -> None:
     """Raise where this run cannot go on from a state, before anything is written."""
+    if missing := {"architecture", "model_args", "spikezoo", "model", "optimizer", "rng", "recipe"} - state.keys():
+        raise ValueError(
+            f"{source} is no state of a training: it lacks {', '.join(sorted(missing))}. Give last.safetensors or a "
+            "recovery-*.safetensors of a run."
+        )
     theirs = (state["architecture"], state["model_args"], state["spikezoo"].get("recipe", []))
     ours = (run.args.model, run.arguments, run.recipe)
     if theirs != ours:

@@ -6,10 +6,12 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -45,7 +47,7 @@ def listening(run: Run) -> Iterator[None]:
         run: The run.
     """
 
-    def note(number: int, _frame: Any) -> None:
+    def note(number: int, _frame: FrameType | None) -> None:
         if run.asked:
             raise KeyboardInterrupt
         run.asked = number
@@ -107,7 +109,13 @@ def lost_peers(run: Run, error: BaseException) -> str:
         error: What the communication raised.
     """
     host = socket.gethostname()
-    gone = [rank for rank, (where, pid) in enumerate(run.peers) if where == host and _gone(pid)]
+    deadline = time.monotonic() + (5 if any(peer[0] == host for peer in run.peers) else 0)
+    gone: list[int] = []
+    while not gone:  # the system closes the connections of a process before it says that the process is gone
+        gone = [rank for rank, (where, pid) in enumerate(run.peers) if where == host and _gone(pid)]
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(0.05)
     who = f"rank {', '.join(map(str, gone))} is gone" if gone else "another rank is gone"
     first = str(error).strip().partition("\n")[0]
     return (

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 __all__ = ["SyncedNorms"]
@@ -22,8 +23,12 @@ class SyncedNorms(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        _types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> object:
         """Call a function of torch, or in place of a batch norm that trains the one below."""
         if func is F.batch_norm:
             return _over_all(*args, **(kwargs or {}), plain=func)
@@ -34,13 +39,13 @@ class _Sum(torch.autograd.Function):
     """The sum over all processes of a tensor, and of its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, part: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, part: Tensor) -> Tensor:
         whole = part.clone()
         dist.all_reduce(whole)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         whole = gradient.contiguous().clone()
         dist.all_reduce(whole)
         return whole

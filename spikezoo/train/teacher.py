@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spikezoo.checkpoint import atomic, load_state, save_state
-from spikezoo.data import ArrayLoader
+from spikezoo.data import ArrayLoader, Loader
 
 __all__ = ["TeacherCache", "weights_digest"]
 
@@ -50,7 +50,7 @@ class TeacherCache:
     """
 
     def __init__(
-        self, folder: str | Path, loader: Any, teach: Callable[[Tensor], Tensor], facts: Mapping[str, Any]
+        self, folder: str | Path, loader: Loader, teach: Callable[[Tensor], Tensor], facts: Mapping[str, Any]
     ) -> None:
         if not isinstance(loader, ArrayLoader) or not loader.options.views:
             raise ValueError(
@@ -95,11 +95,32 @@ class TeacherCache:
             temporary.write_text(json.dumps(self.facts, indent=2) + "\n", encoding="utf-8")
         for view in range(views):
             path = self.folder / f"view-{view:03d}.safetensors"
-            if not path.is_file():
-                save_state(path, {"logits": self._compute(view, progress)})
-            self.logits[view] = load_state(path)["logits"].to(device)
+            logits = self._stored(path, view)
+            if logits is None:
+                logits = self._compute(view, progress)
+                save_state(path, {"logits": logits, "of": self._of(view)})
+            self.logits[view] = logits.to(device)
             if self.logits[view].shape[0] != self.loader.num_samples:
                 raise ValueError(f"{path} has {len(self.logits[view])} rows, not {self.loader.num_samples}: delete it.")
+
+    def _of(self, view: int) -> str:
+        """What a file's logits are of; a view that was copied or renamed is another."""
+        return hashlib.sha256(json.dumps([view, self.facts], sort_keys=True).encode()).hexdigest()
+
+    def _stored(self, path: Path, view: int) -> Tensor | None:
+        """The logits of a view; None where they are to be computed, as nothing intact is there."""
+        if not path.is_file():
+            return None
+        try:
+            content = load_state(path)
+        except ValueError:
+            print(f"{path} is damaged; its logits are computed anew.", flush=True)
+            return None
+        if content.get("of", self._of(view)) != self._of(view):  # those of older versions do not say it
+            print(f"{path} is not of view {view}; its logits are computed anew.", flush=True)
+            return None
+        logits: Tensor = content["logits"]
+        return logits
 
     def _compute(self, view: int, progress: bool) -> Tensor:
         numbers, size = self.loader.samples, min(self.loader.options.batch_size, self.loader.num_samples)

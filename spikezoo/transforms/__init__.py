@@ -25,7 +25,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -33,14 +33,15 @@ from spikezoo.checks import UnknownArgumentError, nearest
 from spikezoo.transforms import dynsnn_training, pruning, ticket_start
 from spikezoo.transforms.compact import compact
 from spikezoo.transforms.dynsnn import dynsnn
-from spikezoo.transforms.fold import fold_bn, fold_mpbn
+from spikezoo.transforms.fold import fold_bn, fold_mpbn, set_recipe
 from spikezoo.transforms.multisp import multisp
-from spikezoo.transforms.record import Training, Transform
+from spikezoo.transforms.record import Model, Training, Transform
 from spikezoo.transforms.tickets import bake, release, set_epoch, ticket, tickets, tune
 
 __all__ = [
     "FLAGS",
     "TRANSFORMS",
+    "Model",
     "Training",
     "Transform",
     "apply",
@@ -129,13 +130,13 @@ def register_transform(name: str, change: Callable[..., nn.Module | None], **opt
         raise ValueError(f"Transform {name!r} {'exists' if name in TRANSFORMS else 'is no name'}: take another name.")
 
     @functools.wraps(change)
-    def recorded(model: nn.Module, **arguments: Any) -> nn.Module:
+    def recorded(model: nn.Module, **arguments: object) -> nn.Module:
         given = inspect.signature(change).bind(model, **arguments)
         given.apply_defaults()
         copied = copy.deepcopy(model)
         entry = (name, dict(list(given.arguments.items())[1:]))
-        changed: Any = change(copied, **arguments) or copied
-        changed.recipe = [*getattr(model, "recipe", []), entry]
+        changed = change(copied, **arguments) or copied
+        set_recipe(changed, [*getattr(model, "recipe", []), entry])
         return changed.train(model.training)
 
     TRANSFORMS[name] = Transform(recorded, **options)
@@ -143,7 +144,7 @@ def register_transform(name: str, change: Callable[..., nn.Module | None], **opt
         FLAGS.append(name)
 
 
-def apply(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
+def apply(model: Model, name: str, **arguments: object) -> Model:
     """Apply one transform by name.
 
     Args:
@@ -164,10 +165,10 @@ def apply(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
         if argument not in known:
             hint = nearest(argument, known) if known else "It takes none."
             raise UnknownArgumentError(f"Transform {name!r} has no argument {argument!r}. {hint}")
-    return TRANSFORMS[name].apply(model, **arguments)
+    return cast(Model, TRANSFORMS[name].apply(model, **arguments))
 
 
-def replay(model: nn.Module, recipe: Sequence[tuple[str, Mapping[str, Any]]]) -> nn.Module:
+def replay(model: Model, recipe: Sequence[tuple[str, Mapping[str, Any]]]) -> Model:
     """Apply the transforms of a recipe in order.
 
     Args:

@@ -28,6 +28,7 @@ from spikezoo.checks import choice, nearest, whole
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import Maskable
 from spikezoo.transforms.fold import record_transform, refuse_tickets, refuse_where
+from spikezoo.transforms.record import Model
 
 __all__ = ["compact"]
 
@@ -101,7 +102,7 @@ def _select(module: nn.Module, name: str, tensor: Tensor, axis: int, index: Tens
     module.__dict__.pop("sign_seeds", None)
 
 
-def _scale(module: Any, attributes: Sequence[str], old: int, new: int) -> None:
+def _scale(module: nn.Module, attributes: Sequence[str], old: int, new: int) -> None:
     for attribute in attributes:
         if hasattr(module, attribute):
             setattr(module, attribute, getattr(module, attribute) // old * new)
@@ -114,7 +115,7 @@ class _Walk:
         model: A model of spikezoo, whose modules are referred to, not copied.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.found: list[_Channels] = []
         self.of: dict[Node, _Channels] = {}  # whose channels a node puts out
         # Nodes whose output is zero wherever a neuron of their channels is masked. A sum is not: what it adds may be.
@@ -125,7 +126,7 @@ class _Walk:
             self.follow(node)
         self.features = self.of[graph.features]
         level = self.of[graph.input]
-        for info in model.feature_info:
+        for info in getattr(model, "feature_info", ()):
             inside = [node for node in graph.nodes if node.owner.startswith(info["module"] + ".")]
             level = self.of[inside[-1]] if inside else level
             level.levels.append(info)
@@ -222,7 +223,7 @@ def _read_masks(model: nn.Module, groups: Mapping[str, _Channels]) -> tuple[dict
     for name in widths:  # what is gone as a whole needs no mask
         kept = ~groups[name].dead()
         for member, neuron in groups[name].neurons.items():
-            if neuron.mask[kept].all():  # type: ignore[index]
+            if neuron.mask is None or neuron.mask[kept].all():
                 masks.pop(member, None)
     return widths, masks
 
@@ -242,9 +243,7 @@ def _check_sizes(
 
 
 @torch.no_grad()
-def compact(
-    model: nn.Module, widths: Mapping[str, int] | None = None, masks: Mapping[str, str] | None = None
-) -> nn.Module:
+def compact(model: Model, widths: Mapping[str, int] | None = None, masks: Mapping[str, str] | None = None) -> Model:
     """Take out the channels that masks removed: weights, norms and the next layer's share of them.
 
     The logits are those of the masked model up to rounding: sums over fewer terms may round otherwise, as in
@@ -281,7 +280,7 @@ def compact(
     if masks is not None and widths is None:
         raise ValueError("masks were given without widths: both are what a recipe holds. Leave both out.")
     refuse_tickets(model)
-    copied: Any = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     walk = _Walk(copied)
     groups = walk.groups()
     if widths is None:

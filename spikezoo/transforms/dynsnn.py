@@ -42,6 +42,7 @@ from spikezoo.transforms.rates import (
     without,
 )
 from spikezoo.transforms.reach import Reach, like_norm
+from spikezoo.transforms.record import Model
 
 __all__ = [
     "check_reactivation",
@@ -63,18 +64,18 @@ __all__ = [
 REDRAWN = ("in", "out", "both")
 
 
-def _epoch(name: str, value: Any) -> int:
+def _epoch(name: str, value: object) -> int:
     return whole(name, value, expected="epochs, integers from 1; they act when that epoch has ended")
 
 
-def compacted(model: Any) -> bool:
+def compacted(model: nn.Module) -> bool:
     """Whether a model was compacted after its neurons got masks, which leaves only those still needed."""
     last = [name for name, _ in getattr(model, "recipe", []) if name in ("dynsnn", "compact")][-1:]
     return last == ["compact"]
 
 
 def dynsnn(
-    model: nn.Module,
+    model: Model,
     per: str = "unit",
     threshold: float | None = None,
     compression: float | None = None,
@@ -82,7 +83,7 @@ def dynsnn(
     prune_at: int | None = None,
     weights: str = "in",
     samples: int = 10_000,
-) -> nn.Module:
+) -> Model:
     """Give every hidden neuron a mask, True where it exists; the rest says when ``train.py`` acts on them.
 
     Args:
@@ -163,7 +164,9 @@ def _carry_over(
     parameters, tensors = dict(model.named_parameters()), model.state_dict()
     averaged = ema.state_dict() if ema is not None else {}
     # timm's Lookahead wraps an optimizer, in whose state it keeps its own, too.
-    states: Any = {} if optimizer is None else getattr(optimizer, "_base_optimizer", optimizer).state
+    states: Mapping[Tensor, Mapping[str, object]] = {}
+    if optimizer is not None:
+        states = getattr(optimizer, "_base_optimizer", optimizer).state
     for name, where in changed.items():
         state = states.get(parameters[name], {}) if name in parameters else {}
         for key, value in state.items():
@@ -329,15 +332,15 @@ def dynsnn_report(model: nn.Module, images: Tensor | None = None) -> dict[str, f
         if neuron.norm is not None and mask is not None:
             dead += 2 * int((~like_norm(mask, neuron.norm.weight.shape)).sum())
     for name, (inputs, outputs) in reach.layers.items():
-        layer: Any = model.get_submodule(name)
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
         for index, (into, outof) in enumerate((whole.layers[name], (inputs, outputs))):
             synapses[index] += _synapses(layer, into, outof)
         rows, columns = reach.matters(name)
         live = int(rows.sum()) * int(columns.sum()) * math.prod(layer.weight.shape[2:])
         dead += layer.weight.numel() - live + (0 if layer.bias is None else int((~rows).sum()))
     for name, channels in reach.norms.items():
-        norm: Any = model.get_submodule(name)
-        dead += 2 * int((~channels).sum()) if norm.affine else 0
+        dead += 2 * int((~channels).sum()) if model.get_submodule(name).affine else 0
     found: dict[str, float] = {}
     counts = {"neurons": (neurons, left), "synapses": synapses, "parameters": (parameters, parameters - dead)}
     for what, (before, after) in counts.items():
@@ -347,7 +350,7 @@ def dynsnn_report(model: nn.Module, images: Tensor | None = None) -> dict[str, f
     return found
 
 
-def _synapses(layer: Any, inputs: Tensor, outputs: Tensor) -> float:
+def _synapses(layer: nn.Conv2d | nn.Linear, inputs: Tensor, outputs: Tensor) -> float:
     """Connections of a layer between inputs ``[C, ...]`` and outputs ``[C', ...]`` that matter."""
     if isinstance(layer, nn.Linear):
         return float(inputs.sum() * outputs.sum())

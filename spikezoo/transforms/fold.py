@@ -15,6 +15,7 @@ from spikezoo.graph import trace
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, is_mean, set_ternary
 from spikezoo.neurons import FoldedThreshold, SpikingNeuron
 from spikezoo.surrogate import spike
+from spikezoo.transforms.record import Model
 
 __all__ = ["fold_bn", "fold_mpbn"]
 
@@ -22,10 +23,15 @@ __all__ = ["fold_bn", "fold_mpbn"]
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def record_transform(model: nn.Module, name: str, **arguments: Any) -> nn.Module:
+def record_transform(model: Model, name: str, **arguments: object) -> Model:
     """Append a transform to the recipe of the copy that it made, and put what it added in evaluation mode too."""
-    model.recipe = [*getattr(model, "recipe", []), (name, arguments)]  # type: ignore[assignment]
+    set_recipe(model, [*getattr(model, "recipe", []), (name, arguments)])
     return model.eval()
+
+
+def set_recipe(model: nn.Module, recipe: list[tuple[str, dict[str, object]]]) -> None:
+    """Say of a model which transforms made it."""
+    model.recipe = recipe  # type: ignore[assignment]
 
 
 def _dotted(name: str, module: nn.Module) -> str:
@@ -123,7 +129,7 @@ def _fold_neuron(name: str, neuron: SpikingNeuron) -> FoldedThreshold:
 
 
 @torch.no_grad()
-def fold_mpbn(model: nn.Module) -> nn.Module:
+def fold_mpbn(model: Model) -> Model:
     """Fold membrane normalisation (MPBN) into a firing threshold and a polarity per channel or element.
 
     The result fires exactly where the model in evaluation mode fires, for every finite membrane potential of the
@@ -134,7 +140,7 @@ def fold_mpbn(model: nn.Module) -> nn.Module:
     soft one still subtracts ``config.threshold``.
 
     Args:
-        model: Any model in float32 or float64 whose neurons have a membrane norm. It stays as it is.
+        model: A model in float32 or float64 whose neurons have a membrane norm. It stays as it is.
 
     Returns:
         A folded deep copy in evaluation mode (the running statistics are folded, whatever mode the model is in),
@@ -231,7 +237,8 @@ def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None
     bias = torch.zeros_like(mean) if norm.bias is None else norm.bias
     if pool is not None:
         _check_pool(name, pool, weight)
-    fuse: Any = fuse_linear_bn_weights if isinstance(target, nn.Linear) else fuse_conv_bn_weights
+    fuse: Callable[..., tuple[nn.Parameter, nn.Parameter]]
+    fuse = fuse_linear_bn_weights if isinstance(target, nn.Linear) else fuse_conv_bn_weights
     fused_weight, fused_bias = fuse(target.weight, target.bias, mean, var, norm.eps, weight, bias)
     refuse_where(
         ~(fused_weight.flatten(1).isfinite().all(1) & fused_bias.isfinite()),
@@ -243,7 +250,7 @@ def _fold_layer(name: str, target: nn.Conv2d | nn.Linear, pool: nn.Module | None
 
 
 @torch.no_grad()
-def fold_bn(model: nn.Module) -> nn.Module:
+def fold_bn(model: Model) -> Model:
     """Fold the batch norm after every convolution and linear layer into that layer's weights and bias.
 
     Equal up to rounding, not bit for bit: a membrane potential within a rounding of its threshold may decide
@@ -252,7 +259,7 @@ def fold_bn(model: nn.Module) -> nn.Module:
     returns. Factors of time steps (``norm='tebn'``) stay, see :func:`~spikezoo.layers.set_norms`.
 
     Args:
-        model: Any model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`, or of
+        model: A model in float32 or float64 built from :class:`ConvNormNeuron` and :class:`LinearNormNeuron`, or of
             ``create_model`` with torch's layers in blocks of any kind. It stays as it is.
 
     Returns:

@@ -21,6 +21,7 @@ from spikezoo.checks import number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Stem, set_ternary
 from spikezoo.neurons import NeuronConfig, NeuronFactory, ReLU
 from spikezoo.transforms.fold import record_transform
+from spikezoo.transforms.record import Model
 from spikezoo.transforms.tickets import parametrise
 
 __all__ = ["PatchSelection", "kept_patches", "multisp"]
@@ -97,13 +98,13 @@ def _check(model: nn.Module, convs: dict[str, nn.Conv2d], prunes: bool, fixed: b
 
 
 def multisp(
-    model: nn.Module,
+    model: Model,
     pep_sparsity: float = 0.4,
     patch_ratio: float = 0.3,
     binary_pep: bool = True,
     fixed: bool = False,
     seed: int = 0,
-) -> nn.Module:
+) -> Model:
     """Prune the patch embedding's weights by a ticket, and the patches that the blocks compute on.
 
     The ticket is one of the stem's convolutions, with frozen weights of two values a layer (binary) or normally
@@ -151,22 +152,24 @@ def multisp(
             f"MultiSp prunes a patch embedding, and {type(model).__name__} has none. Models that have one: "
             "spikformer_tiny, spikformer_small, and all of spikezoo.list_models(['spikformer*', 'autost*'])."
         )
-    copied: Any = copy.deepcopy(model)
-    convs = {f"stem.{name}": m for name, m in copied.stem.named_modules() if isinstance(m, nn.Conv2d)}
+    copied = copy.deepcopy(model)
+    stem = copied.get_submodule("stem")
+    assert isinstance(stem, Stem)
+    convs = {f"stem.{name}": m for name, m in stem.named_modules() if isinstance(m, nn.Conv2d)}
     _check(copied, convs, prunes, fixed, patch_ratio > 0)
     if prunes:
         parametrise(
             convs, binary_pep, pep_sparsity, init="signed_constant" if binary_pep else "kaiming_normal", seed=seed
         )
         if binary_pep:
-            _binarise(copied.stem)
+            _binarise(stem)
     for conv in {} if prunes or fixed else convs.values():  # a baked ticket is trained on with real weights
         set_ternary(conv, False)
         conv.weight.requires_grad_(True)
     if fixed:
-        copied.stem = FixedStem(*copied.stem).requires_grad_(False)
+        copied.stem = stem = FixedStem(*stem).requires_grad_(False)
     if patch_ratio:
-        copied.stem.append(PatchSelection(patch_ratio))
+        stem.append(PatchSelection(patch_ratio))
     arguments: dict[str, Any] = {"patch_ratio": patch_ratio, "fixed": fixed}
     if not fixed:
         arguments |= {"pep_sparsity": pep_sparsity, "binary_pep": binary_pep, "seed": seed}

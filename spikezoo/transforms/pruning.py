@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spikezoo.checks import choice, number, whole
-from spikezoo.transforms.fold import record_transform, refuse_tickets
-from spikezoo.transforms.record import Training
-from spikezoo.transforms.tickets import weighted_layers
+from spikezoo.transforms.fold import record_transform, refuse_tickets, set_recipe
+from spikezoo.transforms.record import Model, Training
+from spikezoo.transforms.tickets import made_by, weighted_layers
 
 __all__ = ["METHODS", "after_epoch", "deliver", "prune", "report", "start"]
 
@@ -74,14 +74,14 @@ class Strength(nn.Module):
 
 
 def prune(
-    model: nn.Module,
+    model: Model,
     method: str = "magnitude",
     sparsity: float = 0.9,
     penalty: float = 1e-3,
     temperature: float = 0.0,
     until: int | None = None,
     exempt: Sequence[str] = (),
-) -> nn.Module:
+) -> Model:
     """Prepare the weights of all convolutions and linear layers to be pruned while they are trained.
 
     Args:
@@ -145,17 +145,16 @@ def _most_awake(strength: Tensor, sparsity: float) -> int:
 def _parts(model: nn.Module) -> dict[str, tuple[Any, Kept | Strength]]:
     """Layers that are being pruned, with their parametrisation, by name."""
     found = {}
-    module: Any
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            first = module.parametrizations.weight[0]
+            first = made_by(module)[0]
             if isinstance(first, Kept | Strength):
                 found[name] = (module, first)
     return found
 
 
-def _strength(layer: Any) -> Tensor:
-    return layer.parametrizations.weight.original
+def _strength(layer: nn.Module) -> Tensor:
+    return made_by(layer).original
 
 
 def start(training: Training, facts: Mapping[str, Any]) -> None:
@@ -181,11 +180,11 @@ def start(training: Training, facts: Mapping[str, Any]) -> None:
     sides: list[Tensor] = []
 
     @torch.no_grad()
-    def before(*_: Any) -> None:
+    def before(*_: object) -> None:
         sides[:] = [torch.sign(_strength(layer) - center) for layer, _ in layers]
 
     @torch.no_grad()
-    def after(optimizer: Any, *_: Any) -> None:
+    def after(optimizer: torch.optim.Optimizer, *_: object) -> None:
         rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
         for index, ((layer, part), side) in enumerate(zip(layers, sides, strict=True)):
             strength = _strength(layer)
@@ -252,13 +251,13 @@ def deliver(model: nn.Module) -> nn.Module:
     Args:
         model: A model whose weights are being pruned. It stays as it is.
     """
-    copied: Any = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     for layer, _ in _parts(copied).values():
         weight = layer.weight
         layer.__class__ = layer.__class__.__bases__[0]  # torch's removal would change the class that both share
         del layer.parametrizations
         layer.weight = nn.Parameter(weight)
-    copied.recipe = [(name, facts) for name, facts in copied.recipe if name != "prune"]
+    set_recipe(copied, [(name, facts) for name, facts in getattr(model, "recipe", []) if name != "prune"])
     return copied
 
 

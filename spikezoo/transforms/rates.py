@@ -43,7 +43,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def check_threshold(value: Any) -> float:
+def check_threshold(value: object) -> float:
     """A firing rate that neurons may be held against, or an error that says so."""
     wanted = "a firing rate in [0, 1], spikes per time step; neurons below it fade, so 0 removes nothing"
     return float(number("threshold", value, 0, 1, "[]", expected=wanted))
@@ -77,8 +77,8 @@ def neuron_rates(model: nn.Module, batches: Iterable[Any], per: str | None = Non
     sums: dict[str, Tensor] = {}
     units = dict.fromkeys(neurons, 0.0)  # what one spike stands for, times samples
 
-    def counting(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, _inputs: Any, out: Tensor) -> None:
+    def counting(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, _inputs: object, out: Tensor) -> None:
             # In float32, since half precision holds no whole number above 256 or 2048 for sure.
             spikes = out.sum((0, 1), dtype=torch.promote_types(out.dtype, torch.float32)).double() / out.shape[0]
             sums[name] = sums[name] + spikes if name in sums else spikes

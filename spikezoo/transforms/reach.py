@@ -56,7 +56,7 @@ class Reach:
             net.grad_checkpointing = False  # which would run the hooks twice
             with evaluating(model, hooks), torch.enable_grad():
                 logits = net(images)  # all of them matter, or features that no neuron puts out
-                total: Any = sum([*self.targets, logits.sum()])
+                total: Tensor = sum(self.targets, logits.sum())
                 grads = torch.autograd.grad(total, list(self.outputs.values()))
         finally:
             net.grad_checkpointing = saves

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["Training", "Transform"]
+__all__ = ["Model", "Training", "Transform"]
+
+Model = TypeVar("Model", bound=nn.Module)  # what a transform takes, and returns a changed copy of
 
 
 class Training(Protocol):
     """A run of training, as the hooks of a transform see it.
 
     Attributes:
-        model: The model that is trained, transformed.
         optimizer: Its ``param_groups`` and ``state`` hold what belongs to the parameters of ``model``.
         epoch: Epochs that are done.
         seed: The run's seed.
     """
 
-    model: Any
-    optimizer: Any
+    optimizer: torch.optim.Optimizer
     epoch: int
     seed: int
 
     @property
-    def ema(self) -> Any:
+    def model(self) -> nn.Module:
+        """The model that is trained, transformed."""
+
+    @property
+    def ema(self) -> nn.Module | None:
         """The model of averaged weights, or None."""
 
     @property
@@ -44,7 +50,7 @@ class Training(Protocol):
     def say(self, text: str) -> None:
         """Print a line, of several processes only once."""
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The number format of the run's forward passes."""
 
 
@@ -75,8 +81,8 @@ class Transform:
     flag: str = ""
     default: Mapping[str, Any] | None = None
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    check_flags: Callable[[Any], None] | None = None
-    initialise: Callable[[nn.Module, Any], None] | None = None
+    check_flags: Callable[[argparse.Namespace], None] | None = None
+    initialise: Callable[[nn.Module, argparse.Namespace], None] | None = None
     start: Callable[[Training, Mapping[str, Any]], None] | None = None
     at_epoch: Callable[[nn.Module, float], None] | None = None
     after_epoch: Callable[[Training, Mapping[str, Any]], Mapping[str, Any]] | None = None

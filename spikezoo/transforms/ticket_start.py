@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
 from spikezoo.checkpoint import read_weights
-from spikezoo.transforms.tickets import Ticket, tickets
+from spikezoo.transforms.tickets import Ticket, made_by, tickets
 
 __all__ = ["FLAGS", "check_flags", "initialise", "warm_scores"]
 
@@ -21,7 +21,7 @@ FLAGS = {
 }
 
 
-def check_flags(args: Any) -> None:
+def check_flags(args: argparse.Namespace) -> None:
     """Raise where there is no ticket to start.
 
     Args:
@@ -34,7 +34,7 @@ def check_flags(args: Any) -> None:
         raise ValueError(f"--ticket-init {args.ticket_init} without --ticket. Add --ticket kind=mpslt sparsity=0.4.")
 
 
-def initialise(model: nn.Module, args: Any) -> None:
+def initialise(model: nn.Module, args: argparse.Namespace) -> None:
     """Start the scores as ``--ticket-init`` says.
 
     Args:
@@ -63,14 +63,12 @@ def warm_scores(model: nn.Module, checkpoint: str) -> int:
     Raises:
         ValueError: No ticket, or weights of other layers.
     """
-    found = {name: pair for name, pair in tickets(model).items() if isinstance(pair[1], Ticket)}
+    found = {name: (layer, part) for name, (layer, part) in tickets(model).items() if isinstance(part, Ticket)}
     if not found:
         raise ValueError("--ticket-init: the model has no ticket. Add --ticket kind=mpslt sparsity=0.4.")
     weights = read_weights(checkpoint)
-    layer: Any
-    part: Any
     for name, (layer, part) in found.items():
-        weight, scores = weights.get(f"{name}.weight"), layer.parametrizations.weight.original
+        weight, scores = weights.get(f"{name}.weight"), made_by(layer).original
         if weight is None or weight.shape != scores.shape:
             what = "no such layer" if weight is None else f"weights {tuple(weight.shape)}"
             raise ValueError(

@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.nn.utils import parametrize
 
 from spikezoo.checkpoint.sparse import seeded_signs
 from spikezoo.checks import choice, nearest, number, switch, whole
 from spikezoo.layers import set_ternary
 from spikezoo.transforms.fold import record_transform
+from spikezoo.transforms.record import Model
 
 __all__ = ["KINDS", "bake", "release", "set_epoch", "ticket", "tune", "weighted_layers"]
 
@@ -81,12 +83,12 @@ class _StraightThrough(torch.autograd.Function):
     """Weights forward; to what they were made from their gradient times a factor."""
 
     @staticmethod
-    def forward(ctx: Any, source: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, source: Tensor, factor: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(factor)
         return weight.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
         return grad * factor, None, None
 
@@ -106,7 +108,7 @@ class _Ranking:
 
     def mask(self, index: int, own: Tensor) -> Tensor:
         """The mask of one layer, whose scores are ``own``."""
-        scores: list[Any] = [layer.original for layer in self.layers]
+        scores = [layer.original for layer in self.layers]
         if index == len(scores):  # while it is being registered
             scores.append(own)
         return _top_mask(scores, index, self.removed)
@@ -183,6 +185,13 @@ class Tuned(nn.Module):
         )
 
 
+def made_by(layer: nn.Module) -> parametrize.ParametrizationList:
+    """What makes a layer's weight; its ``original`` is what is learned."""
+    found = layer.get_submodule("parametrizations.weight")
+    assert isinstance(found, parametrize.ParametrizationList)
+    return found
+
+
 def weighted_layers(model: nn.Module, exempt: Sequence[str]) -> dict[str, nn.Conv2d | nn.Linear]:
     """Convolutions and linear layers that are not exempted, by name."""
     found = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -249,7 +258,7 @@ def parametrise(
         frozen = _frozen(layer.weight.detach(), init, own, 1 - sparsity if scale_fan else 1.0)
         set_ternary(layer, binary)
         parametrize.register_parametrization(layer, "weight", Ticket(frozen, binary, ranking, own, cumulative))
-        ranking.layers.append(layer.parametrizations["weight"])  # type: ignore[arg-type, index]
+        ranking.layers.append(made_by(layer))
     if shared is not None and shared.layers[0].original.device.type != "meta":
         # Scores at random say nothing of the end of a schedule, which bake checks.
         shared.removed.fill_(min(sparsity, 1 - ANNEALED_FROM) if anneal else sparsity)
@@ -258,7 +267,7 @@ def parametrise(
 
 
 def ticket(
-    model: nn.Module,
+    model: Model,
     kind: str = "mpslt",
     sparsity: float = 0.4,
     scope: str = "layer",
@@ -268,7 +277,7 @@ def ticket(
     seed: int = 0,
     exempt: Sequence[str] = (),
     cumulative: bool = False,
-) -> nn.Module:
+) -> Model:
     """Turn the weights of all convolutions and linear layers into tickets: scores that choose among frozen weights.
 
     What is trained afterwards are the scores (and norms and biases, where the model has them); :func:`bake` ends it.
@@ -311,7 +320,7 @@ def ticket(
         raise ValueError(f"exempt={exempt!r}: expected names of layers, for instance ['head.fc'].")
     exempt = list(exempt)
     binary, neurons = KINDS[name]
-    config: Any = getattr(model, "neuron_config", None)
+    config = getattr(model, "neuron_config", None)
     if config is not None and config.kind not in neurons:
         fits = [k for k, (_, kinds) in KINDS.items() if config.kind in kinds]
         raise ValueError(
@@ -330,10 +339,9 @@ def ticket(
     return record_transform(copied, "ticket", **arguments).train(model.training)
 
 
-def _check_none_empty(layers: Mapping[str, nn.Module]) -> None:
+def _check_none_empty(layers: Mapping[str, nn.Conv2d | nn.Linear]) -> None:
     for name, layer in layers.items():
-        weight: Any = layer.weight
-        if not weight.any():
+        if not layer.weight.any():
             raise ValueError(
                 f"Layer {name!r} would keep no weight at all. Use scope='layer', a smaller sparsity, or exempt it."
             )
@@ -342,10 +350,9 @@ def _check_none_empty(layers: Mapping[str, nn.Module]) -> None:
 def tickets(model: nn.Module) -> dict[str, tuple[Any, Ticket | Tuned]]:
     """Layers whose weight is parametrised by a ticket, with the parametrisation, by name."""
     found = {}
-    module: Any
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            first = module.parametrizations.weight[0]
+            first = made_by(module)[0]
             if isinstance(first, Ticket | Tuned):
                 found[name] = (module, first)
     return found
@@ -366,7 +373,7 @@ def set_epoch(model: nn.Module, epoch: float) -> None:
 
 
 @torch.no_grad()
-def bake(model: nn.Module) -> nn.Module:
+def bake(model: Model) -> Model:
     """Replace scores, frozen weights and masks by the plain weights that they give; the logits stay, bit for bit.
 
     Of binary kinds the weights are -gain, 0 and gain, which a checkpoint stores in little more than a bit a weight.
@@ -405,7 +412,7 @@ def set_final(model: nn.Module) -> None:
     set_epoch(model, ANNEALED_EPOCHS)
 
 
-def release(model: nn.Module, layers: Sequence[str]) -> nn.Module:
+def release(model: Model, layers: Sequence[str]) -> Model:
     """Make ordinary layers of some of a baked ticket, such as the head for other classes; the others stay as they are.
 
     Args:
@@ -430,7 +437,7 @@ def release(model: nn.Module, layers: Sequence[str]) -> nn.Module:
     return record_transform(copied, "release", layers=list(layers)).train(model.training)
 
 
-def tune(model: nn.Module, binary: bool = False) -> nn.Module:
+def tune(model: Model, binary: bool = False) -> Model:
     """Prepare the fine-tuning of a baked ticket: zeros stay zeros, the other weights are trained.
 
     Args:
@@ -445,11 +452,11 @@ def tune(model: nn.Module, binary: bool = False) -> nn.Module:
     """
     switch("binary", binary)
     copied = copy.deepcopy(model)
-    baked = [module for module in copied.modules() if getattr(module, "baked", False)]
+    layers = [module for module in copied.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    baked = [layer for layer in layers if getattr(layer, "baked", False)]
     if tickets(model) or not baked:
         applied = [name for name, _ in getattr(model, "recipe", [])]
         raise ValueError(f"Fine-tuning starts from a baked ticket and the recipe is {applied}: spikezoo.bake it first.")
-    layer: Any
     for layer in baked:
         layer.__dict__.pop("sign_seeds", None)
         set_ternary(layer, binary)

@@ -12,12 +12,11 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from timm.utils.misc import natural_key
 
 from spikezoo.checks import nearest
 from spikezoo.data.events.official import NAMED, Named, halves, named_place
 from spikezoo.data.events.readers import READERS, native_sensor
-from spikezoo.data.info import is_litter, refuse, subfolders
+from spikezoo.data.info import is_litter, natural, refuse, subfolders
 
 _logger = logging.getLogger("spikezoo")
 _warn_once = functools.lru_cache(maxsize=256)(_logger.warning)
@@ -64,7 +63,7 @@ def by_class(folder: Path, only: Sequence[str] | None = None) -> dict[str, list[
         raise ValueError(f"{folder} has no class; wanted is a folder for each class, so that {_LAYOUT}")
     found: dict[str, list[Path]] = {}
     left: Counter[str] = Counter()
-    for name in sorted(classes, key=natural_key):
+    for name in sorted(classes, key=natural):
         there = [path for path in classes[name].iterdir() if not is_litter(path.name)]
         fit = [path for path in there if path.suffix.lower() in READERS and path.is_file()]
         if not fit:
@@ -73,7 +72,7 @@ def by_class(folder: Path, only: Sequence[str] | None = None) -> dict[str, list[
                 f"{classes[name]} is a class without a recording ({', '.join(READERS)}); it has {others}. Put its "
                 f"recordings there or remove the folder"
             )
-        found[name] = sorted(fit, key=lambda path: natural_key(path.name))
+        found[name] = sorted(fit, key=lambda path: natural(path.name))
         left.update("folder" if path.is_dir() else path.suffix or path.name for path in set(there) - set(fit))
     if left:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(left.items()))
@@ -110,7 +109,7 @@ def _named_recordings(name: str, data_dir: str | None, download: bool) -> Record
     there = {path.stem for path, _ in everything}
     wanted = {f"cifar10_{label}_{number}" for label in known.classes for number in range(1000)}
     if there != wanted or len(everything) != len(wanted):
-        absent, more = sorted(wanted - there, key=natural_key), len(everything) - len(wanted & there)
+        absent, more = sorted(wanted - there, key=natural), len(everything) - len(wanted & there)
         raise ValueError(
             f"{name}: the split is of the 10000 official recordings; of them {len(absent)} are not in {place}"
             f"{f' (the first is {absent[0]})' if absent else ''}, and {more} files there are others or doubles. For "
