@@ -25,7 +25,6 @@ from torch._inductor import aot_compile
 from torch._inductor.package import load_package, package_aoti
 from tqdm import tqdm
 
-from spikezoo._version import __version__
 from spikezoo.checkpoint import atomic
 from spikezoo.checks import finite
 from spikezoo.deploy.bits import Call, Packed, Spikes, register
@@ -39,6 +38,7 @@ __all__ = ["LoadedModel", "load_deployed", "save_deployed"]
 
 FACTS, CALLS, KERNEL = "spikezoo/model.json", "spikezoo/bits.pt", "spikezoo/bits.kernel"
 SUFFIX = ".pt2"
+VERSION = 1  # of our members and of the operations that the machine code calls
 # Where bfloat16 is laid out by another pass of the compiler: largest difference of a logit, relative to the largest.
 TOLERANCE = 1e-2
 
@@ -255,8 +255,7 @@ def save_deployed(net: Deployed, path: str | Path, example: Tensor | None = None
         made = Path(folder) / f"model{SUFFIX}"
         package_aoti(str(made), files)
         facts = {
-            "version": 1,
-            "spikezoo": __version__,
+            "version": VERSION,
             "torch": str(torch.__version__),
             "processor": processor(),
             "kernel": place(instructions()).name if calls else None,
@@ -364,9 +363,9 @@ def load_deployed(path: str | Path) -> LoadedModel:
         )
     facts, members = _members(path)
     again = "Save it again here, from the model: spikezoo.deploy(model, ..., example=images).save(...)."
-    for key, here in (("torch", str(torch.__version__)), ("processor", list(processor()))):
+    for key, here in (("version", VERSION), ("torch", str(torch.__version__)), ("processor", list(processor()))):
         if facts[key] != here:
-            shown = [value if isinstance(value, str) else " ".join(value) for value in (facts[key], here)]
+            shown = [" ".join(value) if isinstance(value, list) else value for value in (facts[key], here)]
             raise ValueError(f"{path} was compiled for {key} {shown[0]}, and this is {shown[1]}. {again}")
     if facts["kernel"] and facts["kernel"] != place(instructions()).name:
         raise ValueError(f"{path} has another kernel of spikes in bits ({facts['kernel']}) than this version. {again}")
