@@ -107,7 +107,7 @@ ALLOWED = {
         "observe",
         "registry",
     },
-    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
+    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint", "precision"},
     "__init__.py": {"*"},
 }
 SCRIPTS = ("train.py", "validate.py", "benchmark.py")
