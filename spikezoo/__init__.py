@@ -9,6 +9,7 @@ from spikezoo.counting import Count as Count
 from spikezoo.counting import count as count
 from spikezoo.counting import count_loader as count_loader
 from spikezoo.deploy import deploy as deploy
+from spikezoo.deploy import load_deployed as load_deployed
 from spikezoo.export import export as export
 from spikezoo.factory import create_model as create_model
 from spikezoo.factory import model_info as model_info

@@ -50,11 +50,10 @@ class Parser(argparse.ArgumentParser):
     Args:
         prog: The command as it is typed, ``spikezoo count``.
         description: What it does: the docstring of its file.
-        **options: Of ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
-        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+    def __init__(self, prog: str, description: str | None) -> None:
+        super().__init__(prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.add_argument(
             "--import",
             dest="imports",

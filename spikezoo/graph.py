@@ -36,6 +36,7 @@ Kinds of nodes:
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -315,6 +316,12 @@ def _without_numbers(model: nn.Module) -> Any:
     return copy.deepcopy(model, memo).eval().float()
 
 
+def _one_step(forward: Callable[[Tensor], Tensor], x: Tensor, T: int | None = None) -> Tensor:
+    """Shape of a neuron's spikes by its first step, which stands for all: steps are most of the work of following."""
+    out = forward(x[:1])
+    return out.expand(x.shape[0] if T is None else T, *out.shape[1:])
+
+
 @torch.no_grad()
 def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     """Follow the signals through a model.
@@ -339,6 +346,9 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
             "without wrapper."
         )
     copied = _without_numbers(model)
+    for module in copied.modules():
+        if type(module).forward is SpikingNeuron.forward:
+            module.forward = functools.partial(_one_step, module.forward)
     recorder = _Recorder(model, copied)
     x = torch.zeros(3, *(copied.input_shape if shape is None else shape), device="meta")
     try:

@@ -1,10 +1,15 @@
 """What all tests share: one torch thread, a fixed seed, and a Hugging Face Hub on the loopback."""
 
 import importlib.util
+import multiprocessing
 import os
+import socket
 import sys
+import tempfile
+import textwrap
 import types
 import warnings
+from multiprocessing.connection import wait
 from pathlib import Path
 
 # Micro-models are many times slower with a second thread on busy cores; subprocesses inherit it.
@@ -31,6 +36,63 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# Importing torch and timm takes longer than what most processes of tests do: one process imports them, and its copies
+# go on from there. spikezoo itself is imported by each, from this one's sys.path.
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["torch", "timm"])
+_CHILD = """
+import os, sys
+os.environ.clear()
+os.environ.update({environ!r})
+os.chdir({folder!r})
+sys.argv = ["-c"]
+for descriptor, name in enumerate({files!r}, 1):
+    os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+exec({code!r}, {{"__name__": "__main__"}})
+"""
+
+
+def fork(code, folder, files, environ=None):
+    """Start a process that runs code as ``python -c`` does, with output and errors into two files."""
+    environ = {**os.environ, **(environ or {})}
+    text = _CHILD.format(environ=environ, folder=str(folder), files=list(map(str, files)), code=textwrap.dedent(code))
+    process = _forks.Process(target=exec, args=(text, {}))
+    process.start()
+    return process
+
+
+def run_code(code, *ranks, folder="."):
+    """Run code in a process as :func:`subprocess.run` would, or in one for each dict of variables.
+
+    The first process that fails ends the others, as torchrun does it.
+
+    Returns:
+        Its exit code, or the first that is not 0; output and errors of all.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        files = [[Path(place, f"{number}{kind}") for kind in ("out", "err")] for number in range(len(ranks) or 1)]
+        folder = Path(folder).resolve()
+        left = [fork(code, folder, *pair) for pair in zip(files, ranks or [None], strict=True)]
+        codes = []
+        while left:
+            wait([process.sentinel for process in left])
+            for process in [process for process in left if process.exitcode is not None]:
+                left.remove(process)
+                codes.append(process.exitcode)
+                for other in left if codes[-1] else []:
+                    other.kill()
+        out, err = ("".join(path.read_text() for path in paths) for paths in zip(*files, strict=True))
+    return types.SimpleNamespace(returncode=next(filter(None, codes), 0), stdout=out, stderr=err)
+
+
+def two_ranks():
+    """What torchrun tells each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

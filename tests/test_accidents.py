@@ -8,11 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from unittest import mock
 
 import pytest
 import torch
-from conftest import load
+from conftest import fork, load
 
 from spikezoo import cli
 from spikezoo.checkpoint import load_state, read_metadata, read_table, save_state
@@ -68,21 +69,26 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(argv, tmp_path, 
     assert [row["epoch"] for row in rates] == ["1", "2"] and len(rates[0]) > 2
 
 
-def test_one_process_a_folder(argv, tmp_path):
+def test_one_process_a_folder(argv, tmp_path, tmp_path_factory):
     folder = tmp_path / "run"
     folder.mkdir()
-    code = (
-        "import sys; from pathlib import Path; from spikezoo.train.lock import lock; "
-        "lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout.readline() == "held\n"
+    out, err = (tmp_path_factory.mktemp("other") / name for name in ("out", "err"))
+    code = f"""
+        import time
+        from pathlib import Path
+        from spikezoo.train.lock import lock
+        lock(Path({str(folder)!r}))
+        print("held", flush=True)
+        time.sleep(600)
+    """
+    other = fork(code, tmp_path, (out, err))
+    while not (out.exists() and out.read_text() == "held\n"):
+        time.sleep(0.01)
+        assert other.is_alive(), err.read_text()
     with pytest.raises(lock.InUseError, match=f"process {other.pid} on {socket.gethostname()} trains there since"):
         main(argv)
     other.kill()
-    other.communicate()
+    other.join()
     lock.lock(folder)  # of a process that is gone nothing is left
     lock.lock(folder)
     lock.release(folder)
@@ -318,10 +324,13 @@ def test_files_of_a_run_that_are_not_as_it_wrote_them(argv, tmp_path, capsys):
     assert rates.read_bytes() == intact["layer_rates.csv"]
     # How long a run took is not told of a table that lacks its first rows.
     assert "train_minutes" not in training_facts(folder) and train_seconds(folder) is None
-    # Other line ends and a further row, as a killed process leaves it, are no damage; nor is an older run's file.
+    # Other line ends are no damage, nor is a further row, as a killed process leaves it; nor is an older run's file.
     restore()
+    wanted = read_table(summary)
+    summary.write_bytes(intact["summary.csv"].replace(b"\r\n", b"\n"))
+    assert read_table(summary) == wanted
     summary.write_bytes(intact["summary.csv"] + intact["summary.csv"].splitlines(True)[-1])
-    assert len(read_table(summary)) == 3
+    assert read_table(summary) == wanted
     metadata.unlink()
     flip(summary, len(intact["summary.csv"]) - 5)
     assert len(read_table(summary)) == 3

@@ -398,16 +398,24 @@ def settle(model, lift=0.0):
     The lift of membrane norms lets more neurons fire.
     """
     images = torch.randn(4, *image_for(model).shape[1:])
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | MembraneNorm)]
     model.train()
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm | MembraneNorm) and module.weight is not None:
+        for module in norms:
+            if module.weight is not None:
                 module.weight.uniform_(1.2, 2.2)
                 module.bias.uniform_(-0.2, 0.2)
                 if isinstance(module, MembraneNorm):
                     module.bias.add_(lift)
-        for _ in range(40):
+        # In training every pass sees the same batch statistics: a few with a large momentum take them all. Membrane
+        # norms see one after the other the T steps, which shall weigh about the same.
+        momenta = [module.momentum for module in norms]
+        for module in norms:
+            module.momentum = 0.3 if isinstance(module, MembraneNorm) else 0.9
+        for _ in range(4):
             model(images)
+        for module, momentum in zip(norms, momenta, strict=True):
+            module.momentum = momentum
     model.eval()
 
 

@@ -593,7 +593,7 @@ def fields(c):
 
 
 def test_independent_of_modes_batch_size_and_compilation():
-    net = spikezoo.create_model("test_mpbn_resnet")
+    net = spikezoo.create_model("test_mpbn_resnet", widths=(8, 12), depths=(1, 1), strides=(1, 2))
     with torch.no_grad():
         for _ in range(3):
             net(torch.randn(8, 3, 32, 32))  # running statistics of their own

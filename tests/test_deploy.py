@@ -4,6 +4,9 @@ import copy
 import io
 import logging
 import pickle
+import subprocess
+import sys
+import zipfile
 
 import pytest
 import torch
@@ -14,11 +17,17 @@ import spikezoo
 from spikezoo import deploy as _deploy_function
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import EightBit, ExactNorm, deploy
+from spikezoo.deploy.bits import Summand
 from spikezoo.layers import ConvNormNeuron, TernaryConv2d
 from spikezoo.neurons import MembraneNorm
 from spikezoo.observe import firing_rates
 
+package = sys.modules["spikezoo.deploy.package"]  # spikezoo.deploy is a function, too
+
 TICKET = {"kind": "mpslt", "sparsity": 0.4}
+
+
+SMALL_RESNET = {"widths": (8, 12), "depths": (1, 1), "strides": (1, 2)}  # one block of each kind
 
 
 def create(name, T=3, ticket=False, seed=0, **arguments):
@@ -266,7 +275,8 @@ def saved_by_torch(module):
 def test_copies_compute_with_their_own_weights(copied, monkeypatch):
     compiler = torch.compile
     monkeypatch.setattr("torch.compile", lambda function, **_: compiler(function, backend="eager"))
-    fast, x = deploy(create("test_spiking_resnet"), "int8"), torch.randn(2, 3, 32, 32)
+    net = create("test_spiking_resnet", **SMALL_RESNET)
+    fast, x = deploy(net, "int8"), torch.randn(2, 3, 32, 32)
     wanted = fast(x)
     twin = copied(fast)
     assert twin.compiled and torch.equal(twin(x), wanted)
@@ -351,7 +361,7 @@ def test_long_sequences_run_in_parts(name, arguments):
 
 
 def test_long_sequences_of_events_compiled():
-    model = create("test_spiking_resnet", in_chans=2)
+    model = create("test_spiking_resnet", in_chans=2, **SMALL_RESNET)
     x = torch.rand(1, 17, 2, 32, 32)
     assert torch.equal(deploy(model, "exact")(x), model(x)) and model(x).std() > 0
 
@@ -409,7 +419,7 @@ def test_inputs_that_are_not_finite(precision, value):
 
 @pytest.mark.usefixtures("eager")
 def test_a_deployed_model_does_not_train():
-    fast = deploy(create("test_spiking_vgg"))
+    fast = deploy(create("test_spiking_vgg"), "exact")
     with pytest.raises(ValueError, match="cannot be trained"):
         fast.train()
     with pytest.raises(ValueError, match="keeps its weights: load them into the model"):
@@ -424,3 +434,122 @@ def test_no_compiler_is_said_once(monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records if r.name == "spikezoo"] == [
         "No C++ compiler found: the model runs uncompiled. Install g++, or set CXX."
     ]
+
+
+def test_auto_takes_what_this_processor_is_fastest_in(monkeypatch):
+    plain, rounded_net = create("test_spiking_vgg"), rounded(create("test_spiking_vgg"))
+    ann = spikezoo.create_model("test_spiking_vgg", neuron="relu").eval()
+    has = {"_is_amx_tile_supported": False, "_is_avx512_bf16_supported": True}
+    for name in has:
+        monkeypatch.setattr(f"torch.cpu.{name}", lambda name=name: has[name])
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)
+    monkeypatch.setattr(sys.modules["spikezoo.deploy"], "instructions", lambda: "avx2")
+    assert [deploy(model).precision for model in (plain, rounded_net, ann)] == ["bf16", "bits", "bf16"]
+    fast = deploy(rounded_net)
+    assert fast.notes[0] == "bits by auto: weights are whole numbers, and this processor has avx2"
+    x = torch.rand(2, *fast.model.input_shape)
+    assert torch.equal(fast(x), rounded_net(x))
+    has["_is_avx512_bf16_supported"] = False
+    assert [deploy(model).precision for model in (plain, rounded_net, ann)] == ["exact", "bits", "exact"]
+    has["_is_amx_tile_supported"] = True
+    assert [deploy(model).precision for model in (plain, rounded_net)] == ["bf16", "int8"]
+    has["_is_amx_tile_supported"] = False
+    monkeypatch.setattr(sys.modules["spikezoo.deploy"], "instructions", lambda: "plain")
+    assert deploy(rounded_net).precision == "exact"
+
+
+LOADING = """
+import sys, torch, spikezoo
+for path in sys.argv[1:]:
+    x, want = torch.load(path + ".pt")
+    net = spikezoo.load_deployed(path)
+    assert net(x).tolist() == want.tolist() and tuple(x.shape) == net.input_shape
+    assert net(x.flip(0)).tolist() == spikezoo.load_deployed(path)(x.flip(0)).tolist()
+    print(net.precision, net.T)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """File of a net on bits, of which one layer is a dense one in eight bits, with an input and its logits."""
+    path = tmp_path_factory.mktemp("deployed") / "net.pt2"
+    model = rounded(create("test_mpbn_resnet", T=2))
+    x = torch.rand(2, *model.input_shape)
+    fast = deploy(model, "bits", example=x)
+    next(module for module in fast.modules() if isinstance(module, Summand) and len(module.methods) > 1).choose("dense")
+    torch.save((x, model(x)), f"{path}.pt")
+    assert fast.save(path) == path
+    return path
+
+
+def test_a_file_gives_the_logits_in_a_process_without_a_compiler(saved, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING, str(saved)],
+        env={"PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": ":".join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["bits", "2"], done.stderr
+
+
+@pytest.mark.usefixtures("eager")
+def test_parts_of_a_file_pass_potentials_on(monkeypatch):
+    monkeypatch.setattr(sys.modules["spikezoo.deploy"], "PART", 2)
+    for T in (3, 6):
+        model = create("test_mpbn_resnet", T=T, neuron="plif")
+        fast = deploy(model, "exact")
+        x = torch.rand(2, *model.input_shape)
+        found = [*package._graphs(fast, x, fast.part)]
+        parts = [(name, start) for name, start, steps, *_ in found if steps]
+        assert parts == {3: [("first2", 0), ("next1", 2)], 6: [("first2", 0), ("next2", 2), ("next2", 4)]}[T]
+        graphs = {name: module for name, _, _, module, _ in reversed(found)}
+        steps = {name: steps for name, _, steps, *_ in found}
+        assert torch.equal(package._in_parts(graphs, x, parts, steps, T), fast(x))
+        assert torch.equal(fast(x), model(x))
+
+
+def test_files_that_do_not_fit_are_refused(saved, tmp_path, monkeypatch):
+    net = spikezoo.load_deployed(saved)
+    x = torch.rand(net.input_shape)
+    for wrong in (x[:1], x[None], x.int(), x * torch.nan):
+        with pytest.raises(ValueError, match=r"compiled for|not finite"):
+            net(wrong)
+    with pytest.raises(FileNotFoundError, match="save"):
+        spikezoo.load_deployed(tmp_path / "none.pt2")
+    content = bytearray((saved).read_bytes())
+    broken = tmp_path / "broken.pt2"
+    for damaged in (b"", b"text", content[: len(content) // 2]):
+        broken.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged"):
+            spikezoo.load_deployed(broken)
+    for place in range(100, len(content), len(content) // 20):
+        content[place] ^= 4
+        broken.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged"):
+            spikezoo.load_deployed(broken)
+        content[place] ^= 4
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("model/version", "1")
+    with pytest.raises(ValueError, match="no file of"):
+        spikezoo.load_deployed(broken)
+    monkeypatch.setattr(sys.modules["spikezoo.deploy.package"], "processor", lambda: ("z80",))
+    with pytest.raises(ValueError, match=r"compiled for processor .* and this is z80"):
+        spikezoo.load_deployed(saved)
+    monkeypatch.setattr("torch.__version__", "1.0")
+    with pytest.raises(ValueError, match=r"compiled for torch .* and this is 1.0"):
+        spikezoo.load_deployed(saved)
+
+
+@pytest.mark.usefixtures("eager")
+def test_what_cannot_be_saved_is_refused(tmp_path, monkeypatch):
+    fast = deploy(create("test_spiking_vgg"), "exact")
+    for path, advice in (("net.onnx", r"ends in \.pt2"), ("net.pt2", r"No C\+\+ compiler")):
+        with pytest.raises(ValueError, match=advice):
+            fast.save(tmp_path / path)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"seen none: call save\(path, example=images\)"):
+        fast.save(tmp_path / "net.pt2")
+    with pytest.raises(ValueError, match="random"):
+        deploy(create("test_spiking_vgg", encoding="poisson"), "exact").save(tmp_path / "net.pt2")
+    assert not [*tmp_path.iterdir()]

@@ -2,17 +2,14 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
+from conftest import ROOT, run_code, two_ranks
 from safetensors.torch import load_file
 from test_models import fill
-from test_train import DISTRIBUTED, ROOT, assert_same_end, assert_same_weights, interrupted, load, summary
+from test_train import DISTRIBUTED, assert_same_end, assert_same_weights, interrupted, load, summary
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -682,7 +679,7 @@ def test_resume_after_sigkill_while_neurons_are_removed(fast, tmp_path):
         training.prune = prune
         main({argv!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(summary(tmp_path / "parts" / "run")) == 1
     fast.main(argv)
@@ -692,12 +689,7 @@ def test_resume_after_sigkill_while_neurons_are_removed(fast, tmp_path):
 
 def test_two_processes(tmp_path):
     argv = [*flags("x")[:-2], "--device", "cpu", "-b", "8"]
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED).format(script=str(ROOT / "train.py"), argv=argv))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = run_code(DISTRIBUTED.format(argv=argv), *two_ranks(), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [load_state(tmp_path / f"whole-{rank}.safetensors") for rank in range(2)]
     masks = {name: value for name, value in ranks[0]["model"].items() if name.endswith(".mask")}
@@ -737,8 +729,9 @@ def trained(tmp_path_factory, train):
 
 
 @pytest.mark.parametrize("how", [("--compression", "0.25"), ("--tolerance", "5"), ("--threshold", "0.05")])
-def test_command(trained, tmp_path, capsys, how):
+def test_command(trained, tmp_path, capsys, monkeypatch, how):
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr("shutil.which", lambda _name: None)  # deployed without a compiler, which others test
     files = tmp_path / "rates.png", tmp_path / "sweep.png"
     more = ["--samples", "200", "--plot-rates", str(files[0]), "--plot-threshold", str(files[1])]
     assert main(["dynsnn", "--checkpoint", str(trained), *how, *more, "--output", str(tmp_path / "new")]) == 0

@@ -3,16 +3,20 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import spikezoo
 from spikezoo import cli, gallery
+from spikezoo.data import create_loader
+from spikezoo.data.events.framing import Framing
+from spikezoo.evaluate import input_options
 from spikezoo.gallery import pages
 from spikezoo.gallery.samples import record, samples_of
 from spikezoo.gallery.step import StepNet, run_steps, write_step
 
-DIGITS = "spiking_conv4.digits"
+DIGITS, EVENTS = "spiking_conv4.digits", "spiking_conv4.nmnist_subset"
 
 
 def test_steps_one_by_one_are_the_net():
@@ -62,6 +66,8 @@ def test_pages(tmp_path, capsys, monkeypatch):
     assert all(f'href="{name}.html"' in index for name in names) and "runs in the browser" not in index
     page = (tmp_path / "plain" / f"{DIGITS}.html").read_text()
     assert "98.33 % of 360 test images" in page and "<script" not in page and "stem.0.conv" in page
+    assert "--runtime none" in index and "--runtime none" in page and ">T=8<" in page
+    assert "--data-dir DATA" in (tmp_path / "plain" / "spiking_mlp_340.mnist.html").read_text()
     monkeypatch.setattr(pages, "list_pretrained", lambda: spikezoo.list_pretrained("spiking_mlp_340"))
     gallery.build(tmp_path / "all")
     assert {path.stem for path in (tmp_path / "all").glob("*.html")} == {
@@ -73,15 +79,48 @@ def test_pages(tmp_path, capsys, monkeypatch):
     assert "nothing" in capsys.readouterr().err
 
 
+def test_accuracy_over_time_steps():
+    model = spikezoo.create_model(DIGITS, pretrained=True).eval()
+    net = pages.Net(DIGITS, model, {"dataset": "digits", "samples": 360}, 0, samples_of(model))
+    rows = pages.over_time(net, images=40)
+    assert [row["T"] for row in rows] == list(range(1, 9)) and model.T == 2
+    loader = create_loader("digits", "test", subset=40, batch_size=40, **input_options(model, "digits"))
+    ((images, labels),) = loader
+    for T in (1, 4):
+        with torch.no_grad():
+            model.T = T
+            assert rows[T - 1]["top1"] == pytest.approx(100 * float((model(images).argmax(1) == labels).float().mean()))
+            wanted = spikezoo.count(model, images[:8]).energy_exact_mj
+        assert rows[T - 1]["microjoule"] == pytest.approx(1000 * wanted)
+    record = {"dataset": "mnist", "samples": 10}
+    assert pages.over_time(net._replace(record=record), data_dir="nowhere") == []
+
+
+def test_nothing_half_written_stays(tmp_path, monkeypatch):
+    gallery.build(tmp_path / "pages", [DIGITS])
+    (tmp_path / "pages" / "mine.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "pages").iterdir()}
+    monkeypatch.setattr(pages, "FILES", tmp_path / "nothing")
+    for place in ("pages", "new"):
+        with pytest.raises(FileNotFoundError):
+            gallery.build(tmp_path / place, [DIGITS])
+    with pytest.raises(ValueError, match="nothing"):
+        monkeypatch.undo()
+        gallery.build(tmp_path / "new", [DIGITS, "spiking_conv4.nothing"])
+    assert [path.name for path in tmp_path.iterdir()] == ["pages"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pages").iterdir()} == before
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The pages of two nets that run, with the runtime that SPIKEZOO_ONNXRUNTIME_WEB names."""
+    """The pages of three nets that run, with the runtime that SPIKEZOO_ONNXRUNTIME_WEB names."""
     pytest.importorskip("onnxscript", reason="pip install 'spikezoo-snn[export]'")
     folder = os.environ.get("SPIKEZOO_ONNXRUNTIME_WEB")
     if not folder:
         pytest.skip("SPIKEZOO_ONNXRUNTIME_WEB names no folder: npm pack onnxruntime-web, and unpack it")
     path = tmp_path_factory.mktemp("gallery")
-    gallery.build(path, [DIGITS, "spiking_mlp_340.mnist"], parts=pages.runtime(folder))
+    gallery.build(path, [DIGITS, "spiking_mlp_340.mnist", EVENTS], parts=pages.runtime(folder))
+    assert (path / "runtime.js").stat().st_size < 6_000_000
     return path
 
 
@@ -129,6 +168,7 @@ def test_the_page_computes_what_pytorch_does(page):
     cost = tab.inner_text("#cost")
     tab.evaluate("steps.value = 8, steps.dispatchEvent(new Event('input'))")
     tab.wait_for_function("document.getElementById('cost').textContent.startsWith('After 8')")
+    assert "Of 200 test images" in tab.inner_text("#cost") and tab.inner_text("#over .best").startswith("T=8")
     assert tab.inner_text("#cost") != cost
 
 
@@ -155,3 +195,43 @@ def test_narrow_dark_and_by_keyboard(page):
     for key in ["ArrowUp"] * 7 + ["ArrowDown"] * 14:
         tab.keyboard.press(key)
     assert tab.evaluate("document.activeElement.id") == "input" and tab.inner_text("#state").startswith("It says")
+
+
+def _recording(kind, path):
+    """Writes 801 events of a sensor of 34 x 34, or 128 x 128 of AEDAT."""
+    draw = np.random.default_rng(0)
+    side = 128 if kind == "aedat" else 34
+    t, x, y, p = np.sort(draw.integers(0, 60_000, 801)), *draw.integers(0, side, (2, 801)), draw.integers(0, 2, 801)
+    if kind == "bin":
+        t = np.sort(t % 8192)
+        path.write_bytes(np.stack([x, y, p << 7 | t >> 16, t >> 8 & 255, t & 255], 1).astype(np.uint8).tobytes())
+    elif kind == "npz":
+        np.savez_compressed(path, t=t, x=x.astype(np.int16), y=y, p=p.astype(bool))
+    elif kind == "npy":
+        rows = np.zeros(801, [("ts", ">u4"), ("x", "<i2"), ("y", "u1"), ("p", "?")])
+        rows["ts"], rows["x"], rows["y"], rows["p"] = t, x, y, p
+        np.save(path, rows)
+    else:
+        words = np.stack([(127 - x) << 8 | (127 - y) << 1 | 1 - p, t], 1).astype(">u4")
+        path.write_bytes(b"#!AER-DAT2.0\r\n# a DVS128\r\n" + words.tobytes())
+
+
+@pytest.mark.parametrize("kind", ["bin", "npz", "npy", "aedat"])
+def test_recordings_of_ones_own(page, tmp_path, kind):
+    path = tmp_path / f"mine.{kind}"
+    _recording(kind, path)
+    side = 128 if kind == "aedat" else 34
+    wanted = torch.from_numpy(Framing(8, "number", 0, (side, side)).integrate(path).astype(np.float32))
+    if side == 128:
+        row = torch.arange(128) * 34 // 128
+        wanted = torch.zeros(8, 2, 34, 128).index_add_(2, row, wanted)
+        wanted = torch.zeros(8, 2, 34, 34).index_add_(3, row, wanted)
+    tab = page(EVENTS)
+    tab.set_input_files("#file", path)
+    tab.wait_for_function("document.getElementById('state').textContent.includes('801 events')")
+    assert ("scaled from 128 x 128" in tab.inner_text("#state")) == (side == 128)
+    assert tab.evaluate("gallery.values()") == wanted.flatten().tolist()
+    if kind == "npz":
+        (tmp_path / "bad.npz").write_bytes(path.read_bytes()[:-40])
+        tab.set_input_files("#file", tmp_path / "bad.npz")
+        tab.wait_for_function("document.getElementById('state').textContent.includes('truncated')")

@@ -409,13 +409,15 @@ def test_two_processes_at_once(hub):
     model = make()
     spikezoo.push_to_hub(model, "org/net")
     hub.delay("/cdn/", 0.3)
-    code = "import spikezoo.hub as h; print(h.pull('org/net'))"
-    both = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    found = {process.communicate()[0].strip() for process in both}
-    assert [process.returncode for process in both] == [0, 0] and found == {str(pull("org/net"))}
+    code = "import spikezoo.hub as h; print('ready', flush=True); input(); print(h.pull('org/net'))"
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes, text=True) as other:
+        assert other.stdout.readline() == "ready\n"
+        other.stdin.write("\n")
+        other.stdin.flush()
+        own = pull("org/net")
+        found = other.communicate()[0].strip()
+    assert other.returncode == 0 and found == str(own) == str(pull("org/net"))
     assert same(model, spikezoo.create_model("hf-hub:org/net", pretrained=True))
 
 

@@ -185,8 +185,10 @@ def test_parameter_count_of_variants(name, arguments, parameters):
 
 
 @pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
 def test_shapes_and_cfg_of_every_row(name):
     model = spikezoo.create_model(name, device="meta")
+    model.T = min(model.T, 2)  # time enough to be told from the batch, and steps take most of the time
     cfg, state = model.pretrained_cfg, model.state_dict()
     assert f"{cfg['first_conv']}.weight" in state and f"{cfg['classifier']}.weight" in state
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
@@ -668,12 +670,15 @@ def test_membrane_norm_switch(name):
             model(image(size=16))
 
 
-# A net of two layers for the whole compiler, which calls g++ for every kernel; the graph of a larger one.
+SMALL_RESNET = {"widths": (8, 12), "depths": (1, 1), "strides": (1, 2)}  # one block of each kind
+
+
+# A net of two layers for the whole compiler, which calls g++ for every kernel; the graph of larger ones.
 @pytest.mark.parametrize(
     ("name", "arguments", "backend"),
     [
         ("test_mpbn_vgg", {"widths": ((4,), (4,))}, "inductor"),
-        ("test_mpbn_resnet", {}, "aot_eager"),
+        ("test_mpbn_resnet", SMALL_RESNET, "aot_eager"),
         ("test_autost", {"depth": 1, "mlp_ratios": 1, "heads": 2}, "aot_eager"),
     ],
 )
@@ -694,7 +699,7 @@ def test_compile(name, arguments, backend):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_export():
-    model = make("test_mpbn_resnet", T=2).eval()
+    model = make("test_mpbn_resnet", T=2, **SMALL_RESNET).eval()
     x = image_for(model)
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))

@@ -2,19 +2,17 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import load
+from conftest import load, run_code, two_ranks
 
 import spikezoo
+from spikezoo import cli
 from spikezoo.checkpoint import load_state
+from spikezoo.evaluate import write_rows
 from spikezoo.train.rows import read_rows, share_out
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +95,13 @@ def test_a_plan_runs_and_is_not_run_twice(train, tmp_path, capsys):
     assert (baked.head.fc.weight == 0).float().mean() == 0.6
     # The same as the run alone.
     capsys.readouterr()
+    results = tmp_path / "out" / "queue" / "results.csv"
+    shown = ["results", str(tmp_path / "queue.yaml"), "--output", str(tmp_path / "out")]
+    assert cli.main(shown) == 0 and "7 of 7 runs" in capsys.readouterr().out
+    intact = results.read_text()
+    write_rows(results, [{**row, "top1": "99.0"} if row is found[3] else row for row in found])
+    assert cli.main(shown) == 2 and "results.csv has top1=99.0 of" in capsys.readouterr().err
+    results.write_text(intact)
     argv_alone = found[1]["train_command"].split()[2:]
     train.main([*argv_alone, "--output", str(tmp_path / "alone")])
     assert (
@@ -128,7 +133,15 @@ def test_a_finished_run_of_other_flags_is_not_taken_for_this_one(train, tmp_path
 THREE = {"runs": [{"name": name, "config": "base.yaml", "seed": seed} for name, seed in (("a", 1), ("b", 2), ("c", 3))]}
 
 
-def test_killed_at_any_moment(train, tmp_path):
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The three runs from end to end."""
+    folder = tmp_path_factory.mktemp("plan") / "whole"
+    assert train.main(write(folder, THREE)) == 0
+    return folder
+
+
+def test_killed_at_any_moment(train, whole, tmp_path):
     argv = write(tmp_path / "killed", THREE)
     # In the middle of writing the first epoch of the second run, after its recovery file of batch 2.
     code = f"""
@@ -143,19 +156,18 @@ def test_killed_at_any_moment(train, tmp_path):
         state.save_state, output.plot = save, lambda *_: []
         main({[*argv, "--recovery-interval", "2"]!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [row["name"] for row in rows(tmp_path / "killed")] == ["a"]
     assert load_state(tmp_path / "killed/out/queue/b/recovery-0-2.safetensors")["batch"] == 2
     assert train.main(argv) == 0
     assert [row["name"] for row in rows(tmp_path / "killed")] == ["a", "b", "c"]
-    assert train.main(write(tmp_path / "whole", THREE)) == 0
     for name in "abc":
-        assert weights(tmp_path / "killed", name) == weights(tmp_path / "whole", name)
+        assert weights(tmp_path / "killed", name) == weights(whole, name)
 
 
 @pytest.mark.parametrize("stop", [2, 8])  # within an epoch, and before the last evaluation of 'a'
-def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop):
+def test_a_time_budget_stops_cleanly(train, whole, tmp_path, monkeypatch, capsys, stop):
     argv = write(tmp_path / "parts", THREE)
     clock, step = [0.0], train.Objective.__call__
 
@@ -174,9 +186,8 @@ def test_a_time_budget_stops_cleanly(train, tmp_path, monkeypatch, capsys, stop)
         assert train.main([*argv, "--time-budget", "900s"]) == 0
         assert ("Time is over, 1 left: c (epoch" in capsys.readouterr().out) == left
     assert [row["name"] for row in rows(tmp_path / "parts")] == ["a", "b", "c"]
-    assert train.main(write(tmp_path / "whole", THREE)) == 0
     for name in "abc":
-        assert weights(tmp_path / "parts", name) == weights(tmp_path / "whole", name)
+        assert weights(tmp_path / "parts", name) == weights(whole, name)
     assert not list((tmp_path / "parts").rglob("recovery-*"))
 
 
@@ -195,9 +206,9 @@ def test_processes_share_a_plan(tmp_path):
     runs = [{"name": n, "config": "base.yaml", "epochs": 1, "seed": i} for i, n in enumerate("abcd")]
     runs[1] |= {"lr": 1e30, "sched": "none"}  # the second process fails first, and the others go on
     argv = write(tmp_path, {"runs": runs})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(ROOT / "train.py"), *argv], capture_output=True, text=True, env=environ)
+    script = str(ROOT / "train.py")
+    code = f"import runpy, sys; sys.argv[:] = {[script, *argv]!r}; runpy.run_path({script!r}, run_name='__main__')"
+    done = run_code(code, *two_ranks())
     assert done.returncode == 1, done.stderr[-3000:]
     assert "[1/2] b: failed." in done.stdout and "[1/2] a: " in done.stdout and "[2/2] d: " in done.stdout
     assert [row["name"] for row in rows(tmp_path)] == ["a", "c", "d"]
@@ -304,11 +315,14 @@ CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(PLANS) - set(ROOT.glo
 def test_our_plans_make_models(train, path):
     runs, chart = train.read_plan(path, "output", [])
     assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
+    recipes = {}  # rows that differ in training alone are one model
     for run in runs:
         arguments = train.model_arguments(run.args)
         arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first
-        model = spikezoo.create_model(run.args.model, device="meta", **arguments)
-        assert [name for name, _ in model.recipe] == [
+        asked = json.dumps([run.args.model, arguments])
+        if asked not in recipes:
+            recipes[asked] = spikezoo.create_model(run.args.model, device="meta", **arguments).recipe
+        assert [name for name, _ in recipes[asked]] == [
             flag for flag in ("ticket", "dynsnn", "prune") if getattr(run.args, flag) not in (None, {})
         ]
         assert chart is None or chart["x"] == "name" or run.get(chart["x"]) is not None or not run.args.ticket

@@ -31,25 +31,12 @@ def validate():
 def trained(tmp_path_factory):
     """Two runs of train.py on digits: dense, and a ticket."""
     output = tmp_path_factory.mktemp("trainings")
-    flags = [
-        "--model",
-        NAME,
-        "--T",
-        "2",
-        "--subset",
-        "300",
-        "--epochs",
-        "2",
-        "-b",
-        "32",
-        "--opt",
-        "adam",
-        "--lr",
-        "0.01",
-    ]
-    for experiment, more in (("dense", []), ("ticket", ["--ticket", "kind=mpslt", "sparsity=0.4"])):
-        argv = [*flags, *more, "--seed", "3", "--output", str(output), "--experiment", experiment]
-        load("train").main(argv)
+    flags = f"--model {NAME} --T 2 --subset 300 --epochs 2 -b 32 --opt adam --lr 0.01".split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spikezoo.train.output.plot", lambda *_: [])  # takes longer than the training
+        for experiment, more in (("dense", []), ("ticket", ["--ticket", "kind=mpslt", "sparsity=0.4"])):
+            argv = [*flags, *more, "--seed", "3", "--output", str(output), "--experiment", experiment]
+            load("train").main(argv)
     return output
 
 

@@ -95,8 +95,19 @@ ALLOWED = {
     "hub/client.py": {"checkpoint"},
     "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "saving", "transforms"},
     "export.py": {"neurons", "graph", "encoding", "models", "transforms", "checkpoint", "saving", "_version"},
-    "gallery": {"checkpoint", "counting", "data", "encoding", "factory", "gallery", "neurons", "observe", "registry"},
-    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint"},
+    "gallery": {
+        "checkpoint",
+        "counting",
+        "data",
+        "encoding",
+        "evaluate",
+        "factory",
+        "gallery",
+        "neurons",
+        "observe",
+        "registry",
+    },
+    "deploy": {"checks", "deploy", "graph", "neurons", "layers", "transforms", "counting", "checkpoint", "precision"},
     "__init__.py": {"*"},
 }
 SCRIPTS = ("train.py", "validate.py", "benchmark.py")

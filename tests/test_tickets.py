@@ -451,7 +451,8 @@ def test_compiled_steps_equal_eager_ones():
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = create(T=1, ticket={"kind": "mpslt", "sparsity": 0.7, "scope": "global", "anneal": True})
+        ticket = {"kind": "mpslt", "sparsity": 0.7, "scope": "global", "anneal": True}
+        model = create(T=1, widths=((4,), (8,)), ticket=ticket)
         net = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         x = images()
         optimizer = torch.optim.Adam(model.parameters(), 0.02)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import load
+from conftest import load, run_code
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -140,7 +140,7 @@ def test_resume_after_sigkill(fast, tmp_path):
         state.save_state = save
         main({argv!r})
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    done = run_code(code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     folder = tmp_path / "parts" / "run"
     assert remains(folder)
@@ -1002,7 +1002,7 @@ def test_two_processes(tmp_path, capsys):
         "--drop 0.3 --model-ema --model-ema-decay 0.7 --grad-accum-steps 2 --recovery-interval 2"
     )
     script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(DISTRIBUTED).format(script=str(ROOT / "train.py"), argv=argv.split()))
+    script.write_text(textwrap.dedent(DISTRIBUTED).format(argv=argv.split()))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
         launch, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs.yml: pages of the README, of CONTRIBUTING and of the public names; links made to fit."""
+"""Hooks of mkdocs.yml: pages of README, CONTRIBUTING, the examples and the public names; links made to fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 # Pages that do not lie in docs/.
-_MADE = {"README.md": "docs/index.md", "CONTRIBUTING.md": "docs/contributing.md"}
+_MADE = {
+    "README.md": "docs/index.md",
+    "CONTRIBUTING.md": "docs/contributing.md",
+    "examples/README.md": "docs/examples.md",
+}
 # Public names that stand below the top level.
 _MORE = {
     "Models": ["spikezoo.models.SpikingModel", "spikezoo.registry.ModelRow", "spikezoo.registry.register_rows"],
@@ -41,6 +45,8 @@ def _linked(text: str, page: str) -> str:
         path, _, anchor = target.partition("#")
         place = posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
         place = _MADE.get(place, place)
+        if script := re.fullmatch(r"examples/(\w+)\.py", place):
+            place, anchor = "docs/examples.md", script[1]
         if place in _MADE.values() or (place.startswith("docs/") and (ROOT / place).is_file()):
             return f"{image}[{words}]({place.removeprefix('docs/')}{'#' * bool(anchor)}{anchor})"
         return words
@@ -65,12 +71,21 @@ def _api() -> str:
     )
 
 
+def _scripts(text: str) -> str:
+    """The examples that a text links, from top to bottom, each below a heading that links find."""
+    scripts = [ROOT / "examples" / f"{name}.py" for name in re.findall(r"\(examples\.md#(\w+)\)", text)]
+    return "".join(
+        f"\n## {path.name} {{#{path.stem}}}\n\n```python\n{path.read_text(encoding='utf-8')}```\n" for path in scripts
+    )
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that do not lie in docs/."""
     from mkdocs.structure.files import File
 
     for source, place in _MADE.items():
         text = _linked((ROOT / source).read_text(encoding="utf-8"), source)
+        text += _scripts(text) if source.startswith("examples/") else ""
         files.append(File.generated(config, place.removeprefix("docs/"), content=text))
     files.append(File.generated(config, "api.md", content=_api()))
     return files
@@ -78,5 +93,5 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fit the links of the pages in docs/."""
-    name = page.file.src_uri
-    return markdown if name in ("index.md", "contributing.md", "api.md") else _linked(markdown, f"docs/{name}")
+    place = f"docs/{page.file.src_uri}"
+    return markdown if place in (*_MADE.values(), "docs/api.md") else _linked(markdown, place)

@@ -152,25 +152,30 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     return content
 
 
-def check_run_file(path: Path, rows: Sequence[Mapping[str, Any]] | None = None) -> Path:
-    """Return the path of a file that is as its run wrote it, by the metadata.json beside it, or that is no run's.
+def _digest_of(path: Path) -> Any:
+    """What the metadata.json beside a file of a run says that it is; None of another's, or where none is."""
+    return read_metadata(path.parent).get("sha256", {}).get(path.name) if path.name in RUN_FILES else None
 
-    Args:
-        path: The file.
-        rows: Of a table what it holds.
 
-    Raises:
-        ValueError: Damaged, or edited.
-    """
-    wanted = read_metadata(path.parent).get("sha256", {}).get(path.name) if path.name in RUN_FILES else None
-    if wanted is None or not path.is_file():
-        return path
-    found = file_hash(path) if rows is None else _table_digest(rows[: wanted[0]])
+def _check_digest(path: Path, found: Any, wanted: Any) -> None:
     if found != wanted:
         raise ValueError(
             f"{path} is not as its run wrote it: damaged, or edited. Put it back; to change it, copy it under another "
             f"name or to another folder; to have it read as it is, move {METADATA_NAME} away, which has its digest."
         )
+
+
+def check_run_file(path: Path) -> Path:
+    """Return the path of a file that is as its run wrote it, by the metadata.json beside it, or that is no run's.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: Damaged, or edited.
+    """
+    if path.is_file() and (wanted := _digest_of(path)) is not None:
+        _check_digest(path, file_hash(path), wanted)
     return path
 
 
@@ -178,7 +183,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a .csv file, none where there is none.
 
     Args:
-        path: The file; that of a run is compared with what the run wrote, see :func:`check_run_file`.
+        path: The file; that of a run is compared with what the run wrote, see :func:`check_run_file`. A row more, which
+            a process was killed behind, is left out.
 
     Raises:
         ValueError: Damaged, or edited.
@@ -190,7 +196,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
             rows = list(csv.DictReader(file, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no table of comma-separated values: {error}.") from error
-    check_run_file(path, rows)
+    if (wanted := _digest_of(path)) is not None:
+        rows = rows[: wanted[0]]
+        _check_digest(path, _table_digest(rows), wanted)
     return rows
 
 

@@ -68,7 +68,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def batches(
-    args: argparse.Namespace, dataset: str, model: SpikingModel, images: int, split: str | None = None, **options: Any
+    args: argparse.Namespace,
+    dataset: str,
+    model: SpikingModel,
+    images: int,
+    split: str | None = None,
+    *,
+    subset: int | None = None,
+    channels_last: bool = False,
 ) -> Loader:
     """Batches of a dataset's images or recordings as a model takes them, on its device."""
     return create_loader(
@@ -81,8 +88,9 @@ def batches(
         img_size=model.img_size[0],
         in_chans=model.in_chans,
         num_workers=0,
+        subset=subset,
+        channels_last=channels_last,
         **input_options(model, dataset),
-        **options,
     )
 
 

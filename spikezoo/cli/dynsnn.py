@@ -51,7 +51,9 @@ def build_parser() -> Parser:
     add_flags(parser, "batch-size")
     parser.add_argument("--output", metavar="DIR", help="write the pruned net there, masks and zeros in its place")
     parser.add_argument("--compact", action="store_true", help="write it with what was removed gone from its weights")
-    parser.add_argument("--deploy", choices=PRECISIONS, help="measure accuracy with spikezoo.deploy(model, PRECISION)")
+    parser.add_argument(
+        "--deploy", choices=("auto", *PRECISIONS), help="measure accuracy with spikezoo.deploy(model, PRECISION)"
+    )
     parser.add_argument("--plot-rates", metavar="FILE", help="draw the firing rates before and after, both measured")
     parser.add_argument(
         "--reactivated", metavar="FILE_OR_DIR", help="draw those of this checkpoint, too: the net after reactivation"

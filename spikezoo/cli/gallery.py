@@ -14,7 +14,7 @@ from pathlib import Path
 
 from spikezoo import gallery
 from spikezoo.config_files import read_yaml
-from spikezoo.flags import Parser
+from spikezoo.flags import Parser, add_flags
 from spikezoo.gallery.pages import runtime
 
 __all__ = ["main"]
@@ -30,6 +30,7 @@ def build_parser() -> Parser:
         metavar="DIR",
         help="npm's package onnxruntime-web, unpacked (default: npm fetches it); none: pages that run nothing",
     )
+    add_flags(parser, "data-dir")
     parser.add_argument(
         "--papers",
         default="docs/claims.yaml",
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"--papers {args.papers}: expected checkpoints: {{NAME: {{top1: 92.3}}}}.") from error
     parts = None if args.runtime == "none" else runtime(args.runtime)
-    page = gallery.build(args.output, args.names or None, papers=papers, parts=parts, say=print)
+    page = gallery.build(args.output, args.names or None, papers=papers, parts=parts, data_dir=args.data_dir, say=print)
     print(f"Gallery         {page}")
     if args.serve is not None:
         handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=args.output)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from spikezoo.checkpoint import read_table
+from spikezoo.checkpoint import CONFIG_NAME, Config, read_table
 from spikezoo.config_files import find_config
 from spikezoo.counting.results import align
 from spikezoo.flags import Parser
@@ -63,6 +63,28 @@ def table(rows: Sequence[PlanRow], found: Mapping[str, Mapping[str, str]]) -> li
     ]
 
 
+def check(results: Path, found: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise where results.csv says of a run beside it something else than the run's config.json, which has a digest.
+
+    Args:
+        results: The file.
+        found: Its rows by the name of the run.
+
+    Raises:
+        ValueError: It does.
+    """
+    for name, row in found.items():
+        if Path(name).name != name or not (results.parent / name / CONFIG_NAME).is_file():
+            continue  # of a table that was copied, or with a run that was begun anew
+        measured = Config.read(results.parent / name).results
+        for key in row.keys() & measured.keys():
+            if isinstance(measured[key], int | float) and row[key] != str(measured[key]):
+                raise ValueError(
+                    f"{results} has {key}={row[key]} of {name}, and the run itself {measured[key]}: damaged, or "
+                    "edited. Give the plan's command again, which writes it anew."
+                )
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command with parsed flags."""
     path = find_config(args.plan, "plan")
@@ -73,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     found: dict[str, dict[str, str]] = {}
     if results.is_file():
         found = {row["name"]: row for row in read_table(results) if "name" in row}
+        check(results, found)
     done = sum(row.name in found for row in rows)
     print(f"{path.stem}: {done} of {len(rows)} runs; mean and deviation over seeds, in brackets the paper's\n")
     print(align(table(rows, found), 1))

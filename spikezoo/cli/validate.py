@@ -67,7 +67,11 @@ def build_parser(prog: str = "spikezoo validate") -> Parser:
 
     group = parser.add_argument_group("run")
     add_flags(group, "amp", "amp-dtype", "channels-last", "torchcompile")
-    group.add_argument("--deploy", choices=PRECISIONS, help="measure spikezoo.deploy(model, PRECISION) instead")
+    group.add_argument(
+        "--deploy",
+        choices=("auto", *PRECISIONS),
+        help="measure spikezoo.deploy(model, PRECISION) instead; auto: what is fastest here",
+    )
     add_flags(group, "device", "seed")
     group.add_argument("--layer-rates", action="store_true", help="print and record the firing rate of every layer")
     group.add_argument("--count", action="store_true", help="MACs, synaptic operations and energy, on real images")
@@ -211,10 +215,11 @@ def measure(
     half = torch.bfloat16 if args.amp_dtype == "bfloat16" else torch.float16
     if args.amp and half is torch.bfloat16 and (said := slow_bfloat16(device)):
         print(said, file=sys.stderr)
+    fast = deploy(model.eval(), args.deploy) if args.deploy else None
     result = evaluate(
-        deploy(model.eval(), args.deploy) if args.deploy else model,
+        fast or model,
         loader,
-        rates=not args.deploy,
+        rates=fast is None,
         device=device,
         autocast=functools.partial(torch.autocast, device.type, half) if args.amp else nullcontext,
         compiled=torch.compile(WithRates(model)) if args.torchcompile else None,
@@ -222,12 +227,13 @@ def measure(
     )
     layers = result.pop("layer_firing_rates")
     row = row_of(name, model, dataset, weights, args, loader, result)
+    row["deployed"] = fast and fast.precision
     rate = row["firing_rate"]
     print(
         f"{name} on {dataset}/{args.split} ({row['samples']:,} images): top-1 {row['top1']:.2f} %, top-5 "
         f"{row['top5']:.2f} %, loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s, "
         f"{row['param_count']:,} parameters, T={model.T}, "
-        + (f"firing rate {rate:.4f}" if rate is not None else f"deployed {args.deploy}" if args.deploy else "no spikes")
+        + (f"firing rate {rate:.4f}" if rate is not None else f"deployed {fast.precision}" if fast else "no spikes")
         + f", weights {weights}",
         flush=True,
     )
@@ -274,7 +280,7 @@ def row_of(
         "batch_size": args.batch_size,
         "precision": args.amp_dtype if args.amp else "float32",
         "compiled": args.torchcompile,
-        "deployed": args.deploy,
+        "deployed": None,
         "device": str(choose_device(args.device)),
         "seed": args.seed,
         "command": args.command,

@@ -1,9 +1,10 @@
 """Deployment: a trained model in the form that evaluates fastest and gives the same answer.
 
-Four precisions. ``exact`` fires the same spikes as the model, in float32. ``bf16`` computes convolutions and linear
-layers on spikes in bfloat16, the first layer, norms and membrane potentials in float32. ``int8`` keeps spikes as bytes
-and multiplies them with eight-bit weights, summed in 32 bits. ``bits`` is ``int8`` with spikes of one bit between the
-layers that can read them, each computed in the way that is fastest here, with the same sums and the same spikes.
+Four precisions, and ``auto``, which chooses one of them for this model and this processor. ``exact`` fires the same
+spikes as the model, in float32. ``bf16`` computes convolutions and linear layers on spikes in bfloat16, the first
+layer, norms and membrane potentials in float32. ``int8`` keeps spikes as bytes and multiplies them with eight-bit
+weights, summed in 32 bits. ``bits`` is ``int8`` with spikes of one bit between the layers that can read them, each
+computed in the way that is fastest here, with the same sums and the same spikes.
 
 Weights that are whole numbers times a scale, as those of a baked binary ticket (-1, 0 and +1) and those that
 :func:`spikezoo.sparse.round_to_levels` made, are these whole numbers in ``bf16`` and ``int8``, and scale and norm
@@ -11,7 +12,7 @@ come after the sum: in ``int8`` the potentials are the model's, of a ticket in e
 rounded, and since the distance to the threshold is what is summed, that is finest where the spike is decided.
 
 Everything up to the features is compiled as one graph, in which the neuron is one pass over all time steps with the
-norm before it and the residual join. The head runs as it is.
+norm before it and the residual join. The head runs as it is. ``Deployed.save`` writes the compiled model to a file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -29,17 +31,28 @@ from tqdm import tqdm
 from spikezoo.checks import choice, finite
 from spikezoo.deploy.bf16 import to_bf16
 from spikezoo.deploy.bits import Spikes, methods, to_bits
-from spikezoo.deploy.int8 import EightBit, to_int8
-from spikezoo.deploy.kernel import compiler, kernel
+from spikezoo.deploy.int8 import EightBit, to_int8, whole_numbers, whole_signals
+from spikezoo.deploy.kernel import compiler, instructions, kernel
 from spikezoo.deploy.norms import ExactNorm, exact_norms
+from spikezoo.deploy.package import LoadedModel, load_deployed, save_deployed
 from spikezoo.graph import Graph, trace
 from spikezoo.layers import StepScale
 from spikezoo.neurons import SpikingNeuron
+from spikezoo.precision import fast_bfloat16
 from spikezoo.transforms import fold_mpbn
 from spikezoo.transforms.multisp import PatchSelection
 from spikezoo.transforms.tickets import tickets
 
-__all__ = ["PRECISIONS", "Deployed", "EightBit", "ExactNorm", "deploy", "has_compiler"]
+__all__ = [
+    "PRECISIONS",
+    "Deployed",
+    "EightBit",
+    "ExactNorm",
+    "LoadedModel",
+    "deploy",
+    "has_compiler",
+    "load_deployed",
+]
 
 PRECISIONS = ("exact", "bf16", "int8", "bits")
 # The compiler unrolls the loop over time: longer sequences run in parts of so many steps, or it would take minutes,
@@ -60,13 +73,15 @@ class Deployed(nn.Module):
         model: The changed copy of the model.
         precision: exact, bf16, int8 or bits.
         notes: What was done and what could not be, in one line each.
+        shapes: Of the inputs that it has seen, each of which was compiled for.
     """
 
     def __init__(self, model: nn.Module, precision: str, compiled: bool, notes: list[str]) -> None:
         super().__init__()
         self.model, self.precision, self.notes = model, precision, notes
-        self._shapes: set[tuple[int, ...]] = set()
-        self._neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+        self.shapes: set[tuple[int, ...]] = set()
+        self.neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+        self.part = PART
         # Patches are chosen by the spikes of all time steps, each step has a factor of its own, and bits are one form.
         self._whole = any(isinstance(module, PatchSelection | StepScale | Spikes) for module in model.modules())
         self.compiled = compiled
@@ -83,11 +98,11 @@ class Deployed(nn.Module):
             self._part = torch.compile(self._few_steps, dynamic=False, options=options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_features", "_part", "_shapes")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_features", "_part", "shapes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._shapes = set()
+        self.shapes = set()
         self._compile()  # a copy compiles its own layers
 
     def _sequence(self, x: Tensor) -> Tensor:
@@ -97,20 +112,20 @@ class Deployed(nn.Module):
 
     def _few_steps(self, frames: Tensor, T: int, potentials: list[list[Tensor]]) -> tuple[Tensor, list[list[Tensor]]]:
         """Sum of the features over a part of the time steps, and the membrane potentials after it."""
-        left: list[list[Tensor]] = [[] for _ in self._neurons]
-        for neuron, before, after in zip(self._neurons, potentials, left, strict=True):
+        left: list[list[Tensor]] = [[] for _ in self.neurons]
+        for neuron, before, after in zip(self.neurons, potentials, left, strict=True):
             neuron.carry = (list(before), after)
         try:
             x = self.model.forward_frames(frames, T)  # type: ignore[operator]
         finally:
-            for neuron in self._neurons:
+            for neuron in self.neurons:
                 neuron.carry = None
         return x.float().sum(0), left
 
     def _in_parts(self, x: Tensor) -> Tensor:
         frames, T = self.model.encode(x)  # type: ignore[operator]
         total: Any = 0
-        potentials: list[list[Tensor]] = [[] for _ in self._neurons]
+        potentials: list[list[Tensor]] = [[] for _ in self.neurons]
         for start in range(0, T, PART):
             steps = min(PART, T - start)
             part = frames if len(frames) == 1 else frames[start : start + steps]
@@ -127,6 +142,33 @@ class Deployed(nn.Module):
             self._sequence(x)
             kept = [note for note in self.notes if not note.startswith("layers on bits: ")]
             self.notes[:] = [*kept, f"layers on bits: {methods(layers)}"]
+
+    def whole(self, T: int) -> bool:
+        """Whether so many time steps are one graph, not parts that pass their membrane potentials on."""
+        return T <= PART or self._whole
+
+    def save(self, path: str | Path, example: Tensor | None = None) -> Path:
+        """Write the compiled model to a file that :func:`load_deployed` loads in a second, without a compiler.
+
+        The file holds machine code and weights for one shape of input, this torch and this kind of processor; of a
+        model on bits also its tables. Before it takes its name it is loaded and compared: the same logits, in every
+        bit but of ``bf16``.
+
+        Args:
+            path: File to write, ``.pt2``.
+            example: Input of the shape to compile for; None takes the one shape that the model has seen.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: Another suffix, no shape or several, no compiler, a model on a GPU or of a random encoding, or
+                a file that gave other logits; nothing is written then.
+
+        Examples:
+            >>> spikezoo.deploy(model.eval(), 'int8', example=images).save('net.pt2')
+        """
+        return save_deployed(self, path, example)
 
     def train(self, mode: bool = True) -> Deployed:
         """Stay in evaluation mode.
@@ -156,12 +198,12 @@ class Deployed(nn.Module):
         """
         self.model.check_input(x)  # type: ignore[operator]
         x = finite(x.float())
-        new = tuple(x.shape) not in self._shapes
+        new = tuple(x.shape) not in self.shapes
         fresh = self.compiled and new
         if new:
-            if self._shapes and self.compiled:
+            if self.shapes and self.compiled:
                 _LOG.warning("Input of shape %s: compiling anew, once for every shape.", tuple(x.shape))
-            self._shapes.add(tuple(x.shape))
+            self.shapes.add(tuple(x.shape))
         if x.dim() == 4:
             bf16 = self.precision == "bf16"  # torch.save cannot store a memory format in an attribute
             x = x.contiguous(memory_format=torch.channels_last if bf16 else torch.contiguous_format)
@@ -177,7 +219,7 @@ class Deployed(nn.Module):
             torch.autocast(x.device.type, enabled=False),
         ):
             T: Any = self.model.T if x.dim() == 4 else x.shape[1]
-            features = self._features(x) if T <= PART or self._whole else self._in_parts(x)
+            features = self._features(x) if self.whole(T) else self._in_parts(x)
             return self.model.forward_head(features)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
@@ -186,7 +228,7 @@ class Deployed(nn.Module):
 
 
 def _check(model: nn.Module, precision: str) -> None:
-    choice("precision", precision, PRECISIONS)
+    choice("precision", precision, ("auto", *PRECISIONS))
     if not hasattr(model, "forward_sequence"):
         raise ValueError(
             f"deploy takes a model of this library with its head, and got {type(model).__name__}: make one with "
@@ -227,13 +269,38 @@ def _in_bits(model: nn.Module, graph: Graph) -> tuple[str, str, bool]:
     return "bits", note, whole
 
 
+def _rounded(model: nn.Module, graph: Graph) -> bool:
+    """Whether all layers on spikes have weights that are whole numbers times a scale, so that eight bits hold them."""
+    whole = whole_signals(graph)
+    layers = [node.module for node in graph.of("layer") if node.name != "head.fc" and node.inputs[0] in whole]
+    return bool(layers) and all(
+        isinstance(layer, nn.Conv2d | nn.Linear) and whole_numbers(layer) is not None for layer in layers
+    )
+
+
+def _fastest(model: nn.Module, graph: Graph, device: torch.device) -> tuple[str, str]:
+    """The precision for a model on this processor that is fastest without rounding weights, and why."""
+    spiking = any(isinstance(module, SpikingNeuron) for module in model.modules())
+    if device.type == "cpu" and spiking and has_compiler() and _rounded(model, graph):
+        if torch.cpu._is_amx_tile_supported():
+            return "int8", "weights are whole numbers, and this processor multiplies tiles of bytes"
+        if instructions() != "plain":
+            return "bits", f"weights are whole numbers, and this processor has {instructions()}"
+    if fast_bfloat16(device):
+        return "bf16", "this processor has bfloat16 instructions"
+    return "exact", "this processor has no bfloat16 instructions"
+
+
 @torch.no_grad()
-def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = None) -> Deployed:
+def deploy(model: nn.Module, precision: str = "auto", example: Tensor | None = None) -> Deployed:
     """Turn a trained model into the fastest one that gives the same answer.
 
     Args:
         model: A model of this library in evaluation mode, float32; tickets baked. It stays as it is.
-        precision: ``exact``: the same spikes as the model, in float32. ``bf16``: weights and spikes in bfloat16, the
+        precision: ``auto``: ``bits`` (with AMX ``int8``) for weights that are whole numbers times a scale, as tickets
+            and the weights that come with the package, else ``bf16`` where the processor has its instructions, else
+            ``exact``; the choice is in ``precision`` and the first of ``notes``, and never rounds weights to eight
+            bits. ``exact``: the same spikes as the model, in float32. ``bf16``: weights and spikes in bfloat16, the
             first layer, norms and membrane potentials in float32. ``int8``: layers on spikes in eight bits with 32-bit
             sums; bit for bit the model where those layers are baked binary tickets, otherwise weights rounded per
             channel, which changes nothing in those that :func:`spikezoo.sparse.round_to_levels` made, such as the
@@ -258,6 +325,9 @@ def deploy(model: nn.Module, precision: str = "exact", example: Tensor | None = 
     notes: list[str] = []
     copied: Any = copy.deepcopy(model).requires_grad_(False)
     device = next(copied.parameters()).device
+    if precision == "auto":
+        precision, why = _fastest(copied, trace(copied, None if example is None else example.shape[1:]), device)
+        notes.append(f"{precision} by auto: {why}")
     if precision in ("int8", "bits"):
         _check_spikes(copied, precision, device)
     if any(isinstance(m, SpikingNeuron) and m.norm is not None for m in copied.modules()):

@@ -14,6 +14,7 @@ import math
 import time
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikezoo.deploy.int8 import EightBit, InFloat, InRows, whole_signals
-from spikezoo.deploy.kernel import KINDS, Layer, instructions, kernel, pack, unpack, widths
+from spikezoo.deploy.kernel import KINDS, Layer, Term, instructions, kernel, pack, unpack, widths
 from spikezoo.deploy.norms import ExactNorm
 from spikezoo.graph import Graph
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, ResidualBlock, conv_out, over_time
 from spikezoo.neurons import IF, LIF, PLIF, SpikingNeuron
 
-__all__ = ["Dense", "Spikes", "Summand", "methods", "to_bits"]
+__all__ = ["Call", "Dense", "Packed", "Spikes", "Summand", "methods", "register", "to_bits"]
 
 _CHARGES: dict[type, int] = {IF: 2, PLIF: 3}
 _ROUNDS = 3  # of the timing
@@ -59,26 +60,142 @@ class Dense(nn.Module):
         return x[..., None, None] if self.linear else x
 
 
+@dataclass
+class Packed:
+    """What the kernel knows of one summand.
+
+    Attributes:
+        method: How it is computed, of ``KINDS``.
+        weight: Packed for that way; None of what comes computed, or in bits.
+        segment: How many look-ups a byte, or a word, adds up.
+        channels: Of its input.
+        geometry: Kernel, stride, padding, dilation.
+        pool: Kernel, stride and padding of the max-pooling behind it; 0 is none.
+        levels: What the sums are divided by.
+        scale: Of the weights, a channel.
+        bias: Of the layer.
+        gain: Of the norm behind it; with ``shift``.
+    """
+
+    method: str
+    weight: Tensor | None = None
+    segment: int = 0
+    channels: int = 0
+    geometry: tuple[tuple[int, ...], ...] = ()
+    pool: tuple[int, ...] = (0, 0, 0)
+    levels: int = 1
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+    def out_size(self, height: int, width: int) -> tuple[int, ...]:
+        """Height and width of what it adds, of an input's."""
+        sizes = []
+        for size, kernel_size, stride, padding, dilation in zip((height, width), *self.geometry, strict=True):
+            size = (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+            area, step, border = self.pool
+            sizes.append((size + 2 * border - area) // step + 1 if area else size)
+        return tuple(sizes)
+
+    def write(self, term: Term, x: Tensor) -> None:
+        """Tell the kernel, with the input."""
+        term.kind, term.input = KINDS[self.method], x.data_ptr()
+        tensors = ("gain", "shift", *(() if self.method == "dense" else ("weight", "scale", "bias")))
+        for name in tensors:
+            values: Tensor | None = getattr(self, name)
+            setattr(term, name, None if values is None else values.data_ptr())
+        if self.method == "dense":
+            term.strides[:] = [0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:]]
+        elif self.method != "bits":
+            term.channels, term.height, term.width = self.channels, *x.shape[2:4]
+            for name, sides in zip(("kernel", "stride", "padding", "dilation"), self.geometry, strict=True):
+                getattr(term, name)[:] = sides
+            term.segment, term.levels = self.segment, self.levels
+            term.pool[:] = self.pool
+
+
+@dataclass
+class Call:
+    """A layer of neurons as the kernel computes it: all that a file needs to hold of it.
+
+    Attributes:
+        facts: Numbers of the neurons.
+        at: At what potential they fire.
+        sign: Of a channel's potential.
+        terms: What is added up to their input.
+    """
+
+    facts: dict[str, Any]
+    at: Tensor
+    sign: Tensor
+    terms: list[Packed]
+
+    def _map(self, inputs: list[Tensor]) -> tuple[int, int, int]:
+        """Batch, height and width of the output, of the kernel's inputs."""
+        if self.terms[0].method == "dense":
+            return inputs[0].shape[1], inputs[0].shape[3], inputs[0].shape[4]
+        height, width = self.terms[0].out_size(*inputs[0].shape[2:4])
+        return inputs[0].shape[4], height, width
+
+    def out_shape(self, inputs: list[Tensor], T: int) -> tuple[int, ...]:
+        """Shape of the bits, of the kernel's inputs."""
+        batch, height, width = self._map(inputs)
+        return T, -(-self.facts["O"] // 8), height, width, batch
+
+    def run(self, inputs: list[Tensor], T: int) -> Tensor:
+        """Bits of the layer."""
+        out = inputs[0].new_empty(self.out_shape(inputs, T), dtype=torch.uint8)
+        batch, height, width = self._map(inputs)
+        layer = Layer(T=T, B=batch, H=height, W=width, terms=len(inputs), threads=torch.get_num_threads(), **self.facts)
+        layer.at, layer.sign, layer.out = self.at.data_ptr(), self.sign.data_ptr(), out.data_ptr()
+        for place, term, x in zip(layer.term, self.terms, inputs, strict=False):
+            term.write(place, x)
+        kernel().bits_layer(ctypes.byref(layer))
+        return out
+
+
+# A graph holds numbers and tensors only, so an operation in it holds the key of its layer.
+_CALLS: weakref.WeakValueDictionary[int, Call] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def register(call: Call, key: int) -> Call:
+    """Let graphs find a layer under a key, for as long as the caller holds what this returns."""
+    return _CALLS.setdefault(key, call)
+
+
+@torch.library.custom_op("spikezoo::spikes", mutates_args=())
+def _spikes(inputs: list[Tensor], T: int, key: int) -> Tensor:
+    """Bits of a layer of neurons."""
+    return _CALLS[key].run(inputs, T)
+
+
+@_spikes.register_fake
+def _(inputs: list[Tensor], T: int, key: int) -> Tensor:
+    return inputs[0].new_empty(_CALLS[key].out_shape(inputs, T), dtype=torch.uint8)
+
+
 class Summand(nn.Module):
     """A layer whose sums are a part of a neuron's input: its weights, its geometry, and the norm behind it.
 
     Attributes:
-        method: How it is computed, of ``methods``.
-        methods: bytes (tables), words (wider tables), rows (spike by spike), dense.
+        packed: The way in which it is computed now.
+        methods: How it can be computed: bytes (tables), words (wider tables), rows (spike by spike), dense.
     """
 
     def __init__(self, dense: Dense, norm: nn.Module | None, shape: tuple[int, ...], doubled: bool = False) -> None:
         super().__init__()
-        self.dense, self.method, self.methods = dense, "dense", ["dense"]
-        self.gain = self.shift = self.bias = self.weight = None
+        self.dense, self.methods, self.weight = dense, ["dense"], None
+        self.packed = Packed("dense")
         if isinstance(norm, ExactNorm):  # of float32 values
-            self.gain, self.shift = norm.scale.float(), norm.shift.float()
+            self.packed = Packed("dense", gain=norm.scale.float(), shift=norm.shift.float())
         elif not (norm is None or isinstance(norm, nn.Identity)):
             raise _DoesNotFitError(f"a {type(norm).__name__}")
         layer = dense.layer
         if not isinstance(layer, EightBit) or (dense.before is not None and not doubled):
             return
-        weight, self.levels, self.pool = layer.weight, layer.levels, (0, 0, 0)
+        weight, area = layer.weight, (0, 0, 0)
         geometry: Any = (layer.stride, layer.padding, layer.dilation)
         if layer.groups != 1 or min(float(layer.scale.min()), 0) < 0 or any(isinstance(p, str) for p in geometry):
             return
@@ -89,7 +206,7 @@ class Summand(nn.Module):
             sides: Any = (pool.kernel_size, pool.stride, pool.padding)
             if pool.ceil_mode or pool.dilation not in (1, (1, 1)) or any(isinstance(side, tuple) for side in sides):
                 return
-            self.pool = sides
+            area = sides
         elif dense.pool is not None:
             return
         if layer.linear:  # a feature is a place of a plane of eight channels
@@ -98,11 +215,16 @@ class Summand(nn.Module):
             weight = weight.unflatten(1, (-1, 8)).transpose(2, 3).reshape(len(weight), -1, 1, 1)
         if doubled:  # the mean of 2x2 places, then a kernel of one: a kernel of 2x2 and a stride of 2
             weight, geometry = weight.expand(-1, -1, 2, 2), ((2, 2), (0, 0), (1, 1))
-        self.geometry: tuple[Any, ...] = (tuple(weight.shape[2:]), *geometry)
         self.weight = weight.contiguous()
-        self.scale = layer.scale.float().expand(len(weight), *layer.scale.shape[1:]).reshape(-1).contiguous()
-        self.bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-        self.packed: tuple[Tensor, int] | None = None
+        self.packed = replace(
+            self.packed,
+            channels=weight.shape[1],
+            geometry=(tuple(weight.shape[2:]), *geometry),
+            pool=area,
+            levels=layer.levels,
+            scale=layer.scale.float().expand(len(weight), *layer.scale.shape[1:]).reshape(-1).contiguous(),
+            bias=None if layer.bias is None else layer.bias.detach().float().contiguous(),
+        )
         limit = self._one_sided("bytes").amax()
         self.methods = [*(("bytes",) if limit <= 127 else ()), "words", "dense"]
         if weight.shape[1] <= 65535:
@@ -111,13 +233,19 @@ class Summand(nn.Module):
 
     def choose(self, method: str) -> None:
         """Compute it in one of its ways from now on."""
-        self.method, self.packed = method, None
+        weight, segment = None, 0
         if method == "rows":
             weight = self._padded(64, 1)
-            weight = weight.reshape(-1, 64, *weight.shape[1:]).permute(0, 2, 3, 1)
-            self.packed = weight.to(torch.int16).contiguous(), 0
+            weight = weight.reshape(-1, 64, *weight.shape[1:]).permute(0, 2, 3, 1).to(torch.int16).contiguous()
         elif method != "dense":
-            self.packed = self._steps(method).contiguous(), self._segment(method)
+            weight, segment = self._steps(method).contiguous(), self._segment(method)
+        packed = self.packed  # which a call holds already
+        packed.method, packed.weight, packed.segment = method, weight, segment
+
+    @property
+    def method(self) -> str:
+        """How it is computed."""
+        return self.packed.method
 
     def _padded(self, outputs: int, channels: int) -> Tensor:
         """Weights ``[O, taps, C]``, as many as whole groups have."""
@@ -147,36 +275,12 @@ class Summand(nn.Module):
                 return length
         return 1
 
-    def out_size(self, height: int, width: int) -> tuple[int, ...]:
-        """Height and width of what it adds, of an input's."""
-        sizes = []
-        for size, kernel_size, stride, padding, dilation in zip((height, width), *self.geometry, strict=True):
-            size = (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
-            area, step, border = self.pool
-            sizes.append((size + 2 * border - area) // step + 1 if area else size)
-        return tuple(sizes)
-
     def forward(self, x: Tensor) -> Tensor:
         """What the kernel reads: the bits themselves, or float sums."""
         if self.method == "dense":
             return self.dense(x)
         T, groups, H, W, B = x.shape
         return x.view(T, groups * H * W, 1, 1, B) if self.dense.linear else x
-
-
-_LAYERS: weakref.WeakValueDictionary[int, Spikes] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
-
-
-@torch.library.custom_op("spikezoo::spikes", mutates_args=())
-def _spikes(inputs: list[Tensor], T: int, key: int) -> Tensor:
-    """Bits of a layer of neurons."""
-    return _LAYERS[key].run(inputs, T)
-
-
-@_spikes.register_fake
-def _(inputs: list[Tensor], T: int, key: int) -> Tensor:
-    return inputs[0].new_empty(_LAYERS[key].out_shape(inputs, T), dtype=torch.uint8)
 
 
 class Spikes(nn.Module):
@@ -230,50 +334,20 @@ class Spikes(nn.Module):
         return at.contiguous(), sign.float()
 
     def _register(self) -> None:
-        self.key, self.tuned = next(_KEYS), False
-        _LAYERS[self.key] = self
+        """Make the kernel's call of what the summands are now."""
+        terms = [summand.packed for summand in self.summands if isinstance(summand, Summand)]
+        if self.own:
+            terms.append(Packed("bits"))
+        self.call, self.tuned = Call(self.facts, self.at, self.sign, terms), False
+        self.key = next(_KEYS)
+        register(self.call, self.key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "call": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._register()
-
-    def _map(self, inputs: list[Tensor]) -> tuple[int, int, int]:
-        """Batch, height and width of the output, of the kernel's inputs."""
-        first: Any = self.summands[0]
-        if first.method == "dense":
-            return inputs[0].shape[1], inputs[0].shape[3], inputs[0].shape[4]
-        return (inputs[0].shape[4], *first.out_size(*inputs[0].shape[2:4]))
-
-    def out_shape(self, inputs: list[Tensor], T: int) -> tuple[int, ...]:
-        """Shape of the bits, of the kernel's inputs."""
-        batch, height, width = self._map(inputs)
-        return T, -(-self.channels // 8), height, width, batch
-
-    def run(self, inputs: list[Tensor], T: int) -> Tensor:
-        """Call the kernel."""
-        out = inputs[0].new_empty(self.out_shape(inputs, T), dtype=torch.uint8)
-        batch, height, width = self._map(inputs)
-        layer = Layer(T=T, B=batch, H=height, W=width, terms=len(inputs), threads=torch.get_num_threads(), **self.facts)
-        layer.at, layer.sign, layer.out = self.at.data_ptr(), self.sign.data_ptr(), out.data_ptr()
-        summands: list[Any] = [*self.summands, *([None] if self.own else [])]
-        for term, summand, x in zip(layer.term, summands, inputs, strict=False):
-            term.kind, term.input = KINDS["bits" if summand is None else summand.method], x.data_ptr()
-            if summand is None:
-                continue
-            if summand.gain is not None:
-                term.gain, term.shift = summand.gain.data_ptr(), summand.shift.data_ptr()
-            if summand.method == "dense":
-                term.strides[:] = [0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:]]
-                continue
-            term.channels, term.height, term.width = summand.weight.shape[1], *x.shape[2:4]
-            for name, values in zip(("kernel", "stride", "padding", "dilation"), summand.geometry, strict=True):
-                getattr(term, name)[:] = values
-            weight, term.segment = summand.packed
-            term.pool[:], term.levels, term.weight = summand.pool, summand.levels, weight.data_ptr()
-            term.scale = summand.scale.data_ptr()
-            term.bias = None if summand.bias is None else summand.bias.data_ptr()
-        kernel().bits_layer(ctypes.byref(layer))
-        return out
+        self._register()  # a copy is called by a key of its own
 
     def forward(self, *x: Tensor, T: int | None = None) -> Tensor:
         """Bits of the layer; inputs are those of the summands, of the neuron's own spikes the last."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from spikezoo.graph import Graph, Node
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, TernaryConv2d, TernaryLinear, signs_and_gain
 from spikezoo.neurons import SpikingNeuron
 
-__all__ = ["EightBit", "InFloat", "InRows", "to_int8", "whole_numbers", "whole_signals"]
+__all__ = ["EightBit", "InFloat", "InRows", "forget", "to_int8", "whole_numbers", "whole_signals"]
 
 
 def whole_numbers(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
@@ -25,21 +25,37 @@ def whole_numbers(layer: nn.Conv2d | nn.Linear) -> tuple[Tensor, Tensor] | None:
     return levels_of(layer.weight)
 
 
-# oneDNN's packed weights are opaque to a compiler, so its graph holds a key to them.
-_PACKED: weakref.WeakValueDictionary[int, EightBit] = weakref.WeakValueDictionary()
-_KEYS = itertools.count()
+# oneDNN's packed weights are opaque to a compiler, so its graph holds a key to them; a graph that is loaded into
+# another process packs them again, at its first call. The key is a hash of the weights: a compiler keeps graphs on disk
+# and finds them by what they hold.
+_PACKED: dict[int, Tensor] = {}
+
+
+def forget(*keys: int) -> None:
+    """Let go of what was packed for a layer; who still needs it packs it again."""
+    for key in keys:
+        _PACKED.pop(key, None)
 
 
 @torch.library.custom_op("spikezoo::eight_bit", mutates_args=())
-def _eight_bit(x: Tensor, weight: Tensor, key: int) -> Tensor:
-    """Sums of bytes times eight-bit weights, as float32."""
-    return _PACKED[key].sums(x)
+def _eight_bit(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, key: int
+) -> Tensor:
+    """Sums ``[N, C', H', W']`` in float32 of bytes ``[N, C, H, W]`` times eight-bit weights."""
+    op, ones, geometry = torch.ops.onednn, torch.ones(len(weight)), (stride, padding, dilation, groups)
+    packed = _PACKED.get(key)
+    if packed is None:
+        packed = _PACKED[key] = op.qconv_prepack(weight, ones, 1.0, 0, *geometry, list(x.shape))
+    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    return op.qconv2d_pointwise(x, 1.0, 0, packed, ones, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], "")
 
 
 @_eight_bit.register_fake
-def _(x: Tensor, weight: Tensor, key: int) -> Tensor:
-    layer = _PACKED[key]
-    height, width = ((s + 2 * p - k) // d + 1 for s, p, k, d in zip(x.shape[2:], *layer.geometry, strict=True))
+def _(
+    x: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int], groups: int, key: int
+) -> Tensor:
+    sizes = zip(x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True)
+    height, width = ((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, p, d, k, s in sizes)
     shape = (x.shape[0], weight.shape[0], height, width)
     return x.new_empty(shape, dtype=torch.float32).to(memory_format=torch.channels_last)
 
@@ -71,38 +87,20 @@ class EightBit(nn.Module):
         self.register_buffer("weight", whole.to(torch.int8).view(*weight.shape, *[1] * (4 - weight.dim())))
         self.register_buffer("scale", scale if self.linear or self.ternary else scale.view(-1, 1, 1))
         self.bias = layer.bias
-        self.geometry: tuple[Any, ...] = (self.padding, self.weight.shape[2:], self.stride)
-        self._packed: Any = None
-        self._register()
-
-    def _register(self) -> None:
-        self.key = next(_KEYS)
-        _PACKED[self.key] = self
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._register()  # a copy has a key of its own
+        self.geometry: Any = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
+        facts = repr((self.weight.shape, self.geometry)).encode()
+        self.key = int.from_bytes(hashlib.sha256(self.weight.numpy().tobytes() + facts).digest()[:7])
+        weakref.finalize(self, forget, self.key)
 
     def sums(self, x: Tensor) -> Tensor:
         """Map bytes ``[N, C, H, W]`` to ``[N, C', H', W']`` float32."""
-        op, channels = torch.ops.onednn, self.weight.shape[0]
-        ones = torch.ones(channels)
-        geometry: Any = (list(self.stride), list(self.padding), list(self.dilation), self.groups)
-        if self._packed is None:
-            self._packed = op.qconv_prepack(self.weight, ones, 1.0, 0, *geometry, list(x.shape))
-        zeros = torch.zeros(channels, dtype=torch.int64)
-        return op.qconv2d_pointwise(
-            x, 1.0, 0, self._packed, ones, zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""
-        )
+        return _eight_bit(x, self.weight, *self.geometry, self.key)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer."""
         if x.dtype != torch.uint8:
             x = (x * self.levels if self.levels > 1 else x).to(torch.uint8)
-        y = _eight_bit(x[..., None, None] if self.linear else x, self.weight, self.key)
+        y = self.sums(x[..., None, None] if self.linear else x)
         y = y.flatten(1) if self.linear else y
         y = y / self.levels if self.levels > 1 else y  # a power of two: exact
         y = y * self.scale
@@ -212,7 +210,8 @@ def to_int8(model: nn.Module, graph: Graph) -> str:
     neurons = _as_bytes(model, graph)
     for node in layers:
         level, largest = whole.get(node.inputs[0], (0, 0))
-        if level and level * largest <= 255 and isinstance(node.module, nn.Conv2d | nn.Linear):
+        fits = level and level * largest <= 255 and not isinstance(getattr(node.module, "padding", 0), str)
+        if fits and isinstance(node.module, nn.Conv2d | nn.Linear):
             model.set_submodule(node.name, EightBit(node.module, level))
             eight.add(node.name)
         elif isinstance(node.module, nn.Conv2d):

@@ -86,29 +86,43 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++", "c++"))), None)
 
 
-def library(path: str) -> Path:
-    """File of the compiled kernel: compiled at its first use, then kept beside what torch.compile keeps.
+def _flags(path: str) -> tuple[str, ...]:
+    return ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", *PATHS[path])
+
+
+def place(path: str) -> Path:
+    """Where the compiled kernel is kept, beside what torch.compile keeps; its name tells source and flags."""
+    text = "\n".join((SOURCE.read_text(encoding="utf-8"), *_flags(path), platform.machine()))
+    return Path(cache_dir()) / "spikezoo" / f"bits-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{path}.so"
+
+
+def library(path: str, content: bytes | None = None) -> Path:
+    """File of the compiled kernel: compiled at its first use, then kept.
+
+    Args:
+        path: Of ``PATHS``.
+        content: The compiled kernel, which saves compiling it.
 
     Raises:
         ValueError: No compiler, or one that fails; its first lines are in the message.
     """
-    flags = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", *PATHS[path])
-    found = compiler()
-    text = "\n".join((SOURCE.read_text(encoding="utf-8"), *flags, platform.machine()))
-    file = Path(cache_dir()) / "spikezoo" / f"bits-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{path}.so"
+    file, found = place(path), compiler()
     digest = file.with_suffix(".sha256")  # a damaged one is compiled anew, as it would be run as it is
     if file.is_file() and digest.is_file() and digest.read_bytes() == file_hash(file).encode():
         return file
-    if found is None:
+    if found is None and content is None:
         raise ValueError("Spikes in bits need a C++ compiler and none was found: install g++, or set CXX.")
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
-        done = subprocess.run(
-            [found, *flags, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise ValueError(f"{found} failed on {SOURCE.name}: {done.stderr[:500]}")
+        if content is not None:
+            made.write_bytes(content)
+        else:
+            done = subprocess.run(
+                [str(found), *_flags(path), str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise ValueError(f"{found} failed on {SOURCE.name}: {done.stderr[:500]}")
         made.replace(file)
         with atomic(digest) as temporary:
             temporary.write_bytes(file_hash(file).encode())

@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,9 @@ from torch.nn.grad import conv2d_input
 from spikezoo.checkpoint.sparse import levels_of
 from spikezoo.factory import SpikingModel
 from spikezoo.neurons import SpikingNeuron
+
+if TYPE_CHECKING:
+    import onnx
 
 __all__ = ["StepNet", "run_steps", "write_step"]
 
@@ -166,13 +168,15 @@ def write_step(step: StepNet, path: str | Path, example: Tensor) -> list[list[in
         node.metadata_props.clear()  # where in which source file it comes from
     program.save(str(path), external_data=False)
     net = onnx.load(str(path))
-    _compress(net.graph, onnx)
+    _compress(net.graph)
     onnx.save(net, str(path))
     return [list(v.shape[1:]) for v in potentials]
 
 
-def _compress(graph: Any, onnx: ModuleType) -> None:
+def _compress(graph: onnx.GraphProto) -> None:
     """Put weights into bytes with a scale a row where that is exactly what they are."""
+    import onnx
+
     nodes = []
     for tensor in list(graph.initializer):
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2 or len(tensor.raw_data) < 4 * _LARGE:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead
+from timm.layers import ClassifierHead, trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
@@ -29,7 +29,7 @@ from spikezoo.encoding import ENCODINGS, direct, poisson, ttfs
 from spikezoo.layers import checkpointed, over_time
 from spikezoo.neurons import NeuronConfig, NeuronFactory, SpikingNeuron
 
-__all__ = ["SpikingModel", "drop_path_rates", "init_without_norms"]
+__all__ = ["SpikingModel", "drop_path_rates", "init_without_norms", "truncated_normal"]
 
 
 def _check_pool(global_pool: str, num_classes: int) -> None:
@@ -47,6 +47,12 @@ def init_without_norms(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
+
+
+def truncated_normal(weight: Tensor) -> None:
+    """Draw a weight as vision transformers do; not on the meta device, where timm's takes longer than all the rest."""
+    if not weight.is_meta:
+        trunc_normal_(weight, std=0.02)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

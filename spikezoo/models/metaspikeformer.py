@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import number, whole
 from spikezoo.layers import ConvNormNeuron, conv_out, over_time
-from spikezoo.models._base import SpikingModel, drop_path_rates
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.ms_resnet import CurrentStem, Fire
 from spikezoo.models.sdt import AverageNeuron
 from spikezoo.models.spikformer import IMAGENET_INPUT, SPIKFORMER_NEURON, SpikformerBlock, SpikingMLP, attend
@@ -251,7 +250,7 @@ class MetaSpikeFormer(SpikingModel):
         self.finish(channels)
         # The authors': convolutions keep torch's.
         if isinstance(self.head.fc, nn.Linear):
-            trunc_normal_(self.head.fc.weight, std=0.02)
+            truncated_normal(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
 

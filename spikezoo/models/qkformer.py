@@ -23,12 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
 from spikezoo.layers import ConvNormNeuron, Stem, conv_out, over_time
-from spikezoo.models._base import SpikingModel, drop_path_rates
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.spikformer import SPIKFORMER_NEURON, SpikformerBlock, SpikingMLP, SpikingSelfAttention
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
@@ -210,7 +209,7 @@ class QKFormer(SpikingModel):
             self.add_stage(blocks, width, reduction)
         self.finish(widths[-1])
         if isinstance(self.head.fc, nn.Linear):  # the authors': convolutions keep torch's
-            trunc_normal_(self.head.fc.weight, std=0.02)
+            truncated_normal(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
 

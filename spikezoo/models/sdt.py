@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.layers import ConvNormNeuron
 from spikezoo.models import spikformer
+from spikezoo.models._base import truncated_normal
 from spikezoo.models.spikformer import FOUR_POOLS, IMAGENET_INPUT, SPIKFORMER_NEURON, PositionEncoding, Spikformer
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
@@ -119,7 +119,7 @@ class SpikeDrivenTransformer(Spikformer):
         # The authors': the classifier keeps torch's.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

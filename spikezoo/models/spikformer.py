@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, switch, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, conv_out
-from spikezoo.models._base import SpikingModel, drop_path_rates
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.neurons import NeuronFactory
 from spikezoo.registry import ModelRow, register_rows
 
@@ -332,7 +332,7 @@ class Spikformer(SpikingModel):
         # The authors' initialisation of linear layers; 3x3 convolutions keep torch's.
         for module in self.modules():
             if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -16,11 +16,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.layers import trunc_normal_
 from torch import nn
 
 from spikezoo.layers import ConvNormNeuron
 from spikezoo.models import spikformer
+from spikezoo.models._base import truncated_normal
 from spikezoo.models.spikformer import FOUR_POOLS, IMAGENET_INPUT, SPIKFORMER_NEURON, Spikformer
 from spikezoo.registry import ModelRow, register_rows
 
@@ -44,7 +44,7 @@ class Spikingformer(Spikformer):
     def _init_weights(self) -> None:
         # The authors': convolutions keep torch's.
         if isinstance(self.head.fc, nn.Linear):
-            trunc_normal_(self.head.fc.weight, std=0.02)
+            truncated_normal(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
 
 

@@ -22,12 +22,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from spikezoo.checks import choice, number, whole
 from spikezoo.layers import ConvNormNeuron, Pool, Stem, broadcast_steps, conv_out
-from spikezoo.models._base import SpikingModel, drop_path_rates
+from spikezoo.models._base import SpikingModel, drop_path_rates, truncated_normal
 from spikezoo.models.ms_resnet import Fire
 from spikezoo.models.spikformer import SpikformerBlock
 from spikezoo.neurons import NeuronFactory
@@ -211,7 +210,7 @@ class SpikingResformer(SpikingModel):
         self.finish(widths[-1], head_bias=False)
         for module in self.modules():  # the authors'
             if isinstance(module, nn.Conv2d | nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                truncated_normal(module.weight)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -34,10 +34,16 @@ class Saver(CheckpointSaver):
 
     Args:
         snapshot: Returns the training state.
+        folder: Where its files are.
+        decreasing: Whether a smaller metric is better.
+        max_history: How many of the best it keeps.
     """
 
-    def __init__(self, snapshot: Callable[[], dict[str, Any]], **kwargs: Any) -> None:
-        super().__init__(model=None, optimizer=None, **kwargs)
+    def __init__(
+        self, snapshot: Callable[[], dict[str, Any]], folder: Path, decreasing: bool = False, max_history: int = 10
+    ) -> None:
+        places = {"checkpoint_dir": str(folder), "recovery_dir": str(folder)}
+        super().__init__(None, None, **places, decreasing=decreasing, max_history=max_history)
         self.extension = ".safetensors"
         self.snapshot = snapshot
 
@@ -214,13 +220,7 @@ def _prepare(run: Run, folder: Path) -> tuple[Path, Saver | None]:
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        saver = Saver(
-            functools.partial(snapshot, run),
-            checkpoint_dir=str(folder),
-            recovery_dir=str(folder),
-            decreasing=args.eval_metric == "loss",
-            max_history=args.checkpoint_hist,
-        )
+        saver = Saver(functools.partial(snapshot, run), folder, args.eval_metric == "loss", args.checkpoint_hist)
         saver.drop_remains()
     if state is not None:
         restore(run, state, source, saver)

@@ -11,7 +11,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +210,9 @@ def _aedat4(path: Path) -> Any:
         raise ValueError(f"it is truncated or damaged ({error})") from error
 
 
-def _stream(decoder: Any) -> tuple[int, dict[str, Any]]:
-    """The one stream of events in an AEDAT 4 file."""
-    streams = [(number, facts) for number, facts in decoder.id_to_stream().items() if facts["type"] == "events"]
+def _stream(known: Mapping[int, dict[str, Any]]) -> tuple[int, dict[str, Any]]:
+    """The one stream of events among those of an AEDAT 4 file."""
+    streams = [(number, facts) for number, facts in known.items() if facts["type"] == "events"]
     if len(streams) != 1:
         raise ValueError(f"it has {len(streams)} streams of events, but one is wanted")
     return streams[0]
@@ -220,7 +220,7 @@ def _stream(decoder: Any) -> tuple[int, dict[str, Any]]:
 
 def _read_aedat4(path: Path, sensor: Size) -> Events:
     decoder = _aedat4(path)
-    number, _ = _stream(decoder)
+    number, _ = _stream(decoder.id_to_stream())
     try:
         parts = [packet["events"] for packet in decoder if packet["stream_id"] == number]
     except RuntimeError as error:
@@ -272,7 +272,7 @@ def native_sensor(path: Path) -> Size | None:
             return (int(height), int(width)) if height.isdecimal() and width.isdecimal() else None
         if suffix.startswith(".aedat"):
             if _version(path).startswith(b"#!AER-DAT4"):
-                _, facts = _stream(_aedat4(path))
+                _, facts = _stream(_aedat4(path).id_to_stream())
                 return facts["height"], facts["width"]
             chip = _chip(path, _lines(path)[0])
             return chip[1] if chip else _CHIPS["dvs128"]

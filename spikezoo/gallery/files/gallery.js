@@ -1,10 +1,13 @@
 // The net of a page at work: one time step after another in onnxruntime-web, its spikes drawn as they come.
 // NET is what spikezoo/gallery/pages.py wrote of the net; RUNTIME is onnxruntime-web, its script and its machine code.
+// Both are packed with gzip.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
 const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
-const floats = (text) => new Float32Array(bytes(text).buffer);
+const inflate = async (packed, kind) =>
+  new Uint8Array(await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream(kind))).arrayBuffer());
+const unpack = (text) => inflate(bytes(text), "gzip");
 const size = (shape) => shape.reduce((a, b) => a * b, 1);
 
 // T, C, H, W; an image is its own frame at every step.
@@ -12,14 +15,15 @@ const [channels, height, width] = NET.input.slice(-3);
 const canvas = byId("input");
 const draws = !NET.events && channels === 1;
 const ground = 112; // pixels of a side on which digits are drawn
-let ort = null, session = null, values = null, turn = 0, shown = null, drawing = null;
+let ort = null, session = null, inputs = null, values = null, turn = 0, shown = null, drawing = null;
 
 async function load() {
-  const script = URL.createObjectURL(new Blob([bytes(RUNTIME[0])], { type: "text/javascript" }));
+  const script = URL.createObjectURL(new Blob([await unpack(RUNTIME[0])], { type: "text/javascript" }));
   ort = await import(script);
   ort.env.wasm.numThreads = 1;
-  ort.env.wasm.wasmBinary = bytes(RUNTIME[1]).buffer;
-  session = await ort.InferenceSession.create(bytes(NET.program), { executionProviders: ["wasm"] });
+  ort.env.wasm.wasmBinary = (await unpack(RUNTIME[1])).buffer;
+  session = await ort.InferenceSession.create(await unpack(NET.program), { executionProviders: ["wasm"] });
+  inputs = new Float32Array((await unpack(NET.values)).buffer);
 }
 
 // What the net sees at a step: a frame of events, the image, or the pixels whose first spike is due (bright ones early).
@@ -74,7 +78,9 @@ function showAnswer(result, step) {
     `style="--share:${share.toFixed(4)}"></span><span>${(100 * share).toFixed(1)} %</span></td></tr>`).join("");
   const cost = energy(Array.from(result.operations));
   byId("cost").textContent = `After ${step + 1} time step${step ? "s" : ""}: ${cost.toPrecision(3)} \u00b5J, ` +
-    `${(100 * cost / (1000 * NET.ann_mj)).toPrecision(3)} % of the ReLU twin's.`;
+    `${(100 * cost / (1000 * NET.ann_mj)).toPrecision(3)} % of the ReLU twin's.` +
+    NET.over.filter((row) => row.T === step + 1).map((row) => ` Of ${NET.images} test images ${row.top1.toFixed(1)} % are right.`).join("");
+  [...document.querySelectorAll("#over tr")].forEach((row, i) => row.classList.toggle("best", NET.over[i].T === step + 1));
   return NET.classes[best];
 }
 
@@ -168,7 +174,7 @@ function paint(step = 0) {
 }
 
 function choose(index) {
-  values = floats(NET.samples[index].values).slice();
+  values = inputs.slice(index * size(NET.input), (index + 1) * size(NET.input));
   drawing = null;
   shown = index;
   [...byId("samples").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === index)));
@@ -232,7 +238,25 @@ function takeImage(blob) {
   }).catch(() => { byId("state").textContent = "This file is no image that the browser reads."; });
 }
 
+// A recording of the reader's own.
+async function takeRecording(file) {
+  try {
+    const found = await framesOf(file.name, new Uint8Array(await file.arrayBuffer()), NET.input[0], height, width);
+    values = found.frames;
+    shown = null;
+    [...byId("samples").children].forEach((button) => button.setAttribute("aria-pressed", "false"));
+    paint();
+    play();
+    await go();
+    const scaled = found.sensor ? `, scaled from ${found.sensor.join(" x ")} pixels` : "";
+    byId("state").textContent += ` ${found.events} events${scaled}.`;
+  } catch (error) {
+    byId("state").textContent = `${file.name} is not read: ${error.message}.`;
+  }
+}
+
 function listen() {
+  const take = NET.events ? takeRecording : takeImage;
   byId("samples").append(...NET.samples.map((sample, i) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -246,8 +270,8 @@ function listen() {
   steps.value = byId("shown").textContent = NET.T;
   steps.addEventListener("input", go);
   byId("clear").addEventListener("click", clear);
-  byId("file").addEventListener("change", (event) => event.target.files[0] && takeImage(event.target.files[0]));
-  if (NET.events) byId("clear").parentElement.hidden = true;
+  byId("file").addEventListener("change", (event) => event.target.files[0] && take(event.target.files[0]));
+  byId("clear").hidden = NET.events;
   if (draws) {
     let last = null;
     canvas.classList.add("draw");
@@ -274,17 +298,16 @@ function listen() {
       place = next;
     });
   }
-  if (!NET.events) {
-    document.addEventListener("dragover", (event) => event.preventDefault());
-    document.addEventListener("drop", (event) => {
-      event.preventDefault();
-      if (event.dataTransfer.files[0]) takeImage(event.dataTransfer.files[0]);
-    });
-  }
+  document.addEventListener("dragover", (event) => event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+  });
 }
 
 // For tests and the curious: what PyTorch said of the samples, and what is computed here.
 window.gallery = {
+  values: () => Array.from(values),
   ready: (async () => {
     listen();
     try {
