@@ -205,6 +205,7 @@ def test_a_failed_run_does_not_stop_the_others(train, tmp_path, capsys):
 def test_processes_share_a_plan(tmp_path):
     runs = [{"name": n, "config": "base.yaml", "epochs": 1, "seed": i} for i, n in enumerate("abcd")]
     runs[1] |= {"lr": 1e30, "sched": "none"}  # the second process fails first, and the others go on
+    runs[2] |= {"epochs": 4}  # for longer than it runs
     argv = write(tmp_path, {"runs": runs})
     script = str(ROOT / "train.py")
     code = f"import runpy, sys; sys.argv[:] = {[script, *argv]!r}; runpy.run_path({script!r}, run_name='__main__')"
