@@ -456,6 +456,11 @@ def test_auto_takes_what_this_processor_is_fastest_in(monkeypatch):
     has["_is_amx_tile_supported"] = False
     monkeypatch.setattr(sys.modules["spikezoo.deploy"], "instructions", lambda: "plain")
     assert deploy(rounded_net).precision == "exact"
+    has["_is_avx512_bf16_supported"] = True
+    twice = spikezoo.create_model("test_spiking_resnet").eval()
+    twice.stages[0][0].conv2.conv = twice.stages[0][0].conv1.conv
+    fast = deploy(twice)
+    assert fast.precision == "exact" and "runs twice" in fast.notes[0]
 
 
 LOADING = """

@@ -278,8 +278,13 @@ def _rounded(model: nn.Module, graph: Graph) -> bool:
     )
 
 
-def _fastest(model: nn.Module, graph: Graph, device: torch.device) -> tuple[str, str]:
+def _fastest(model: nn.Module, shape: torch.Size | None, device: torch.device) -> tuple[str, str]:
     """The precision for a model on this processor that is fastest without rounding weights, and why."""
+    try:
+        graph = trace(model, shape)
+        graph.check_called_once("deploy")
+    except ValueError as error:  # a model of the user's own may be one that only 'exact' takes
+        return "exact", str(error)
     spiking = any(isinstance(module, SpikingNeuron) for module in model.modules())
     if device.type == "cpu" and spiking and has_compiler() and _rounded(model, graph):
         if torch.cpu._is_amx_tile_supported():
@@ -326,7 +331,7 @@ def deploy(model: nn.Module, precision: str = "auto", example: Tensor | None = N
     copied: Any = copy.deepcopy(model).requires_grad_(False)
     device = next(copied.parameters()).device
     if precision == "auto":
-        precision, why = _fastest(copied, trace(copied, None if example is None else example.shape[1:]), device)
+        precision, why = _fastest(copied, None if example is None else example.shape[1:], device)
         notes.append(f"{precision} by auto: {why}")
     if precision in ("int8", "bits"):
         _check_spikes(copied, precision, device)
