@@ -148,7 +148,8 @@ def unpack(args: argparse.Namespace) -> None:
         runs = sorted({name.partition("/")[0] for name in archive.getnames()})
         if taken := [run for run in runs if (Path(args.out) / run).exists()]:
             raise ValueError(f"{Path(args.out) / taken[0]} exists, and nothing was overwritten. Give another --out.")
-        archive.extractall(args.out, filter="data")
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
+        archive.extractall(args.out, **safe)
     for run in runs:
         results = read_config(Path(args.out) / run)["spikezoo"]["results"]
         print(f"{Path(args.out) / run}: {results['accelerator']['state']}, {results.get('top1', 'not measured')}")
