@@ -505,12 +505,12 @@ def test_parts_of_a_file_pass_potentials_on(monkeypatch):
         model = create("test_mpbn_resnet", T=T, neuron="plif")
         fast = deploy(model, "exact")
         x = torch.rand(2, *model.input_shape)
-        found = [*package._graphs(fast, x, fast.part)]
-        parts = [(name, start) for name, start, steps, *_ in found if steps]
-        assert parts == {3: [("first2", 0), ("next1", 2)], 6: [("first2", 0), ("next2", 2), ("next2", 4)]}[T]
+        found = [*package._graphs(fast, x)]
+        parts = [(name, start, steps) for name, start, steps, *_ in found if steps]
+        wanted = {3: [("first2", 0, 2), ("next1", 2, 1)], 6: [("first2", 0, 2), ("next2", 2, 2), ("next2", 4, 2)]}
+        assert parts == wanted[T]
         graphs = {name: module for name, _, _, module, _ in reversed(found)}
-        steps = {name: steps for name, _, steps, *_ in found}
-        assert torch.equal(package._in_parts(graphs, x, parts, steps, T), fast(x))
+        assert torch.equal(package._in_parts(graphs, x, parts, T), fast(x))
         assert torch.equal(fast(x), model(x))
 
 

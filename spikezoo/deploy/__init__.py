@@ -74,6 +74,8 @@ class Deployed(nn.Module):
         precision: exact, bf16, int8 or bits.
         notes: What was done and what could not be, in one line each.
         shapes: Of the inputs that it has seen, each of which was compiled for.
+        neurons: Of the model, in its order.
+        part: How many time steps one graph has at most.
     """
 
     def __init__(self, model: nn.Module, precision: str, compiled: bool, notes: list[str]) -> None:
@@ -126,8 +128,8 @@ class Deployed(nn.Module):
         frames, T = self.model.encode(x)  # type: ignore[operator]
         total: Any = 0
         potentials: list[list[Tensor]] = [[] for _ in self.neurons]
-        for start in range(0, T, PART):
-            steps = min(PART, T - start)
+        for start in range(0, T, self.part):
+            steps = min(self.part, T - start)
             part = frames if len(frames) == 1 else frames[start : start + steps]
             features, potentials = self._part(part, steps, potentials)
             total = total + features
@@ -145,7 +147,7 @@ class Deployed(nn.Module):
 
     def whole(self, T: int) -> bool:
         """Whether so many time steps are one graph, not parts that pass their membrane potentials on."""
-        return T <= PART or self._whole
+        return self.part >= T or self._whole
 
     def save(self, path: str | Path, example: Tensor | None = None) -> Path:
         """Write the compiled model to a file that :func:`load_deployed` loads in a second, without a compiler.

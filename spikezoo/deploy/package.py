@@ -64,10 +64,9 @@ class LoadedModel(nn.Module):
         self.T: int = facts["T"]
         self.num_classes: int = facts["num_classes"]
         self._calls = [register(call, key) for key, call in calls.items()]
-        self._parts: list[tuple[str, int]] = [(name, start) for name, start in facts["parts"]]
-        names = {"model"} if not self._parts else {"head", *(name for name, _ in self._parts)}
+        self._parts: list[tuple[str, int, int]] = facts["parts"]
+        names = {"model"} if not self._parts else {"head", *(name for name, _, _ in self._parts)}
         self._graphs: dict[str, Callable[..., Any]] = {name: load_package(str(path), name) for name in sorted(names)}
-        self._steps: dict[str, int] = facts["steps"]
         weakref.finalize(self, forget, *facts["keys"])
         self.eval()
 
@@ -90,7 +89,7 @@ class LoadedModel(nn.Module):
         x = finite(x.float()).contiguous(memory_format=_format(self.precision, x))
         if not self._parts:
             return self._graphs["model"](x)
-        return _in_parts(self._graphs, x, self._parts, self._steps, self.T)
+        return _in_parts(self._graphs, x, self._parts, self.T)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -102,15 +101,13 @@ def _format(precision: str, x: Tensor) -> torch.memory_format:
     return torch.channels_last if precision == "bf16" and x.dim() == 4 else torch.contiguous_format
 
 
-def _in_parts(
-    graphs: dict[str, Callable[..., Any]], x: Tensor, parts: list[tuple[str, int]], steps: dict[str, int], T: int
-) -> Tensor:
-    """Logits of a part of the time steps after the other."""
+def _in_parts(graphs: dict[str, Callable[..., Any]], x: Tensor, parts: list[tuple[str, int, int]], T: int) -> Tensor:
+    """Logits of a part of the time steps after the other: name of the graph, first step, number of steps."""
     frames = x.unsqueeze(0) if x.dim() == 4 else x.transpose(0, 1)
     total: Any = 0
     potentials: list[Tensor] = []
-    for name, start in parts:
-        part = frames if len(frames) == 1 else frames[start : start + steps[name]]
+    for name, start, steps in parts:
+        part = frames if len(frames) == 1 else frames[start : start + steps]
         features, *potentials = graphs[name](part.contiguous(), *potentials)
         total = total + features
     return graphs["head"](total / T)
@@ -160,7 +157,7 @@ class _Head(nn.Module):
         return model.forward_head(x)
 
 
-def _graphs(net: Deployed, x: Tensor, part: int) -> Iterator[tuple[str, int, int, nn.Module, tuple[Tensor, ...]]]:
+def _graphs(net: Deployed, x: Tensor) -> Iterator[tuple[str, int, int, nn.Module, tuple[Tensor, ...]]]:
     """What is compiled: name, first step, number of steps (0: no part of them), module and example."""
     model: Any = net.model
     T: int = model.T if x.dim() == 4 else x.shape[1]
@@ -170,13 +167,13 @@ def _graphs(net: Deployed, x: Tensor, part: int) -> Iterator[tuple[str, int, int
     if model.encoding != "direct":
         raise ValueError(
             f"A model of {T} steps with encoding={model.encoding!r} runs in parts, and a file holds no part of a code: "
-            f"deploy it with at most {part} steps, or with encoding='direct'."
+            f"deploy it with at most {net.part} steps, or with encoding='direct'."
         )
     frames = x.unsqueeze(0) if x.dim() == 4 else x.transpose(0, 1)
     known: set[str] = set()
     potentials: list[list[Tensor]] = [[] for _ in net.neurons]
-    for start in range(0, T, part):
-        steps = min(part, T - start)
+    for start in range(0, T, net.part):
+        steps = min(net.part, T - start)
         name = f"{'first' if start == 0 else 'next'}{steps}"
         here = (frames if len(frames) == 1 else frames[start : start + steps]).contiguous()
         counts = [len(one) for one in potentials]
@@ -236,8 +233,7 @@ def save_deployed(net: Deployed, path: str | Path, example: Tensor | None = None
         "cpp.dynamic_threads": True,  # as many as the process has that loads it
     }
     files: dict[str, Any] = {}
-    parts: list[tuple[str, int]] = []
-    steps: dict[str, int] = {}
+    parts: list[tuple[str, int, int]] = []
     x = x.contiguous(memory_format=_format(net.precision, x))
     words = f"deploy: compiling {path.name}, up to some minutes"
     with (
@@ -245,10 +241,9 @@ def save_deployed(net: Deployed, path: str | Path, example: Tensor | None = None
         torch.autocast("cpu", enabled=False),
         tempfile.TemporaryDirectory() as folder,
     ):
-        for name, start, count, module, inputs in _graphs(own, x, net.part):
+        for name, start, count, module, inputs in _graphs(own, x):
             if count:
-                parts.append((name, start))
-                steps[name] = count
+                parts.append((name, start, count))
             if name not in files:
                 program = torch.export.export(module.eval(), inputs, strict=False)
                 files[name] = aot_compile(program.module(), inputs, options=options)
@@ -266,7 +261,6 @@ def save_deployed(net: Deployed, path: str | Path, example: Tensor | None = None
             "num_classes": want.shape[1],
             "pretrained_cfg": json.loads(json.dumps(model.pretrained_cfg, default=str)),
             "parts": parts,
-            "steps": steps,
             "keys": [layer.key for layer in model.modules() if isinstance(layer, EightBit)],
         }
         _add_members(made, facts, calls)
@@ -277,7 +271,7 @@ def save_deployed(net: Deployed, path: str | Path, example: Tensor | None = None
 
 
 def _add_members(path: Path, facts: dict[str, Any], calls: dict[int, Call]) -> None:
-    """Write our own two."""
+    """Write our own."""
     buffer = io.BytesIO()
     torch.save(
         {key: {**vars(call), "terms": [vars(term) for term in call.terms]} for key, call in calls.items()}, buffer
@@ -313,18 +307,15 @@ def _members(path: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     Raises:
         ValueError: Not such a file, or a damaged one.
     """
-    foreign = f"{path} is no file of spikezoo.deploy(...).save()"
     try:
         with zipfile.ZipFile(path) as archive:
             content = {name: archive.read(name) for name in archive.namelist()}
-            own = next((name for name in content if name.endswith(f"/{FACTS}")), None)
-            if own is None:
-                raise ValueError(f"{foreign}: it has no member {FACTS!r}.")
-            facts: dict[str, Any] = json.loads(content.pop(own))
+        own = next((name for name in content if name.endswith(f"/{FACTS}")), None)
+        facts: dict[str, Any] = json.loads(content.pop(own)) if own else {}
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        if str(error).startswith(foreign):
-            raise
         raise ValueError(f"{path} is damaged ({error}), or no file of spikezoo.deploy(...).save().") from error
+    if own is None:
+        raise ValueError(f"{path} is no file of spikezoo.deploy(...).save(): it has no member {FACTS!r}.")
     wrong = [
         name
         for name, digest in facts.get("sha256", {}).items()
