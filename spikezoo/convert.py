@@ -31,7 +31,7 @@ from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
 from spikezoo.saving import describe
 from spikezoo.transforms import Model, fold_bn, replay
 
-__all__ = ["convert"]
+__all__ = ["convert", "share_thresholds"]
 
 RATE_CODES = ("direct", "poisson")
 # Images a pass of the calibration where it is given one tensor.
@@ -198,6 +198,32 @@ def _folded(ann: Model) -> Model:
     return plain
 
 
+def share_thresholds(ann: nn.Module) -> list[list[str]]:
+    """Let the QCFS activations that shortcuts join learn one threshold, in place; ``convert`` is then exact at joins.
+
+    A spiking neuron adds the spikes of others as they are, so all of a line of identity shortcuts stand for one value.
+    Trainings do this at their start. The parameter stays under each of its names in state dicts.
+
+    Args:
+        ann: A model with ``neuron='qcfs'``.
+
+    Returns:
+        Names of the activations that share one threshold, a list for each threshold.
+
+    Raises:
+        ValueError: A layer without spiking form (named).
+    """
+    flow = _Flow(ann)
+    groups: dict[int, list[str]] = {}
+    for name, group in flow.neurons.items():
+        if isinstance(ann.get_submodule(name), QCFS):
+            groups.setdefault(group, []).append(name)
+    for first, *others in groups.values():
+        for name in others:
+            ann.get_submodule(name).threshold = ann.get_submodule(first).threshold
+    return list(groups.values())
+
+
 def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
     """The unit of every QCFS activation, its learned threshold: its name -> a positive number."""
     units = {name: float(module.threshold) for name, module in ann.named_modules() if isinstance(module, QCFS)}
@@ -209,8 +235,8 @@ def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
         more = f" and {len(joined) - 1} more" if len(joined) > 1 else ""
         warnings.warn(
             f"Layer {joined[0]!r}{more}: a neuron whose spikes are added to those of another needs its threshold, and "
-            "has learned a smaller one, so the spiking network is not exactly this one. Networks without identity "
-            "shortcuts are.",
+            "has learned a smaller one, so the spiking network is not exactly this one. share_thresholds, before it is "
+            "trained, gives them one.",
             stacklevel=3,
         )
     return units

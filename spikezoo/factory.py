@@ -18,7 +18,7 @@ from spikezoo import registry
 from spikezoo.checkpoint import Config, find_weights, load_weights, stored_numbers
 from spikezoo.checks import UnknownArgumentError, is_whole, nearest, switch
 from spikezoo.models._base import SpikingModel
-from spikezoo.neurons import ANALOG, NeuronConfig, SpikingNeuron
+from spikezoo.neurons import ANALOG, QCFS, NeuronConfig, SpikingNeuron
 from spikezoo.registry import Pretrained, class_of, family, list_pretrained, row_of, split_name, weights_filter
 from spikezoo.transforms import FLAGS, apply, replay
 
@@ -390,7 +390,7 @@ def create_from(name: str, path: str | Path, **arguments: Any) -> SpikingModel:
     """A model that starts from a checkpoint of its own or of another network of its layout.
 
     A spiking network that starts from its trained ReLU twin is ahead of one that starts from nothing by many epochs.
-    Membrane normalisation and time constants that the other network lacks start afresh.
+    Membrane normalisation, time constants and learned thresholds that the other network lacks start afresh.
 
     Args:
         name: Architecture, as for :func:`create_model`.
@@ -406,7 +406,9 @@ def create_from(name: str, path: str | Path, **arguments: Any) -> SpikingModel:
     path = Path(path).expanduser()
     config, (architecture, tag) = Config.read(path), split_name(name)
     same, stored = config.architecture in ("", architecture), config.model_args
-    other_neurons = stored.get("neuron") in ANALOG and arguments.get("neuron", "relu") not in ANALOG
+    was, wanted = stored.get("neuron"), arguments.get("neuron", stored.get("neuron", "relu"))
+    # A quantised twin has thresholds, which the other twins and spiking nets lack.
+    other_neurons = was in ANALOG and (wanted not in ANALOG or (was == "qcfs") != (wanted == "qcfs"))
     other_norms = arguments.get("mpbn", stored.get("mpbn")) != stored.get("mpbn")
     if same and not (other_neurons or other_norms):
         return create_model(name, checkpoint_path=path, **arguments)
@@ -466,14 +468,20 @@ def _check_plausible(path: Path, full: str, arguments: Mapping[str, Any]) -> Non
 
 
 def _fresh(model: nn.Module) -> dict[str, Tensor]:
-    """Membrane norms and learned time constants of a model, which another network of its layout lacks."""
+    """Membrane norms, learned time constants and thresholds of a model, which another network of its layout lacks."""
     return {
         f"{layer}.{key}": value
         for layer, neuron in model.named_modules()
-        if isinstance(neuron, SpikingNeuron)
+        if isinstance(neuron, SpikingNeuron | QCFS)
         for key, value in neuron.state_dict().items()
-        if key == "w" or key.startswith("norm.")
+        if key in ("w", "threshold") or key.startswith("norm.")
     }
+
+
+def _without_thresholds(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights of a quantised twin without the learned thresholds, for a model that has none."""
+    own = model.state_dict().keys()
+    return {name: value for name, value in weights.items() if name in own or not name.endswith(".threshold")}
 
 
 def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, Any]) -> SpikingModel:
@@ -488,7 +496,8 @@ def _load(model: SpikingModel, source: _Source, path: Path, given: Mapping[str, 
         if isinstance(model.get_classifier(), nn.Linear) and model.pretrained_cfg["classifier"] in layers:
             cast(nn.Linear, model.get_classifier()).reset_parameters()  # a ticket's two values are no start
     fresh = _fresh(model) if source.foreign else {}
-    filter_fn = weights_filter(source.architecture)
+    quantised = source.foreign and trained.get("neuron") == "qcfs"
+    filter_fn = _without_thresholds if quantised else weights_filter(source.architecture)
     load_weights(model, path, source.ema, fresh=fresh, changed=changed, filter_fn=filter_fn)
     if not source.foreign:
         _warn_of_changes(source.architecture, source.config, given, model, path)

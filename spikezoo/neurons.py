@@ -491,9 +491,12 @@ class QCFS(Maskable):
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantise ``x``, any shape; with a mask ``[1, B, ...]``."""
+        return F.dropout(self.existing(self.quantised(x)), self.drop, self.training)
+
+    def quantised(self, x: Tensor) -> Tensor:
+        """The value of the activation next to ``x``, any shape."""
         threshold = self.threshold.to(x.dtype)
-        rate = floor((x / threshold).clamp(0, 1) * self.levels + 0.5) / self.levels
-        return F.dropout(self.existing(rate * threshold), self.drop, self.training)
+        return floor((x / threshold).clamp(0, 1) * self.levels + 0.5) / self.levels * threshold
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -13,12 +13,13 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor
 
 from spikezoo.checkpoint import read_weights
+from spikezoo.convert import share_thresholds
 from spikezoo.data import Loader, create_loader, dataset_info
 from spikezoo.evaluate import input_options
 from spikezoo.factory import SpikingModel, create_from, create_model
 from spikezoo.train.initial import model_arguments
 from spikezoo.train.length import check_sizes
-from spikezoo.train.start import fresh_membrane_norms, preserve_function
+from spikezoo.train.start import fit_thresholds, fresh_membrane_norms, preserve_function
 from spikezoo.train.teacher import weights_digest
 from spikezoo.transforms import TRANSFORMS
 
@@ -45,6 +46,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
     for transform in TRANSFORMS.values():
         if transform.initialise:
             transform.initialise(model, args)
+    if model.neuron_config.kind == "qcfs":
+        share_thresholds(model)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -136,10 +139,13 @@ class Batches:
         return self.open(self.args.train_split, batch_size=batch, subset=min(most, self.train.num_samples))
 
     def preserve_function(self, model: SpikingModel) -> None:
-        """Let membrane norms that the initial checkpoint lacks begin as the identity."""
-        norms = fresh_membrane_norms(model, read_weights(self.args.initial_checkpoint))
+        """Let membrane norms and learned thresholds that the initial checkpoint lacks change as little as they can."""
+        known = read_weights(self.args.initial_checkpoint)
+        norms = fresh_membrane_norms(model, known)
         if norms:
             preserve_function(model, norms, (images for images, _ in self.plain(500, 100)))
+        if model.neuron_config.kind == "qcfs" and not any(name.endswith(".threshold") for name in known):
+            fit_thresholds(model, share_thresholds(model), (images for images, _ in self.plain(500, 100)))
 
 
 def build_teacher(

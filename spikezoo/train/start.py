@@ -1,17 +1,20 @@
-"""Starts from other networks: membrane norms that change nothing."""
+"""Starts from other networks: membrane norms that change nothing, thresholds that cut little off."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from spikezoo.neurons import MembraneNorm
+from spikezoo.neurons import QCFS, MembraneNorm
 from spikezoo.observe import evaluating
 
-__all__ = ["fresh_membrane_norms", "preserve_function"]
+__all__ = ["fit_thresholds", "fresh_membrane_norms", "preserve_function"]
+
+# Of the largest activation; the threshold is one of these.
+_SHARES = [share / 50 for share in range(1, 51)]
 
 
 def fresh_membrane_norms(model: nn.Module, known: Collection[str]) -> list[MembraneNorm]:
@@ -57,3 +60,41 @@ def preserve_function(model: nn.Module, norms: Iterable[MembraneNorm], batches: 
         norm.running_var.copy_(variance)
         norm.bias.copy_(mean)
         norm.weight.copy_((variance + norm.eps).sqrt())
+
+
+@torch.no_grad()
+def fit_thresholds(model: nn.Module, groups: Iterable[Sequence[str]], batches: Iterable[Tensor]) -> None:
+    """Set thresholds of QCFS activations to those that change a ReLU network's activations least, in the mean square.
+
+    The initial value of the paper, 8, is meant for trainings from nothing: of activations around 1, four levels from
+    0 to 8 leave nothing but zeros.
+
+    Args:
+        model: The model, with the weights of its ReLU twin; it stays in its mode.
+        groups: Names of the activations that share one threshold, a list for each.
+        batches: Inputs of the model, each ``[B, C, H, W]``.
+    """
+    seen: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
+
+    def watch(name: str, inputs: tuple[Tensor]) -> Tensor:
+        (current,) = inputs
+        flat = current.float().relu().flatten()
+        seen[name].append(flat[:: max(1, flat.numel() // 10_000)])
+        return current.relu()
+
+    hooks = [(model.get_submodule(name), lambda _module, x, _out, name=name: watch(name, x)) for name in seen]
+    with evaluating(model, hooks):
+        for batch in batches:
+            model(batch)
+    for group in groups:
+        activation = model.get_submodule(group[0])
+        assert isinstance(activation, QCFS)
+        values = torch.cat([part for name in group for part in seen[name]])
+        largest = float(values.max())
+        if largest == 0:
+            continue  # silent on these images: nothing to fit, it keeps its initial threshold
+        errors: list[float] = []
+        for share in _SHARES:
+            activation.threshold.fill_(share * largest)
+            errors.append(float((activation.quantised(values) - values).square().mean()))
+        activation.threshold.fill_(_SHARES[errors.index(min(errors))] * largest)
