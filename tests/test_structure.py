@@ -28,6 +28,7 @@ ALLOWED = {
         "checkpoint",
         "checks",
         "config_files",
+        "convert",
         "counting",
         "data",
         "evaluate",

@@ -24,7 +24,9 @@ from spikezoo.checkpoint import Config, load_state
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options, open_model
 from spikezoo.factory import create_from
+from spikezoo.neurons import QCFS
 from spikezoo.train.muon import FixedNormMuon, normalised_weights
+from spikezoo.train.start import fit_thresholds
 
 ROOT = Path(__file__).parents[1]
 
@@ -1298,6 +1300,47 @@ def test_membrane_norms_begin_as_the_identity(fast, tmp_path):
         torch.testing.assert_close(run.model.eval()(images), plain(images), rtol=1e-4, atol=1e-4)
     norm = run.model.stem[0].neuron.norm
     assert (norm.weight - 1).abs().max() > 0.1  # and it took numbers other than 1 and 0 for that
+
+
+def test_thresholds_of_the_quantised_twin_cut_little_off():
+    net = torch.nn.Sequential(QCFS(8.0, 4), torch.nn.Linear(5, 1), QCFS(8.0, 1)).double()
+    levels = torch.tensor([[-3.0, 0.5, 1.0, 1.5, 2.0], [0.0, 0.5, 0.0, 2.0, -1.0]], dtype=torch.float64)
+    torch.nn.init.zeros_(net[1].weight)
+    torch.nn.init.constant_(net[1].bias, -1)
+    fit_thresholds(net, [["0"], ["2"]], [levels])
+    assert net[0].threshold.item() == pytest.approx(2.0)  # all values are levels of it, and are left as they are
+    torch.testing.assert_close(net[0](levels), levels.relu())
+    assert net[2].threshold.item() == 8.0  # silent: nothing to fit
+    # One value of 100 in 10,000 is cut off, since a threshold that holds it leaves the others no levels.
+    many = torch.cat([levels[:1].expand(2000, -1).flatten(), torch.tensor([100.0], dtype=torch.float64)])[:, None]
+    fit_thresholds(torch.nn.Sequential(net[0]), [["0"]], [many])
+    assert 2 <= net[0].threshold.item() <= 8
+
+
+def test_a_quantised_twin_starts_from_a_relu_net_and_ends_in_spikes(fast, tmp_path):
+    given = ("--model", "test_mpbn_resnet", "--img-size", 16, "--T", 1, "--epochs", 1)
+    fast.main(flags(tmp_path, *given, "--neuron", "relu", "--experiment", "relu"))
+    twin = (*given, "--neuron", "qcfs", "--initial-checkpoint", tmp_path / "relu", "--experiment", "twin")
+    run = fast.Run(fast.parse_args(flags(tmp_path / "unrun", *twin)))
+    relu = spikezoo.create_model(f"local-dir:{tmp_path / 'relu'}", pretrained=True).eval()
+    joined = [run.model.get_submodule(name).threshold for name in ("stem.2.neuron", "stages.0.0.neuron")]
+    assert joined[0] is joined[1] and joined[0] != 8
+    images = next(iter(run.val_loader))[0]
+    with torch.no_grad():
+        wanted, coarse = relu(images), run.model.eval()(images)
+        for module in run.model.modules():
+            if isinstance(module, QCFS):
+                module.threshold.fill_(8.0)
+        assert (coarse - wanted).abs().mean() < 0.7 * (run.model(images) - wanted).abs().mean()
+    start = joined[0].item()
+    fast.main(flags(tmp_path, *twin))
+    trained = spikezoo.create_model(f"local-dir:{tmp_path / 'twin'}", pretrained=True)
+    learned = [trained.get_submodule(name).threshold.item() for name in ("stem.2.neuron", "stages.0.0.neuron")]
+    assert learned[0] == learned[1] != start
+    assert spikezoo.convert(trained).T == 4  # without the warning of unlike thresholds
+    # And further on: spiking neurons have no learned thresholds.
+    new = create_from("test_mpbn_resnet", tmp_path / "twin", neuron="lif", T=2)
+    assert torch.equal(new.stem[0].conv.weight, trained.stem[0].conv.weight)
 
 
 def test_scores_start_from_a_trained_net(fast, tmp_path):
