@@ -224,6 +224,7 @@ def test_the_picture_of_the_zoo(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     rows += [{**rows[1], "model": "twin", "neuron": "relu", "energy_exact_mj": "2.0"}]
+    rows += [{**rows[0], "dataset": "digits"}]  # alone: nothing to compare, and no panel
     scattered = []
     draw = Axes.scatter
     monkeypatch.setattr(Axes, "scatter", lambda *given, **more: scattered.append(given[1:3]) or draw(*given, **more))

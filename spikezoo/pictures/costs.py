@@ -185,7 +185,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def draw_zoo(
     rows: Sequence[Mapping[str, Any]], path: str | Path, papers: Mapping[str, float] | None = None, title: str = ""
 ) -> None:
-    """Draw the accuracy of models over the energy of an image, counted exactly: a panel a dataset.
+    """Draw the accuracy of models over the energy of an image, counted exactly: a panel a dataset of several models.
 
     Dots are as large as the files; a line joins those that none beats in both; analog models are grey, as are the
     papers' numbers (at our energy, since theirs are counted otherwise) and the energies of ANN twins.
@@ -210,6 +210,7 @@ def draw_zoo(
     for row in rows:
         datasets.setdefault(row["dataset"], []).append(row)
     order = sorted(datasets, key=lambda name: -len(datasets[name]))
+    order = [name for name in order if len(datasets[name]) > 1] or order[:1]
     bands = -(-len(order) // 2)
     figure = figure_type(figsize=(12 if len(order) > 1 else 7.5, 4.6 * bands + 0.6), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)

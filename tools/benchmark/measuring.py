@@ -22,26 +22,16 @@ import spikezoo
 from spikezoo.deploy import has_compiler
 from tools.benchmark.models import make_model
 from tools.benchmark.settings import Settings, Step
-from tools.benchmark.sides import BASELINES, Side, make_inputs, spikezoo_side
-
-
-def _timed(step: Step, device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+from tools.benchmark.sides import BASELINES, Side, make_inputs, spikezoo_side, timed
 
 
 def measure(sides: Sequence[Side], repeats: int, warmup: int, device: str = "cpu") -> None:
     """Run the sides in turns and fill in their times."""
     for side in tqdm(sides, "first steps, which may compile", leave=False, disable=None):
-        side.first_s += _timed(side.step, device)
+        side.first_s += timed(side.step, device)
     for turn in range(warmup + repeats):
         for side in sides:
-            seconds = _timed(side.step, device)
+            seconds = timed(side.step, device)
             if turn >= warmup:
                 side.times.append(seconds)
 
