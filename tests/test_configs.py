@@ -21,6 +21,7 @@ pytestmark = pytest.mark.configs
 
 FILES = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(ROOT.glob("configs/autost/correlation*.yaml")))
 SHAPES = {"cifar10": (32, 3, 10), "cifar100": (32, 3, 100), "mnist": (28, 1, 10)}
+SMALLER = {"cifar10": 16, "cifar100": 16, "imagenet": 64}
 EVENTS = {"cifar10dvs": (128, 10), "dvs128gesture": (128, 11), "nmnist": (34, 10)}
 
 
@@ -54,12 +55,13 @@ def data(tmp_path_factory):
 def shortened(args: argparse.Namespace, data) -> argparse.Namespace:
     """The flags of a run for one epoch of eight images; what comes after an epoch comes after the first.
 
-    Of more than two time steps two are taken, and of ImageNet 64 pixels: more costs as much again for the same lines.
+    Of more than two time steps two are taken, and smaller images: more costs as much again for the same lines.
     """
-    if args.dataset == "imagenet":
-        args.img_size = 64
-    if args.neuron not in ANALOG and (args.T or spikezoo.model_info(args.model).T) > 2:
+    net = spikezoo.create_model(args.model, device="meta")
+    if args.neuron not in ANALOG and (args.T or net.T) > 2:
         args.T = 2
+    if args.dataset in SMALLER:
+        args.img_size = max(net.min_img_size, SMALLER[args.dataset])
     for name in ("teacher", "initial_checkpoint", "ticket_init"):  # of another plan: not here
         if str(getattr(args, name)).removeprefix("local-dir:").startswith("output"):
             setattr(args, name, None)
