@@ -1,6 +1,5 @@
 """The shelf: a trained net is shipped with one command, is loaded by name, reproduces its record, and is published."""
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -15,8 +14,8 @@ from spikezoo import cli, registry
 from spikezoo.checkpoint import Config, copy_checkpoint, file_hash, read_config
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.hub import ship as shipping
 from spikezoo.hub.provenance import portable_command, training_facts
+from tools import ship as shipping
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "test_spiking_vgg"
@@ -24,7 +23,7 @@ NAME = "test_spiking_vgg"
 
 @pytest.fixture(scope="module")
 def validate():
-    return importlib.import_module("tools.ship")
+    return shipping
 
 
 @pytest.fixture(scope="module")
