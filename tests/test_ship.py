@@ -260,6 +260,11 @@ def test_missing_data_is_one_line_and_fails(validate, shipped, register_again, t
     assert out.out.count(": reproduced") == 1
 
 
+def test_the_installed_command_says_that_shipping_takes_a_checkout():
+    with pytest.raises(ValueError, match=r"in a checkout .* run python validate\.py --checkpoint DIR --ship cifar10"):
+        load("validate").main(["--checkpoint", "output/snn", "--ship", "cifar10"])
+
+
 def test_a_thousand_flipped_bits(shipped):
     # Half of them in the config. 1e-05 and 1E-05 are one number: such a flip is no damage.
     read, bits = 0, random.Random(0)
