@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from spikezoo.encoding import poisson
 from spikezoo.factory import SpikingModel, create_model
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
-from spikezoo.observe import outputs
+from spikezoo.observe import observing_copy
 from spikezoo.saving import describe
 from spikezoo.transforms import Model, fold_bn, replay
 
@@ -338,16 +339,32 @@ def convert(
     return model.eval()
 
 
+class _EnoughError(Exception):
+    """All that was wanted has been seen: the rest of the forward pass would be for nothing."""
+
+
 def _mean_rates(model: nn.Module, units: Mapping[str, float], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Mean firing rate of every channel of some neurons, of a ReLU's or QCFS's what its unit makes of it."""
     sums: dict[str, Tensor] = {}
-    count = 0
+    seen: set[str] = set()
+    twin = observing_copy(model).eval()
+
+    def watch(name: str, out: Tensor) -> None:
+        axes = [axis for axis in range(out.dim()) if axis != 2]
+        rate = (out / units[name]).clamp(max=1).double().mean(axes) * out.shape[1]
+        sums[name] = sums.get(name, torch.zeros_like(rate)) + rate
+        seen.add(name)
+        if len(seen) == len(units):
+            raise _EnoughError
+
+    for name in units:
+        twin.get_submodule(name).register_forward_hook(lambda _module, _x, out, name=name: watch(name, out))
     device = next(model.parameters()).device
+    count = 0
     for images in batches:
-        for name, out in outputs(model, images.to(device), units).items():
-            axes = [axis for axis in range(out.dim()) if axis != 2]
-            rate = (out.double() / units[name]).clamp(max=1).mean(axes) * len(images)
-            sums[name] = sums.get(name, torch.zeros_like(rate)) + rate
+        seen.clear()
+        with suppress(_EnoughError):
+            twin(images.to(device))
         count += len(images)
     return {name: total / count for name, total in sums.items()}
 
