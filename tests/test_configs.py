@@ -11,6 +11,8 @@ from conftest import ROOT
 from PIL import Image
 from test_events import fill
 
+import spikezoo
+from spikezoo.neurons import ANALOG
 from spikezoo.train import plan
 from spikezoo.train.flags import parse_args
 from spikezoo.train.run import Run
@@ -50,7 +52,12 @@ def data(tmp_path_factory):
 
 
 def shortened(args: argparse.Namespace, data) -> argparse.Namespace:
-    """The flags of a run for one epoch of eight images; what comes after an epoch comes after the first."""
+    """The flags of a run for one epoch of eight images; what comes after an epoch comes after the first.
+
+    Of more than two time steps two are taken: the others cost as much and come to no other line.
+    """
+    if args.neuron not in ANALOG and (args.T or spikezoo.model_info(args.model).T) > 2:
+        args.T = 2
     for name in ("teacher", "initial_checkpoint", "ticket_init"):  # of another plan: not here
         if str(getattr(args, name)).removeprefix("local-dir:").startswith("output"):
             setattr(args, name, None)

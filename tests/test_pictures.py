@@ -13,6 +13,7 @@ import spikezoo
 from spikezoo import pictures
 from spikezoo.cli import main
 from spikezoo.cli.landscape import loss_along
+from spikezoo.neurons import LIF, MembraneNorm, NeuronConfig
 
 pytest.importorskip("matplotlib")
 
@@ -221,14 +222,39 @@ def test_curves_of_runs(tmp_path, monkeypatch, capsys):
     assert main(["curves", str(tmp_path), "--plot", picture]) == 2 and "no folder of a run" in capsys.readouterr().err
 
 
-def test_landscape(tmp_path, capsys):
+def test_landscape(tmp_path, capsys, monkeypatch):
     model = spikezoo.create_model("test_spiking_vgg", T=1, in_chans=1, img_size=8)
     spikezoo.save_checkpoint(model, tmp_path / "net", {"dataset": "digits"})
     argv = ["landscape", str(tmp_path / "net"), "--images", "40", "--points", "3", "--plot", str(tmp_path / "x.png")]
     assert main(argv) == 0 and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
-    assert "mean over the line" in capsys.readouterr().out
+    alone = capsys.readouterr().out
+    assert "mean over the line" in alone and "directions" not in alone
+    # Of two directions the first is the one of a single one, and the picture has both at every place.
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_measure", lambda curves, *_: drawn.append(curves["net"]))
+    assert main(argv) == main([*argv, "--directions", "2"]) == 0 and "over 2 directions" in capsys.readouterr().out
+    one, two = drawn
+    assert {place: losses[:1] for place, losses in two.items()} == one
+    assert two[0][0] == two[0][1] and two[1][0] != two[1][1]
     for bad in ("2", "1"):
         assert main([*argv, "--points", bad]) == 2 and "an odd number from 3" in capsys.readouterr().err
+
+
+def test_potentials_before_and_after_a_membrane_norm(tmp_path, capsys):
+    # A current of 3 at both of two steps, decay 0.5: 3, then 1.5 + 3, since (3 - 1) / 2 is below the threshold of 2.
+    net = nn.Sequential(LIF(NeuronConfig(decay=0.5, tau=None, threshold=2.0), MembraneNorm("channel", 1)))
+    net[0].norm.running_mean.fill_(1.0)
+    net[0].norm.running_var.fill_(4.0 - net[0].norm.eps)
+    layer, charged, compared, threshold = pictures.potentials(net, torch.full((2, 1, 1, 1, 1), 3.0))
+    assert (layer, threshold) == ("0", 2.0)
+    assert [u.tolist() for u in charged] == [[3.0], [4.5]]
+    assert [u.tolist() for u in compared] == [[1.0], [1.75]]
+    model = spikezoo.create_model("test_spiking_vgg", in_chans=1, img_size=8)
+    spikezoo.save_checkpoint(model, tmp_path / "net", {"dataset": "digits"})
+    argv = ["activations", "--checkpoint", str(tmp_path / "net"), "--plot", str(tmp_path / "x.png"), "--potentials"]
+    assert main([*argv, "4"]) == 0 and (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert capsys.readouterr().out.count(", step ") == model.T
+    assert main([*argv, "0"]) == 2 and "--potentials 0: expected an integer >= 1" in capsys.readouterr().err
 
 
 def test_loss_along_a_direction():

@@ -13,6 +13,8 @@ import spikezoo
 from spikezoo import cli
 from spikezoo.checkpoint import load_state
 from spikezoo.evaluate import write_rows
+from spikezoo.train import plan
+from spikezoo.train.curves import plot_results
 from spikezoo.train.rows import read_rows, share_out
 
 ROOT = Path(__file__).parents[1]
@@ -294,6 +296,26 @@ def test_paper_numbers_and_starts_from_other_runs(train, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=words):
             train.main(write(tmp_path / "bad", plan % bad))
+
+
+def test_a_run_stands_in_the_picture_where_the_one_does_that_it_starts_from(tmp_path, monkeypatch):
+    (tmp_path / "base.yaml").write_text("model: test_spiking_vgg\ndataset: digits\n")
+    (tmp_path / "plan.yaml").write_text("""
+runs:
+  - {name: level, config: base.yaml}
+  - {name: found, config: base.yaml, grid: {ticket.sparsity: [0.2, 0.4]}}
+  - name: tuned
+    config: base.yaml
+    tune: {}
+    grid: {initial_checkpoint: ["run:found-sparsity0.2", "run:found-sparsity0.4"]}
+""")
+    runs, _ = plan.read_plan(tmp_path / "plan.yaml", str(tmp_path), [])
+    assert [run.name for run in runs[3:]] == ["tuned-found-sparsity0.2", "tuned-found-sparsity0.4"]
+    drawn = []
+    monkeypatch.setattr("spikezoo.pictures.draw_measure", lambda groups, *_: drawn.append(groups))
+    measured = {run.name: {"top1": float(number)} for number, run in enumerate(runs)}
+    plot_results(tmp_path / "x.png", runs, measured, {"x": "ticket.sparsity", "y": "top1", "by": "name"})
+    assert drawn == [{"level": {None: [0.0]}, "found": {0.2: [1.0], 0.4: [2.0]}, "tuned": {0.2: [3.0], 0.4: [4.0]}}]
 
 
 def test_runs_stay_with_those_that_they_start_from(tmp_path):

@@ -66,12 +66,27 @@ def claim(docs, expect, text=CLAIMS):
         ("A > B > 79.5", "does not hold, one seed"),
         ("A > B and B >= 80", "does not hold, one seed"),
         ("90 > A and 80 > B", "holds, one seed"),
+        ("A > 0.5 * B", "holds, one seed"),
+        ("2.5 * B >= 2 * A + 36", "does not hold, within the spread, one seed"),  # 197.5 and 198
+        ("A > B + 2\n    spread: 1", "open, one seed"),
+        ("A > B\n    spread: 1", "holds, one seed"),  # by 2, more than the spread of 1.7
     ],
 )
 def test_claims_by_hand(docs, expect, verdict):
     found = claim(docs, expect)
     assert found.sides["A"].mean == 81 and found.sides["A"].spread == pytest.approx(math.sqrt(2))
     assert judge(found) == verdict
+
+
+def test_a_claim_of_shipped_checkpoints(docs):
+    write(docs / "results.csv", [CHECKPOINT])
+    sides = "A: {{runs: results.csv, rows: net.tag, measure: energy_exact_mj}}"
+    text = CLAIMS.replace("A: {{runs: plan.csv, rows: a-*, paper: 90.4}}", sides)
+    found = claim(docs, "B > 6000 * A", text)  # 79 > 75
+    assert judge(found) == "holds, one seed" and found.sides["A"].source == "results.csv"
+    assert results.main(["--docs", str(docs)]) == 0
+    text = (docs / "results.md").read_text()
+    assert "| A | energy_exact_mj |  | 0.0125 | 3 | 9 | 2 |  |" in text and "Runs: results.csv, runs/plan.csv;" in text
 
 
 def test_what_was_not_run_is_said(docs):
@@ -90,6 +105,7 @@ def test_what_was_not_run_is_said(docs):
         ("A > B", "A", "is no relation such as"),
         ("A > B", "A > B * 2", "is no relation such as"),
         ("A > B", "A > bb", "names the side 'bb'"),
+        ("expect: A > B", "expect: A > B\n    spread: wide", "expected what seeds differ by"),
         ("sentence", "sentense", "unknown key 'sentense'. Did you mean 'sentence'"),
         ("    where: table 2\n", "", "where missing"),
         ("paper: 90.4", "paper: many", "expected the paper's number"),

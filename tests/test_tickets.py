@@ -544,11 +544,13 @@ def test_train_delivers_the_baked_ticket_that_it_measured(train, tmp_path, ema):
         torch.testing.assert_close(layer.weight, net.get_submodule(name).weight, rtol=1e-6, atol=0)
 
 
-def test_train_fine_tunes_a_tuned_folder(train, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--tune"]], ids=["a tuned folder", "a baked one, by flag"])
+def test_train_fine_tunes(train, tmp_path, more):
     model = {"T": 2, "in_chans": 1, "img_size": 8, "threshold": 0.3}
-    tuned = tune(spikezoo.bake(spikezoo.create_model("test_spiking_vgg", **model, ticket={"sparsity": 0.5})))
-    spikezoo.save_checkpoint(tuned, tmp_path / "tuned")
-    more = ["--initial-checkpoint", str(tmp_path / "tuned"), "--output", str(tmp_path), "--lr", "0.01"]
+    baked = spikezoo.bake(spikezoo.create_model("test_spiking_vgg", **model, ticket={"sparsity": 0.5}))
+    tuned = tune(baked)
+    spikezoo.save_checkpoint(baked if more else tuned, tmp_path / "start")
+    more = [*more, "--initial-checkpoint", str(tmp_path / "start"), "--output", str(tmp_path), "--lr", "0.01"]
     train.main([*FLAGS.split(), *more])
     net = spikezoo.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert [name for name, _ in net.recipe] == ["ticket", "bake", "tune", "bake"]

@@ -18,7 +18,11 @@ the papers' numbers are typed by hand, in ``docs/claims.yaml``:
           ticket: {runs: conv4_cpu.csv, rows: binw_slt*, paper: 83.65}
           bnn: {runs: conv4_cpu.csv, rows: bnn*, paper: 79.21}
         measure: top1               # the column; a side may have its own
-        expect: ticket >= bnn + 3   # sides and numbers, > or >=; a > b > c is a chain; 'and' joins relations
+        expect: ticket >= bnn + 3   # sides and numbers, > or >=, 2 * bnn; a > b > c is a chain; 'and' joins relations
+        spread: 1                   # perhaps: what seeds differ by where a side has one; a smaller margin is open
+
+``runs: results.csv`` are the shipped checkpoints. Rows without a name, such as those of ``validate.py --results-file``,
+are called by their model.
 """
 
 from __future__ import annotations
@@ -45,10 +49,13 @@ from spikezoo.hub.provenance import portable_command, portable_place
 
 __all__ = ["Claim", "Side", "add_runs", "checkpoint_table", "document", "judge", "main", "read_claims", "read_rows"]
 
-_CLAIM_KEYS = {"id", "sentence", "paper", "where", "sides", "measure", "expect"}
+_CLAIM_KEYS = {"id", "sentence", "paper", "where", "sides", "measure", "expect", "spread"}
 _SIDE_KEYS = {"runs", "rows", "measure", "paper"}
 _CHECKPOINT_KEYS = {"paper", "where", "top1"}
-_OPERAND = re.compile(r"\s*(?:(?P<number>-?\d+(?:\.\d+)?)|(?P<side>\w+)\s*(?P<shift>[+-]\s*\d+(?:\.\d+)?)?)\s*")
+_OPERAND = re.compile(
+    r"\s*(?:(?P<number>-?\d+(?:\.\d+)?)"
+    r"|(?:(?P<factor>\d+(?:\.\d+)?)\s*\*\s*)?(?P<side>[^\W\d]\w*)\s*(?P<shift>[+-]\s*\d+(?:\.\d+)?)?)\s*"
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,17 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a paper, and the runs that it is held against."""
+    """A sentence of a paper, and the runs that it is held against.
+
+    Attributes:
+        id: What it is called.
+        sentence: The claim in words.
+        paper: Title of the paper.
+        where: Which of its tables, and what is otherwise here.
+        sides: Name -> the runs of it.
+        expect: The relation of the sides.
+        spread: What seeds are taken to differ by where a side has a single run.
+    """
 
     id: str
     sentence: str
@@ -95,6 +112,7 @@ class Claim:
     where: str
     sides: Mapping[str, Side]
     expect: str
+    spread: float = 0.0
 
 
 def read_rows(path: str | Path) -> list[dict[str, str]]:
@@ -166,11 +184,11 @@ def _paper_number(value: Any, where: str) -> float | None:
     return None if value is None else float(value)
 
 
-_Operand = tuple[str | None, float]
+_Operand = tuple[str | None, float, float]  # side, factor, what is added
 
 
 def _relations(text: str, known: set[str], where: str) -> list[tuple[_Operand, str, _Operand]]:
-    """Split 'a >= b + 3' into comparisons of operands, each a side and what is added to it, or a number alone."""
+    """Split 'a >= b + 3' into comparisons of operands, each a factor, a side and what is added, or a number alone."""
     comparisons = []
     for relation in text.split(" and "):
         parts = re.split("(>=|>)", relation)
@@ -184,7 +202,8 @@ def _relations(text: str, known: set[str], where: str) -> list[tuple[_Operand, s
             side = found["side"]
             if side is not None and side not in known:
                 raise ValueError(f"{where}: expect names the side {side!r}. {nearest(side, known)}")
-            operands.append((side, float((found["number"] or found["shift"] or "0").replace(" ", ""))))
+            added = float((found["number"] or found["shift"] or "0").replace(" ", ""))
+            operands.append((side, float(found["factor"] or 1), added))
         comparisons += list(zip(operands, parts[1::2], operands[1:], strict=False))
     return comparisons
 
@@ -214,7 +233,7 @@ def read_claims(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[Claim
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(content.get("claims") or [], 1):
         where = f"{path}, claim {entry.get('id', number) if isinstance(entry, dict) else number}"
-        _check_keys(entry, _CLAIM_KEYS, _CLAIM_KEYS - {"measure"}, where)
+        _check_keys(entry, _CLAIM_KEYS, _CLAIM_KEYS - {"measure", "spread"}, where)
         if entry["id"] in claims:
             raise ValueError(f"{where}: there are two of this id.")
         if not isinstance(entry["sides"], dict) or not entry["sides"]:
@@ -223,17 +242,21 @@ def read_claims(path: str | Path) -> tuple[dict[str, dict[str, Any]], list[Claim
         for name, side in entry["sides"].items():
             _check_keys(side, _SIDE_KEYS, {"runs", "rows"}, f"{where}, side {name}")
             measure = str(side.get("measure", entry.get("measure", "top1")))
-            source = path.parent / "runs" / str(side["runs"])
+            source = path.parent / ("" if side["runs"] == "results.csv" else "runs") / str(side["runs"])
             rows = read_rows(source) if source.is_file() else []
-            rows = [row for row in rows if fnmatchcase(row["name"], str(side["rows"]))]
+            rows = [row for row in rows if fnmatchcase(row.get("name") or row["model"], str(side["rows"]))]
             for row in rows:
                 if not row.get(measure):
-                    raise ValueError(f"{where}, side {name}: row {row['name']!r} of {source} has no {measure!r}.")
+                    called = row.get("name") or row["model"]
+                    raise ValueError(f"{where}, side {name}: row {called!r} of {source} has no {measure!r}.")
             paper = _paper_number(side.get("paper"), f"{where}, side {name}, paper")
-            sides[str(name)] = Side(str(name), rows, measure, paper, source.name)
+            sides[str(name)] = Side(str(name), rows, measure, paper, source.relative_to(path.parent).as_posix())
         _relations(str(entry["expect"]), set(sides), where)
         texts = {key: str(entry[key]) for key in ("id", "sentence", "paper", "where", "expect")}
-        claims[entry["id"]] = Claim(**texts, sides=sides)
+        spread = entry.get("spread", 0)
+        if not is_number(spread, 0):
+            raise ValueError(f"{where}: spread={spread!r}, expected what seeds differ by, such as 1.")
+        claims[entry["id"]] = Claim(**texts, sides=sides, spread=float(spread))
     return papers, list(claims.values())
 
 
@@ -243,20 +266,24 @@ def judge(claim: Claim) -> str:
     A margin smaller than the spreads of both sides together is said, and so is a side of a single run.
 
     Returns:
-        'holds' or 'does not hold', with what has to be said of it; 'not run' where a side has no runs.
+        'holds' or 'does not hold', with what has to be said of it; 'open' where seeds may differ by more than the
+        margin and a side has one; 'not run' where a side has no runs.
     """
     if not all(side.rows for side in claim.sides.values()):
         return "not run"
     holds, close = True, False
     for left, sign, right in _relations(claim.expect, set(claim.sides), claim.id):
-        compared = [(claim.sides[name] if name else None, shift) for name, shift in (left, right)]
-        values = [(side.mean if side else 0.0) + shift for side, shift in compared]
+        compared = [(claim.sides[name] if name else None, factor, shift) for name, factor, shift in (left, right)]
+        values = [factor * (side.mean if side else 0.0) + shift for side, factor, shift in compared]
         # Sums of printed numbers: 3.0000000000000004 is 3.
         margin = round(values[0] - values[1], 9)
         holds &= margin >= 0 if sign == ">=" else margin > 0
-        close |= abs(margin) < math.hypot(*(side.spread for side, _ in compared if side))
-    said = ["within the spread"] * close
+        spreads = [factor * (side.spread or claim.spread) for side, factor, _ in compared if side]
+        close |= abs(margin) < math.hypot(*spreads)
     fewest = min(len(side.rows) for side in claim.sides.values())
+    if close and fewest == 1 and claim.spread:
+        return "open, one seed"
+    said = ["within the spread"] * close
     said += ["one seed"] * (fewest == 1)
     return ", ".join(["holds" if holds else "does not hold", *said])
 
@@ -379,7 +406,7 @@ def _claim(claim: Claim, verdict: str) -> list[str]:
                 side.name,
                 side.measure,
                 _number(side.paper),
-                f"{side.mean:.2f}{spread}",
+                (f"{side.mean:.2f}" if abs(side.mean) >= 1 else f"{side.mean:.4g}") + spread,
                 ", ".join(row.get("seed") or "?" for row in side.rows),
                 _span([row.get("epochs", "") for row in side.rows]),
                 _span([row.get("T", "") for row in side.rows]),
@@ -395,7 +422,7 @@ def _claim(claim: Claim, verdict: str) -> list[str]:
         f"### {claim.id}: {verdict}",
         f"{claim.sentence} ({claim.paper}, {claim.where}.) Expected: `{claim.expect}`.",
         _table(header, rows),
-        f"Runs: {_span([f'runs/{side.source}' for side in claim.sides.values()])}; commit {facts['commit']}; "
+        f"Runs: {_span([side.source for side in claim.sides.values()])}; commit {facts['commit']}; "
         f"{' to '.join(dict.fromkeys([dates[0], dates[-1]])) if dates else 'no date'}; {facts['machine']}. The first "
         "run of each side:",
         _block([command for command in firsts if command], "", "the minutes of the table"),

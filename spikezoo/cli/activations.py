@@ -1,6 +1,7 @@
-"""Draw the activation maps of checkpoints side by side.
+"""Draw the activation maps of checkpoints side by side, or how their membrane potentials are distributed.
 
 spikezoo activations --checkpoint output/ann output/bnn output/ticket --plot maps.png
+spikezoo activations --checkpoint output/mpbn output/plain --potentials 32 --plot potentials.png
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from spikezoo import pictures
 from spikezoo.cli.common import add_data, batches, one_image, open_net
-from spikezoo.flags import Parser, add_flags
+from spikezoo.flags import Parser, add_flags, whole_flags
 
 __all__ = ["main"]
 
@@ -26,8 +27,29 @@ def build_parser() -> Parser:
     add_data(parser)
     parser.add_argument("--image", type=int, default=0, help="number of the image in the split (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=4, help="single channels to draw (default: %(default)s)")
+    parser.add_argument(
+        "--potentials",
+        type=int,
+        metavar="N",
+        help="in place of maps: the membrane potentials for N images, before and after a membrane norm",
+    )
     add_flags(parser, "plot", required=True)
     return parser
+
+
+def draw_potentials(args: argparse.Namespace) -> None:
+    """Draw the distributions of membrane potentials, and print their means and deviations."""
+    columns, dataset = [], args.dataset
+    for checkpoint in args.checkpoint:
+        _, model, dataset, _ = open_net(args, {}, dataset, checkpoint=checkpoint)
+        images, _ = next(iter(batches(args, dataset, model, args.potentials, subset=args.potentials)))
+        layer, charged, compared, threshold = pictures.potentials(model, images, args.layer)
+        columns.append((f"{pictures.caption(model)}\n{layer}", charged, compared, threshold))
+        for step, pair in enumerate(zip(charged, compared, strict=True), 1):
+            told = " -> ".join(dict.fromkeys(f"{float(u.mean()):.3f} +-{float(u.std()):.3f}" for u in pair))
+            print(f"{checkpoint}, {layer}, step {step}: {told}")
+    title = f"Membrane potentials, {args.potentials} images of {dataset}/{args.split}"
+    pictures.draw_potentials(columns, args.plot, title)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     pictures.check_picture(args.plot)
     if args.image < 0 or args.channels < 0:
         raise ValueError(f"image={args.image}, channels={args.channels}: expected integers >= 0.")
+    if args.potentials is not None:
+        whole_flags(args, "potentials")
+        draw_potentials(args)
+        print(f"Wrote {args.plot}")
+        return 0
     columns = []
     pixels: Tensor
     dataset = args.dataset

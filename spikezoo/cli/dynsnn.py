@@ -46,6 +46,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--samples", type=int, default=10_000, help="training images to decide on (default: %(default)s)"
     )
+    parser.add_argument("--val-subset", type=int, metavar="N", help="accuracy on N images only, classes balanced")
     add_flags(parser, "dataset", help="(default: the checkpoint's)")
     add_data(parser)
     add_flags(parser, "batch-size")
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--reactivated is for the picture: give --plot-rates FILE, too.")
     for path in filter(None, (args.plot_rates, args.plot_threshold)):
         pictures.check_picture(path)
-    whole_flags(args, "samples", "batch_size")
+    whole_flags(args, "samples", "batch_size", "val_subset")
     name, model, dataset, weights = open_net(args, {}, args.dataset, checkpoint=args.checkpoint)
     masks = dict(model.recipe).get("dynsnn")
     if compacted(model) or masks is None:
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     def measure(net: nn.Module, loader: Loader) -> dict[str, Any]:
         return evaluate(deploy(net.eval(), args.deploy) if args.deploy else net, loader, rates=not args.deploy)
 
-    train, test = (batches(args, dataset, model, args.batch_size, split) for split in ("train", None))
+    train = batches(args, dataset, model, args.batch_size, "train")
+    test = batches(args, dataset, model, args.batch_size, subset=args.val_subset)
     if args.samples < train.num_samples:
         train = batches(args, dataset, model, args.batch_size, "train", subset=args.samples)
     rates = neuron_rates(model, train)

@@ -1,14 +1,15 @@
-"""Draw the loss of trained nets along a random direction of their weights: how flat the place is that they found.
+"""Draw the loss of trained nets along random directions of their weights: how flat the place is that they found.
 
 spikezoo landscape output/mpbn output/plain --data-dir DATA --images 1000 --plot landscape.png
 
-The direction has the size of every filter that it changes (Li et al. 2018, "Visualizing the Loss Landscape of Neural
+A direction has the size of every filter that it changes (Li et al. 2018, "Visualizing the Loss Landscape of Neural
 Nets"), so that nets whose weights differ in size can be compared; norms and biases stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def build_parser() -> Parser:
     parser.add_argument("checkpoints", nargs="+", metavar="FILE_OR_DIR", help="weights, or folders that training wrote")
     parser.add_argument("--radius", type=float, default=1.0, help="how far, in sizes of the filters (default: 1)")
     parser.add_argument("--points", type=int, default=21, help="how many, an odd number (default: %(default)s)")
+    parser.add_argument(
+        "--directions", type=int, default=1, help="mean and range over so many, of --seed and the next (default: 1)"
+    )
     parser.add_argument("--images", type=int, default=1000, help="how many, classes balanced (default: %(default)s)")
     add_flags(parser, "dataset", help="(default: the checkpoints')")
     add_data(parser)
@@ -72,7 +76,7 @@ def loss_along(model: nn.Module, loader: Iterable[Batch], places: Iterable[float
 def run(args: argparse.Namespace) -> int:
     """Run the command with parsed flags."""
     pictures.check_picture(args.plot)
-    whole_flags(args, "images", "batch_size")
+    whole_flags(args, "images", "directions", "batch_size")
     number("radius", args.radius, 0, bounds="()")
     if args.points < 3 or args.points % 2 == 0:
         raise ValueError(f"points={args.points}: expected an odd number from 3, with the net itself in the middle.")
@@ -81,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     for path in args.checkpoints:
         _, model, dataset, _ = open_net(args, {}, args.dataset, checkpoint=path)
         loader = batches(args, dataset, model, args.batch_size, subset=args.images)
-        losses = loss_along(model, loader, places, args.seed)
+        lines = [loss_along(model, loader, places, args.seed + number) for number in range(args.directions)]
         label = path if Path(path).name in curves else Path(path).name
-        curves[label] = {place: [loss] for place, loss in zip(places, losses, strict=True)}
-        centre = losses[args.points // 2]
-        print(f"{path}: loss {centre:.4f}, mean over the line {sum(losses) / len(losses):.4f}")
+        curves[label] = {place: list(losses) for place, losses in zip(places, zip(*lines, strict=True), strict=True)}
+        means = [statistics.fmean(line) for line in lines]
+        spread = f" +-{statistics.stdev(means):.4f} over {len(means)} directions" if len(means) > 1 else ""
+        centre = lines[0][args.points // 2]
+        print(f"{path}: loss {centre:.4f}, mean over the line {statistics.fmean(means):.4f}{spread}")
     pictures.draw_measure(curves, "step, in sizes of the filters", f"loss, {dataset}/{args.split}", args.plot)
     print(f"Wrote {args.plot}")
     return 0

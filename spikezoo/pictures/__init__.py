@@ -13,7 +13,7 @@ from spikezoo.pictures.curves import (
 )
 from spikezoo.pictures.figure import check_picture, event_pixels, plain_ticks, to_pixels
 from spikezoo.pictures.maps import activation_maps, caption, draw_activations, draw_events, draw_patches
-from spikezoo.pictures.spikes import answer_of, draw_raster, spikes_over_time
+from spikezoo.pictures.spikes import answer_of, draw_potentials, draw_raster, potentials, spikes_over_time
 
 __all__ = [
     "activation_maps",
@@ -28,6 +28,7 @@ __all__ = [
     "draw_measure",
     "draw_operations",
     "draw_patches",
+    "draw_potentials",
     "draw_raster",
     "draw_rates",
     "draw_thresholds",
@@ -37,6 +38,7 @@ __all__ = [
     "pareto_front",
     "place_labels",
     "plain_ticks",
+    "potentials",
     "spikes_over_time",
     "to_pixels",
 ]

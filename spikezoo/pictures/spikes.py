@@ -18,7 +18,7 @@ from spikezoo.pictures.figure import bare, check_picture, write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["answer_of", "draw_raster", "spikes_over_time"]
+__all__ = ["answer_of", "draw_potentials", "draw_raster", "potentials", "spikes_over_time"]
 
 
 def spikes_over_time(
@@ -37,6 +37,14 @@ def spikes_over_time(
     Raises:
         ValueError: An unknown layer, or one without spiking neurons.
     """
+    neurons, chosen = _neurons(model, layer)
+    found = outputs(model, image[None], neurons)
+    spikes = {name: out[:, 0].flatten(1).float().cpu() for name, out in found.items()}
+    return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
+
+
+def _neurons(model: nn.Module, layer: str | None) -> tuple[list[str], str]:
+    """Names of all layers of neurons of a model, and of those that are asked for."""
     named = dict(model.named_modules())
     neurons = [name for name, module in named.items() if isinstance(module, SpikingNeuron)]
     if not neurons:
@@ -46,10 +54,81 @@ def spikes_over_time(
     inside = [name for name in neurons if layer is None or name == layer or name.startswith(f"{layer}.")]
     if not inside:
         raise ValueError(f"layer={layer!r} has no spiking neurons. {nearest(str(layer), neurons)}")
-    chosen = neurons[len(neurons) // 2] if layer is None else inside[-1]
-    found = outputs(model, image[None], neurons)
-    spikes = {name: out[:, 0].flatten(1).float().cpu() for name, out in found.items()}
-    return chosen, spikes[chosen], {name: out.mean(1).tolist() for name, out in spikes.items()}
+    return neurons, neurons[len(neurons) // 2] if layer is None else inside[-1]
+
+
+@torch.no_grad()
+def potentials(
+    model: nn.Module, images: Tensor, layer: str | None = None
+) -> tuple[str, list[Tensor], list[Tensor], float]:
+    """Membrane potentials of one layer at every time step: as they are charged, and as they meet the threshold.
+
+    The two differ where a membrane norm stands between them.
+
+    Args:
+        model: The model; observed in evaluation mode.
+        images: A batch as the model takes it.
+        layer: As for :func:`spikes_over_time`.
+
+    Returns:
+        The name of the neurons' layer, of every time step the potentials before and after the norm, and the threshold.
+
+    Raises:
+        ValueError: An unknown layer, or one without spiking neurons.
+    """
+    twin = observing_copy(model).eval()
+    _, chosen = _neurons(twin, layer)
+    neuron = twin.get_submodule(chosen)
+    assert isinstance(neuron, SpikingNeuron)
+    charged: list[Tensor] = []
+    compared: list[Tensor] = []
+    distance, threshold = neuron.distance, neuron.config.threshold
+
+    def watch(u: Tensor) -> Tensor:
+        away = distance(u)
+        charged.append(u.flatten().float().cpu())
+        compared.append((away + threshold).flatten().float().cpu())
+        return away
+
+    vars(neuron)["distance"] = watch  # of this copy alone
+    twin(images)
+    return chosen, charged, compared, threshold
+
+
+def draw_potentials(
+    columns: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor], float]], path: str | Path, title: str = ""
+) -> None:
+    """Draw how the membrane potentials of nets are distributed at every time step, before and after a norm.
+
+    Args:
+        columns: Of each net its caption and what :func:`potentials` returns behind the name.
+        path: Picture file; the suffix names the format.
+        title: Title of the picture.
+
+    Raises:
+        ValueError: A file name without a known suffix, or matplotlib is missing.
+    """
+    figure = check_picture(path)(figsize=(4 * len(columns), 4), layout="constrained")
+    every = torch.cat([part for _, charged, compared, _ in columns for part in (*charged, *compared)]).sort().values
+    edges = (float(every[len(every) // 500]), float(every[-1 - len(every) // 500]))  # without the few far outside
+    for axis, (caption, charged, compared, threshold) in zip(
+        figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0], columns, strict=True
+    ):
+        normed = any(not torch.equal(a, b) for a, b in zip(charged, compared, strict=True))
+        for step, (before, after) in enumerate(zip(charged, compared, strict=True)):
+            shown = [("", "-", before), (", normed", "--", after)][: 1 + normed]
+            for said, style, values in shown:
+                axis.hist(
+                    values.numpy(), 100, range=edges, density=True, histtype="step",
+                    color=f"C{step}", linestyle=style, label=f"step {step + 1}{said}",
+                )  # fmt: skip
+        axis.axvline(threshold, color="black", linestyle=":", linewidth=1, label=f"threshold {threshold:g}")
+        axis.set(xlabel="membrane potential", title=caption)
+        axis.title.set_fontsize("small")
+        axis.legend(frameon=False, fontsize="x-small")
+        axis.grid(alpha=0.3)
+    figure.suptitle(title, fontsize="medium")
+    write(figure, path)
 
 
 def answer_of(model: nn.Module, image: Tensor) -> dict[str, float]:

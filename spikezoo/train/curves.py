@@ -10,6 +10,7 @@ from typing import Any
 from spikezoo import pictures
 from spikezoo.checkpoint import read_table
 from spikezoo.evaluate import read_layer_rates
+from spikezoo.train.rows import REFERENCE
 
 __all__ = ["LAYER_RATES", "plot", "plot_results"]
 
@@ -39,11 +40,18 @@ def plot(folder: Path, layer_rates: Mapping[str, float]) -> list[Path]:
 def plot_results(
     path: Path, runs: Sequence[Any], rows: Mapping[str, Mapping[str, Any]], chart: Mapping[str, str]
 ) -> None:
-    """Draw a measure over a swept flag, mean and range over seeds, a line per ``by``; level for runs without it."""
+    """Draw a measure over a swept flag, mean and range over seeds, a line per ``by``; level for runs without it.
+
+    A run that starts from another of the plan stands where that one does, unless it sets the flag itself.
+    """
     groups: dict[Any, dict[Any, list[float]]] = {}
+    places: dict[str, Any] = {}
     for run in runs:
+        start = str(run.settings.get("initial_checkpoint")).removeprefix(REFERENCE)
+        place = run.get(chart["x"])
+        places[run.name] = places.get(start) if place is None else place
         if run.name in rows and rows[run.name].get(chart["y"]) is not None:
             label = run.get(chart["by"]) if "by" in chart else chart["y"]
-            groups.setdefault(label, {}).setdefault(run.get(chart["x"]), []).append(rows[run.name][chart["y"]])
+            groups.setdefault(label, {}).setdefault(places[run.name], []).append(rows[run.name][chart["y"]])
     with suppress(ValueError):  # without matplotlib there is no picture
         pictures.draw_measure(groups, chart["x"], chart["y"], path, chart.get("by", ""), path.stem)

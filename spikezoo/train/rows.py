@@ -11,7 +11,7 @@ from typing import Any
 from spikezoo.checks import is_number, nearest
 from spikezoo.config_files import read_yaml
 
-__all__ = ["PlanRow", "read_rows", "share_out"]
+__all__ = ["REFERENCE", "PlanRow", "read_rows", "share_out"]
 
 REFERENCE = "run:"  # in front of the name of another run of the plan, in place of the folder that it writes
 
@@ -70,6 +70,13 @@ def _paper(value: Any, where: str) -> tuple[dict[str, float], tuple[str, str] | 
     return numbers, (cell[0], cell[1]) if placed else None
 
 
+def _label(key: object, value: object) -> str:
+    """What a name says of a value of the grid: the flag and the value, of another run its name alone."""
+    if isinstance(value, str) and value.startswith(REFERENCE):
+        return value.removeprefix(REFERENCE)
+    return f"{str(key).rpartition('.')[2]}{value}"
+
+
 def read_rows(path: Path) -> tuple[list[PlanRow], dict[str, str] | None]:
     """Read a plan: its runs in order, and what to plot.
 
@@ -101,7 +108,7 @@ def read_rows(path: Path) -> tuple[list[PlanRow], dict[str, str] | None]:
             raise ValueError(f"{where}: grid={grid!r} and seeds: expected lists of values, {{T: [1, 2, 4]}}, [1, 2].")
         for values in itertools.product(*axes.values()):
             settings = {**own, **dict(zip(axes, values, strict=True))}
-            full = "-".join([name, *(f"{str(k).rpartition('.')[2]}{v}" for k, v in zip(axes, values, strict=True))])
+            full = "-".join([name, *(_label(key, value) for key, value in zip(axes, values, strict=True))])
             if full in runs or not full or full != Path(full).name or full.startswith("."):
                 raise ValueError(f"{where}: the name {full!r} is taken, or no name of a folder. Give 'name:'.")
             run = PlanRow(full, name, where, source, settings, printed, cell)

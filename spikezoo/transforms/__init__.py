@@ -102,7 +102,12 @@ TRANSFORMS: dict[str, Transform] = {
         report=pruning.report,
     ),
     "bake": Transform(bake),
-    "tune": Transform(tune),
+    "tune": Transform(
+        tune,
+        flag="train the weights that a baked ticket keeps, with --initial-checkpoint: binary=true (they stay at -gain, "
+        "0 and gain)",
+        deliver=_delivered,
+    ),
     "release": Transform(release),
     "compact": Transform(compact),
 }
