@@ -8,11 +8,11 @@ from spikezoo import data, evaluate
 
 model = spikezoo.create_model("spiking_conv4.digits", pretrained=True).eval()
 images, labels = next(iter(data.create_loader("digits", "test", **evaluate.input_options(model, "digits"))))
-print("membrane norm:", model.mpbn, "|", model.stages[0][0].neuron)
+print("membrane norm:", model.mpbn, "|", model.get_submodule("stages.0.0.neuron"))
 
 # %% Folded: no norm is left behind the neurons, and every spike is where it was
 folded = spikezoo.fold_mpbn(model)
-print("folded:", folded.stages[0][0].neuron)
+print("folded:", folded.get_submodule("stages.0.0.neuron"))
 print("the same logits, bit for bit:", torch.equal(folded(images), model(images)))
 
 # %% The batch norms of the convolutions go into their weights; that rounds, so a potential at the threshold may tip

@@ -18,7 +18,7 @@ assert cli.main(["train", *flags.split()]) == 0
 
 # %% What was saved is the baked ticket: plain weights of three values a layer
 ticket = spikezoo.create_model(f"local-dir:{output}/ticket", pretrained=True).eval()
-weights = ticket.stages[0][0].conv.weight
+weights = ticket.get_parameter("stages.0.0.conv.weight")
 print("values of a layer:", weights.unique().tolist(), f"{100 * (weights == 0).float().mean():.1f} % zeros")
 numbers = sum(p.numel() for p in ticket.parameters())
 size = (output / "ticket" / "model.safetensors").stat().st_size

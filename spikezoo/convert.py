@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from spikezoo.encoding import poisson
 from spikezoo.factory import SpikingModel, create_model
 from spikezoo.graph import Node, trace
 from spikezoo.neurons import QCFS, Maskable, ReLU, Sign, SpikingNeuron
+from spikezoo.observe import observing_copy
 from spikezoo.saving import describe
 from spikezoo.transforms import Model, fold_bn, replay
 
@@ -36,6 +38,8 @@ __all__ = ["convert", "share_thresholds"]
 RATE_CODES = ("direct", "poisson")
 # Images a pass of the calibration where it is given one tensor.
 BATCH = 64
+# How often biases are corrected: a correction of one layer moves the errors of those behind it, but little.
+SWEEPS = 2
 # Transforms that leave plain weights behind, and that a spiking network could not take in this form.
 _SPENT = ("ticket", "bake", "tune")
 # Nodes that are linear without a check, or pass a sum on.
@@ -250,6 +254,7 @@ def convert(
     mode: str | float = "max",
     encoding: str = "direct",
     half_threshold: bool = False,
+    bias_correction: bool = False,
 ) -> SpikingModel:
     """Convert a trained ReLU or QCFS network into a spiking one that codes activations as firing rates.
 
@@ -259,12 +264,14 @@ def convert(
 
     Of a QCFS network they are the learned thresholds: no data is needed, and membrane potentials start at half the
     threshold. In T time steps, best as many as the activations have levels, each layer's rate of a constant input is
-    its activation; what is lost is due to spikes that come unevenly.
+    its activation; what is lost is due to spikes that come unevenly. Most of that is the same for all images, and
+    ``bias_correction`` takes it out, layer by layer: the mean difference between the rate that a channel should have
+    and the one that it has in T steps goes into its bias ("A Free Lunch From ANN", Li et al., ICML 2021, section 4.2).
 
     Args:
         ann: A model of ``create_model(name, neuron='relu')`` or ``neuron='qcfs'``; it stays as it is.
-        data: Images ``[B, C, H, W]`` as in training, or a loader of batches, of which labels are ignored. Only for
-            ReLU networks.
+        data: Images ``[B, C, H, W]`` as in training, or a loader of batches, of which labels are ignored. For a ReLU
+            network, and for the correction of biases.
         T: Time steps. None takes the levels of a QCFS network.
         mode: What one spike a step stands for: 'max' of the layer's activations, a percentile such as '99.9%' (larger
             ones are cut off, all others need less time), or a fraction of the maximum such as 0.9. Only for ReLU
@@ -272,22 +279,26 @@ def convert(
         encoding: 'direct' (the image as a current at every step) or 'poisson' (pixels in [0, 1] as random spikes).
         half_threshold: Start membrane potentials at half the threshold, so that rates round instead of being rounded
             down; those of a QCFS network always do.
+        bias_correction: Correct biases for this T on ``data``, a hundred images of which will do: each batch runs
+            twice as often as there are layers.
 
     Returns:
         The spiking model in evaluation mode, of the same architecture with ``neuron='if'`` and ``reset='soft'``.
 
     Raises:
         ValueError: No ReLU or QCFS twin, a layer without spiking form (named), a layer that is silent on ``data``, no
-            data, or an unknown mode or encoding.
+            data, no biases to correct, or an unknown mode or encoding.
 
     Warns:
         UserWarning: Shortcuts join neurons of a QCFS network with different thresholds.
 
     Examples:
         >>> snn = spikezoo.convert(ann, loader, T=64, mode='99.9%')
-        >>> snn = spikezoo.convert(spikezoo.create_model('spiking_vgg16', neuron='qcfs', checkpoint_path='last.pth'))
+        >>> twin = spikezoo.create_model('spiking_vgg16', neuron='qcfs', checkpoint_path='last.pth')
+        >>> snn = spikezoo.convert(twin, images, T=4, bias_correction=True)
     """
     switch("half_threshold", half_threshold)
+    switch("bias_correction", bias_correction)
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)
@@ -296,9 +307,13 @@ def convert(
     levels = {module.levels for module in ann.modules() if isinstance(module, QCFS)}
     if not levels and (data is None or T is None):
         raise ValueError("A ReLU network needs data to measure its activations on, and T: convert(ann, images, T=64).")
+    if bias_correction and data is None:
+        raise ValueError("bias_correction=True needs images to measure rates on: convert(ann, images, ...).")
     if levels and mode != "max":
         raise ValueError(f"mode={mode!r} would do nothing: a QCFS network has learned what a spike stands for.")
     plain = _folded(ann)
+    images = [*_batches(data)] if bias_correction and data is not None else []
+    data = images or data  # a loader's batches would not be the same a second time
     neuron = {"neuron": "if", "reset": "soft", "threshold": 1.0, "v_reset": 0.0, "firing": ">=", "mpbn": "none"}
     neuron |= {"v_init": 0.5 if half_threshold or levels else 0.0, "encoding": encoding}
     neuron["T"] = max(levels) if T is None else T
@@ -306,21 +321,81 @@ def convert(
     model = create_model(facts["architecture"], **{**arguments, **neuron})
     model = replay(model, [entry for entry in plain.recipe if entry[0] not in _SPENT])
     measured = _thresholds(plain, flow) if levels or data is None else _activations(plain, data, mode, encoding)
-    _rescale(plain, flow, measured)
+    units: dict[int, float] = {}
+    for name, group in flow.neurons.items():
+        units[group] = max(units.get(group, 0.0), measured[name])
+    wanted: dict[str, Tensor] = {}
+    if bias_correction:
+        wanted = _mean_rates(plain, {name: units[group] for name, group in flow.neurons.items()}, images)
+    _rescale(plain, flow, units)
     like = next(plain.parameters())
     spent = {f"{name}.threshold" for name in measured}
     state = {name: value for name, value in plain.state_dict().items() if name not in spent}
     model.to(like.device, like.dtype).load_state_dict(state)
     inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}
     model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
+    for _ in range(SWEEPS if bias_correction else 0):
+        _correct_biases(model.eval(), flow, wanted, images)
     return model.eval()
 
 
-def _rescale(plain: nn.Module, flow: _Flow, measured: Mapping[str, float]) -> None:
+class _EnoughError(Exception):
+    """All that was wanted has been seen: the rest of the forward pass would be for nothing."""
+
+
+def _mean_rates(model: nn.Module, units: Mapping[str, float], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Mean firing rate of every channel of some neurons, of a ReLU's or QCFS's what its unit makes of it."""
+    sums: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    twin = observing_copy(model).eval()
+
+    def watch(name: str, out: Tensor) -> None:
+        axes = [axis for axis in range(out.dim()) if axis != 2]
+        rate = (out / units[name]).clamp(max=1).double().mean(axes) * out.shape[1]
+        sums[name] = sums.get(name, torch.zeros_like(rate)) + rate
+        seen.add(name)
+        if len(seen) == len(units):
+            raise _EnoughError
+
+    for name in units:
+        twin.get_submodule(name).register_forward_hook(lambda _module, _x, out, name=name: watch(name, out))
+    device = next(model.parameters()).device
+    count = 0
+    for images in batches:
+        seen.clear()
+        with suppress(_EnoughError):
+            twin(images.to(device))
+        count += len(images)
+    return {name: total / count for name, total in sums.items()}
+
+
+def _layer_before(node: Node) -> Node | None:
+    """The layer whose bias shifts what a neuron is charged with, None where there is none."""
+    for source in node.inputs:
+        found = source if source.kind == "layer" else None
+        if found is None and source.kind not in ("neuron", "input"):
+            found = _layer_before(source)
+        if found is not None:
+            return found
+    return None
+
+
+def _correct_biases(model: nn.Module, flow: _Flow, wanted: Mapping[str, Tensor], images: Sequence[Tensor]) -> None:
+    """Add the mean error of every channel's rate to the bias before it, in place, in the order of the data flow."""
+    for node in flow.graph.of("neuron"):
+        source = _layer_before(node)
+        if source is None:
+            continue
+        layer = model.get_submodule(source.name)
+        assert isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
+        if layer.bias is None:
+            raise ValueError(f"Layer {source.name!r} has no bias to correct: leave bias_correction out.")
+        rate = _mean_rates(model, {node.name: 1.0}, images)[node.name]
+        layer.bias += (wanted[node.name] - rate).to(layer.bias)
+
+
+def _rescale(plain: nn.Module, flow: _Flow, units: Mapping[int, float]) -> None:
     """Put units into the weights, in place."""
-    units: dict[int, float] = {}
-    for name, group in flow.neurons.items():
-        units[group] = max(units.get(group, 0.0), measured[name])
     for name, source, target in flow.layers:
         layer = plain.get_submodule(name)
         assert isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spikezoo.layers import ConvNormNeuron, LinearNormNeuron, Pool, StepScale, TernaryConv2d, TernaryLinear
-from spikezoo.neurons import QCFS, ReLU, Sign, SpikingNeuron
+from spikezoo.neurons import QCFS, MembraneNorm, ReLU, Sign, SpikingNeuron
 
 __all__ = ["Graph", "Node", "trace"]
 
@@ -306,6 +306,10 @@ def _one_signal(
     return None
 
 
+# Forward passes of norms, which put out what they take, in other numbers.
+_SHAPELESS = (nn.modules.batchnorm._BatchNorm.forward, MembraneNorm.forward)
+
+
 def _without_numbers(model: nn.Module) -> Any:
     """A copy on the meta device in evaluation mode and of one type, made without copying the weights."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -349,6 +353,8 @@ def trace(model: nn.Module, shape: Sequence[int] | None = None) -> Graph:
     for module in copied.modules():
         if type(module).forward is SpikingNeuron.forward:
             module.forward = functools.partial(_one_step, module.forward)
+        elif type(module).forward in _SHAPELESS:
+            module.forward = torch.empty_like  # a third of the pass would go into the formulas of norms
     recorder = _Recorder(model, copied)
     x = torch.zeros(3, *(copied.input_shape if shape is None else shape), device="meta")
     try:

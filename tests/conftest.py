@@ -1,5 +1,6 @@
 """What all tests share: one torch thread, a fixed seed, and a Hugging Face Hub on the loopback."""
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -93,6 +94,13 @@ def two_ranks():
         free.bind(("127.0.0.1", 0))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def pytest_collection_finish():
+    """Look for garbage seldom, and not among the imports: models are made all the time, and each is a circle."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module")

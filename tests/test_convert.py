@@ -265,6 +265,44 @@ def test_quantised_twins(name, tmp_path):
     assert spikezoo.create_model(f"local-dir:{tmp_path / 'snn'}", pretrained=True).neuron_config.kind == "if"
 
 
+@torch.no_grad()
+def test_bias_correction():
+    # Behind the first layer spikes come unevenly. Means of rates are then nearly those of the activations.
+    ann = quantised("test_mpbn_resnet", img_size=16, qcfs_levels=4)
+    for module in ann.modules():
+        if isinstance(module, QCFS):
+            module.threshold.fill_(1.5)  # one for all, so that nothing is lost at joins
+    x = images(ann, 48)
+    plain, corrected = spikezoo.convert(ann), spikezoo.convert(ann, x, bias_correction=True)
+    wanted = {name: out[0].clamp(max=1.5) / 1.5 for name, out in every_activation(ann, x).items()}
+
+    def errors(snn):
+        rates = {name: out.mean(0) for name, out in every_activation(snn, x).items()}
+        return {name: (rates[name] - wanted[name]).mean((0, 2, 3)).abs().mean().item() for name in wanted}
+
+    before, after = errors(plain), errors(corrected)
+    first, *others = wanted
+    assert before[first] < 1e-12 and torch.equal(plain.stem[0].conv.weight, corrected.stem[0].conv.weight)
+    torch.testing.assert_close(plain.stem[0].conv.bias, corrected.stem[0].conv.bias, rtol=0, atol=1e-12)
+    assert all(after[name] < 0.5 * before[name] for name in others if before[name] > 0.005), (before, after)
+    off, left = ((snn(x) - ann(x)).mean(0).abs().mean() for snn in (plain, corrected))
+    assert left < 0.5 * off
+    # A loader is read once, and a ReLU network's units are as without.
+    relu = settled(PLAIN[0], img_size=16, **PLAIN[1])
+    x = images(relu, 30)
+    same = [spikezoo.convert(relu, data, T=4, bias_correction=True) for data in (x, iter([(x, None)]))]
+    assert torch.equal(same[0](x), same[1](x)) and not torch.equal(same[0](x), spikezoo.convert(relu, x, T=4)(x))
+    torch.testing.assert_close(same[0].head.fc.weight, spikezoo.convert(relu, x, T=4).head.fc.weight)
+    with pytest.raises(ValueError, match="needs images to measure rates on"):
+        spikezoo.convert(ann, bias_correction=True)
+    rmp = quantised("test_rmp_resnet")
+    for module in rmp.modules():
+        if isinstance(module, QCFS):
+            module.threshold.fill_(1.5)
+    with pytest.raises(ValueError, match=r"Layer 'stem.0.conv' has no bias to correct: leave bias_correction out"):
+        spikezoo.convert(rmp, images(rmp, 4), bias_correction=True)
+
+
 def test_quantised_shortcuts():
     ann = quantised("test_rmp_resnet")
     with pytest.warns(UserWarning, match=r"Layer '.*': a neuron whose spikes are added .* has learned a smaller one"):

@@ -972,11 +972,13 @@ def test_folder_reproducible_and_resumable(folder, kind):
 
 # Forking next to threads is what DataLoader does, and newer Pythons warn of it.
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_workers_change_nothing(folder):
+def test_workers_change_nothing(folder, monkeypatch):
     kwargs = {"train": True, **TIMM["all"]}
     whole = list(_folder(folder, **kwargs))
     before = _states()
     assert _same(whole[2:], _folder(folder, num_workers=1, **kwargs).iterate(2))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _process: {0})  # of more workers than cores torch would warn
+    assert _same(whole[3:], _folder(folder, num_workers=2, **kwargs).iterate(3))
     _assert_states(before)
 
 

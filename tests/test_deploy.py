@@ -360,9 +360,10 @@ def test_long_sequences_run_in_parts(name, arguments):
     assert seen == ([19] if "multisp" in arguments else [8, 8, 3])
 
 
-def test_long_sequences_of_events_compiled():
-    model = create("test_spiking_resnet", in_chans=2, **SMALL_RESNET)
-    x = torch.rand(1, 17, 2, 32, 32)
+def test_long_sequences_of_events_compiled(monkeypatch):
+    monkeypatch.setattr(sys.modules["spikezoo.deploy"], "PART", 2)  # the compiler unrolls the steps of a part
+    model = create("test_mpbn_vgg", in_chans=2, widths=((4,), (4,)))  # g++ is called for every kernel
+    x = torch.rand(1, 5, 2, 32, 32)
     assert torch.equal(deploy(model, "exact")(x), model(x)) and model(x).std() > 0
 
 
@@ -478,7 +479,7 @@ for path in sys.argv[1:]:
 def saved(tmp_path_factory):
     """File of a net on bits, of which one layer is a dense one in eight bits, with an input and its logits."""
     path = tmp_path_factory.mktemp("deployed") / "net.pt2"
-    model = rounded(create("test_mpbn_resnet", T=2))
+    model = rounded(create("test_mpbn_resnet", T=2, **SMALL_RESNET))
     x = torch.rand(2, *model.input_shape)
     fast = deploy(model, "bits", example=x)
     next(module for module in fast.modules() if isinstance(module, Summand) and len(module.methods) > 1).choose("dense")

@@ -334,11 +334,16 @@ PLANS = sorted(path for path in ROOT.glob("configs/**/*.yaml") if "runs" in (yam
 CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(PLANS) - set(ROOT.glob("configs/autost/correlation*.yaml")))
 
 
+@pytest.fixture(scope="module")
+def recipes():
+    """Recipes of models by what was asked for: rows and plans that differ in training alone have one model."""
+    return {}
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_our_plans_make_models(train, path):
+def test_our_plans_make_models(train, recipes, path):
     runs, chart = train.read_plan(path, "output", [])
     assert path.read_text().startswith(f"# python train.py --plan {path.relative_to(ROOT)} --data-dir DATA")
-    recipes = {}  # rows that differ in training alone are one model
     for run in runs:
         arguments = train.model_arguments(run.args)
         arguments.pop("multisp", None)  # its second stage needs the checkpoint of the first

@@ -1,6 +1,5 @@
 """The shelf: a trained net is shipped with one command, is loaded by name, reproduces its record, and is published."""
 
-import importlib
 import json
 import random
 from pathlib import Path
@@ -15,8 +14,8 @@ from spikezoo import cli, registry
 from spikezoo.checkpoint import Config, copy_checkpoint, file_hash, read_config
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.data import create_loader, dataset_info
-from spikezoo.hub import ship as shipping
 from spikezoo.hub.provenance import portable_command, training_facts
+from tools import ship as shipping
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "test_spiking_vgg"
@@ -24,7 +23,7 @@ NAME = "test_spiking_vgg"
 
 @pytest.fixture(scope="module")
 def validate():
-    return importlib.import_module("tools.ship")
+    return shipping
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +258,11 @@ def test_missing_data_is_one_line_and_fails(validate, shipped, register_again, t
     out = capsys.readouterr()
     assert out.err.count("\n") == 1 and out.err.startswith(f"{NAME}.dense: FileNotFoundError: npz:gone.npz")
     assert out.out.count(": reproduced") == 1
+
+
+def test_the_installed_command_says_that_shipping_takes_a_checkout():
+    with pytest.raises(ValueError, match=r"in a checkout .* run python validate\.py --checkpoint DIR --ship cifar10"):
+        load("validate").main(["--checkpoint", "output/snn", "--ship", "cifar10"])
 
 
 def test_a_thousand_flipped_bits(shipped):

@@ -94,7 +94,7 @@ ALLOWED = {
     "saving.py": {"_version", "checkpoint", "models", "transforms", "factory"},
     "hub": {"_version", "checkpoint", "registry", "factory", "saving", "hub"},
     "hub/client.py": {"checkpoint"},
-    "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "saving", "transforms"},
+    "convert.py": {"checks", "neurons", "graph", "encoding", "factory", "observe", "saving", "transforms"},
     "export.py": {"neurons", "graph", "encoding", "models", "transforms", "checkpoint", "saving", "_version"},
     "gallery": {
         "checkpoint",

@@ -66,7 +66,8 @@ def check_sums(folders: Iterable[str | Path]) -> dict[str, Path]:
     lists = [place / SUMS for place in places if (place / SUMS).is_file()]
     if not lists:
         raise FileNotFoundError(f"No {SUMS}, the list of all files, in {', '.join(map(str, places))}.")
-    wanted = dict(reversed(line.split(maxsplit=1)) for line in lists[0].read_text(encoding="utf-8").splitlines())
+    pairs = [line.split(maxsplit=1) for line in lists[0].read_text(encoding="utf-8").splitlines()]
+    wanted = {name: digest for digest, name in pairs}
     found = {name: place / name for name in wanted for place in places if (place / name).is_file()}
     if missing := [name for name in wanted if name not in found]:
         raise FileNotFoundError(
@@ -148,8 +149,10 @@ def unpack(args: argparse.Namespace) -> None:
         runs = sorted({name.partition("/")[0] for name in archive.getnames()})
         if taken := [run for run in runs if (Path(args.out) / run).exists()]:
             raise ValueError(f"{Path(args.out) / taken[0]} exists, and nothing was overwritten. Give another --out.")
-        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
-        archive.extractall(args.out, **safe)
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
+            archive.extractall(args.out, filter="data")
+        else:
+            archive.extractall(args.out)
     for run in runs:
         results = read_config(Path(args.out) / run)["spikezoo"]["results"]
         print(f"{Path(args.out) / run}: {results['accelerator']['state']}, {results.get('top1', 'not measured')}")
@@ -329,7 +332,8 @@ class Queue:
         timers = [loop.call_later(at - now, stop, number) for at, number in ends]
         try:
             with open(file.with_suffix(".log"), "w", encoding="utf-8") as log:
-                async for line in process.stdout or ():
+                assert process.stdout is not None  # stdout=-1 is a pipe
+                async for line in process.stdout:
                     log.write(line.decode(errors="replace"))
                     lines += filter(None, [line.decode(errors="replace").strip()])
                     if stage == "measure" and LENGTH.search(lines[-1]):
@@ -431,9 +435,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--overhead", type=float, default=40, metavar="S", help="seconds of a row without a step (default: %(default)s)"
     )
     add("--grace", type=float, default=20, metavar="S", help="seconds at the end to save in (default: %(default)s)")
-    for name, folders in (("pack", {}), ("unpack", {"nargs": "+"})):
+    for name in ("pack", "unpack"):
         add = commands.add_parser(name).add_argument
-        add("folders" if folders else "folder", metavar="DIR", **folders)
+        if name == "pack":
+            add("folder", metavar="DIR")
+        else:
+            add("folders", metavar="DIR", nargs="+")
         add("--out", required=True, metavar="DIR")
         if name == "pack":
             add("--files", type=int, default=8, metavar="N", help="at most so many, the list among them")

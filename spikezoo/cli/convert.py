@@ -39,7 +39,10 @@ def build_parser() -> Parser:
     parser.add_argument("--encoding", default="direct", help="direct or poisson (default: %(default)s)")
     parser.add_argument("--half-threshold", action="store_true", help="start potentials at half the threshold")
     parser.add_argument(
-        "--calibrate", type=int, default=1024, metavar="N", help="training images to measure (default: %(default)s)"
+        "--bias-correction", action="store_true", help="take the mean error of every channel's rate out of its bias"
+    )
+    parser.add_argument(
+        "--calibrate", type=int, metavar="N", help="training images to measure (default: 1024; to correct biases 128)"
     )
     add_flags(parser, "dataset", help="(default: the checkpoint's)")
     add_data(parser)
@@ -68,9 +71,11 @@ def run(args: argparse.Namespace) -> int:
     with suppress(ValueError):
         mode = float(mode)
     steps = 64 if args.T is None and not learned else args.T
-    calibration = batches(args, dataset, ann, 128, split="train", subset=args.calibrate)
-    images = None if learned else (images for images, _ in calibration)
-    model = convert(ann, images, steps, mode, args.encoding, args.half_threshold)
+    count = args.calibrate or (128 if args.bias_correction else 1024)
+    calibration = batches(args, dataset, ann, 128, split="train", subset=count)
+    measured = args.bias_correction or not learned
+    images = (images for images, _ in calibration) if measured else None
+    model = convert(ann, images, steps, mode, args.encoding, args.half_threshold, args.bias_correction)
     for net in (ann, model):
         net.to(memory_format=torch.channels_last)
     loader = batches(
@@ -97,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
             "mode": "qcfs" if learned else mode,
             "encoding": args.encoding,
             "half_threshold": args.half_threshold or learned,
-            "calibration_images": 0 if learned else calibration.num_samples,
+            "bias_correction": args.bias_correction,
+            "calibration_images": calibration.num_samples if measured else 0,
         },
         "command": args.command,
         **environment(),

@@ -418,4 +418,12 @@ def run(args: argparse.Namespace, each: Callable[..., dict[str, Any]] = validate
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse and validate; returns 1 where a model failed, else 0."""
-    return run(build_parser().parse_args(argv))
+    parser = build_parser()
+    parser.add_argument("--ship", metavar="TAG", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.ship is not None:
+        raise ValueError(
+            f"--ship {args.ship} writes into the package's own sources: in a checkout of its repository, run "
+            f"python validate.py --checkpoint DIR --ship {args.ship}."
+        )
+    return run(args)

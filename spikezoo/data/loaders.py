@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import operator
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -395,6 +396,11 @@ def _timm_transform(info: DatasetInfo, options: LoaderOptions) -> Callable[[Imag
     return transforms.Compose([*steps, final])
 
 
+def _cores() -> int:
+    """Processor cores that this process may use: torch warns of workers that would have none."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _SeededItems(torch.utils.data.Dataset):
     """Makes a sample a function of (seed, epoch, index), whichever worker loads it; what is damaged is handed on."""
 
@@ -443,7 +449,7 @@ class TimmLoader(_BaseLoader):
         loader = torch.utils.data.DataLoader(
             _SeededItems(self.dataset, options.seed),
             batch_sampler=[keys[i * count : (i + 1) * count] for i in range(start_batch, len(self))],
-            num_workers=options.num_workers,
+            num_workers=min(options.num_workers, _cores()),
             pin_memory=self.device.type == "cuda",
             collate_fn=_collated,
             # Its own generator: torch would draw the workers' seed from the global one.

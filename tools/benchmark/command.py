@@ -70,8 +70,8 @@ def run(*plan: Settings, tell: Callable[[str], None] | None = None) -> list[Row]
 
 def image_models() -> list[str]:
     """Models for images of 32x32 or 28x28 pixels, without the micro-models of the tests."""
-    sizes = {name: get_pretrained_cfg(name).input_size for name in spikezoo.list_models() if name[:5] != "test_"}
-    return [name for name, size in sizes.items() if size in ((3, 32, 32), (1, 28, 28))]
+    cfgs = {name: get_pretrained_cfg(name) for name in spikezoo.list_models() if name[:5] != "test_"}
+    return [name for name, cfg in cfgs.items() if cfg and cfg.input_size in ((3, 32, 32), (1, 28, 28))]
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -168,11 +168,11 @@ class SpikingJellySpikformer(nn.Module):
 
     def __init__(self, model: Spikformer) -> None:
         super().__init__()
-        modules = list(model.stem)[:-1]  # without the position encoding
+        modules = list(model.stem.children())[:-1]  # without the position encoding
         convs = [index for index, module in enumerate(modules) if isinstance(module, ConvNormNeuron)]
-        pools = tuple(isinstance(module, Pool) for index in convs for module in (*modules, None)[index + 1 : index + 2])
-        patch = {(False, False, True, True): 4, (True, True, True, True): 16}.get(pools)
-        blocks = [block for stage in model.stages for block in stage]
+        pools = [isinstance(module, Pool) for index in convs for module in (*modules, None)[index + 1 : index + 2]]
+        patch = {"0011": 4, "1111": 16}.get("".join(str(int(pool)) for pool in pools))
+        blocks: list[Any] = [block for stage in model.stages for block in stage.children()]
         heads = {block.attn.heads for block in blocks}
         hidden = {block.mlp.fc1.conv.out_channels for block in blocks}
         plain = {"scale": {block.attn.scale for block in blocks} == {0.125}, "one number of heads": len(heads) == 1}
@@ -232,6 +232,7 @@ def counterpart(model: SpikingModel) -> tuple[nn.Module, str]:
         NoCounterpartError: SpikingJelly cannot say it.
         RuntimeError: It has another number of parameters than its layout explains.
     """
+    net: nn.Module
     if not isinstance(model, Spikformer):
         net, absent, notes = SpikingJellyNet(model), 0, notes_of(model)
     else:
@@ -259,7 +260,7 @@ def fused_counterpart(model: SpikingModel) -> nn.Module:
                     setattr(module, norm[0], nn.Identity())
         return net
     with contextlib.suppress(ValueError):  # nothing to fold
-        model = spikezoo.fold_bn(model)  # type: ignore[assignment]
+        model = spikezoo.fold_bn(model)
     net = SpikingJellyNet(model)
     for module in net.modules():
         if isinstance(module, neuron.MPBNLIFNode):

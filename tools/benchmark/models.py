@@ -71,7 +71,7 @@ def narrowed(model: SpikingModel, width: float) -> SpikingModel:
     masked = spikezoo.apply(model, "dynsnn", per="channel")
     for mask in masks_of(masked).values():
         mask[max(1, round(width * len(mask))) :] = False
-    return spikezoo.compact(masked)  # type: ignore[return-value]
+    return spikezoo.compact(masked)
 
 
 def make_model(settings: Settings, **changes: Any) -> SpikingModel:

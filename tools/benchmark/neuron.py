@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,8 +54,12 @@ def neuron_sides(settings: Settings, config: NeuronConfig, T: int) -> list[Side]
         side("spikingjelly", "eager", from_rest(theirs)),
         side("spikingjelly compiled", "compiled", from_rest(torch.compile(theirs, dynamic=False))),
     ]
+
+    def check(step: Callable[[], Any]) -> dict[str, bool]:
+        return {"bit_equal": torch.equal(step(), sides[2].step())}
+
     for other in sides[:1] + sides[3:]:
-        other.check = lambda step=other.step: {"bit_equal": torch.equal(step(), sides[2].step())}
+        other.check = functools.partial(check, other.step)
     return sides
 
 

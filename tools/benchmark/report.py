@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,6 +25,7 @@ def describe(settings: Settings, model: SpikingModel) -> Row:
     """What all rows of a network share."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(random_images(model, 1))
+    rates = cast(dict[str, float], model.rates)
     return {
         "model": settings.model,
         "T": model.T,
@@ -33,8 +35,8 @@ def describe(settings: Settings, model: SpikingModel) -> Row:
         "width": settings.width,
         "ticket": settings.ticket,
         "macs": counter.get_total_flops() // 2,
-        "firing_rate": round(sum(model.rates.values()) / max(len(model.rates), 1), 4),
-        "silent_layers": sum(rate == 0 for rate in model.rates.values()),
+        "firing_rate": round(sum(rates.values()) / max(len(rates), 1), 4),
+        "silent_layers": sum(rate == 0 for rate in rates.values()),
     }
 
 

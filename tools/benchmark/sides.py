@@ -108,7 +108,7 @@ def spikezoo_side(
         return _deployed_side(name, model, images, settings)
     model = copy.deepcopy(model)  # training changes it
     if settings.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
         images = _channels_last(images)
     options = model.compile_options if settings.mode == "train" and settings.device == "cpu" else {}
     run = torch.compile(model, options=options) if settings.torchcompile else model
@@ -168,7 +168,7 @@ def _best_form(model: SpikingModel, images: Tensor, labels: Tensor, settings: Se
         form.append("conv-bn fused")
     net = net.to(settings.device).train(train)
     if last:
-        net, images = net.to(memory_format=torch.channels_last), _channels_last(images)  # type: ignore[call-overload]
+        net, images = net.to(memory_format=torch.channels_last), _channels_last(images)
     run: Callable[[Tensor], Tensor] = net
     if has_compiler() or not cpu:
         # On CUDA its compiled channels-last nets are faster without a second choice of layouts, says its issue 753.
@@ -272,15 +272,16 @@ def conv_limit_side(model: SpikingModel, images: Tensor, labels: Tensor, setting
     whole = {next(iter(shapes))} if settings.precision == "bf16" else set()
     for name, shape in shapes.items():
         spikes = (torch.rand(shape, device=settings.device) < 0.2).float()
-        layer = copy.deepcopy(found[name]).requires_grad_(False)
+        own = copy.deepcopy(found[name]).requires_grad_(False)
+        layer: nn.Module = own
         if name in eight:
-            layer, spikes = _Sums(layer), spikes.to(torch.uint8)
+            layer, spikes = _Sums(own), spikes.to(torch.uint8)
         else:
-            set_ternary(layer, False)
+            set_ternary(own, False)
             if half and not name.startswith("head.") and name not in whole:
                 layer, spikes = layer.to(torch.bfloat16), spikes.to(torch.bfloat16)
         if last:
-            layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            layer = layer.to(memory_format=torch.channels_last)
             spikes = _channels_last(spikes)
         layers.append(layer)
         inputs.append(spikes)

@@ -25,8 +25,9 @@ def _entropy(p: float) -> float:
 
 def size_rows(settings: Settings) -> list[Row]:
     """Store the convolutions and linear layers of a net in every code and compare with the entropy of their masks."""
-    given = {"T": settings.T, "img_size": settings.img_size, "num_classes": settings.num_classes}
-    model = spikezoo.create_model(settings.model, **given)  # type: ignore[arg-type]
+    model = spikezoo.create_model(
+        settings.model, T=settings.T, img_size=settings.img_size, num_classes=settings.num_classes
+    )
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     shapes = {f"{index}.weight": tuple(layer.weight.shape) for index, layer in enumerate(layers)}
     total = sum(math.prod(shape) for shape in shapes.values())

@@ -23,8 +23,10 @@ RUNS = 5  # of imports and of loading
 
 def _import_s(modules: str) -> float:
     code = f"import time; start = time.perf_counter(); import {modules}; print(time.perf_counter() - start)"
-    place = {"cwd": Path(__file__).parent, "env": {**os.environ, "PYTHONWARNINGS": "ignore"}}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, **place)
+    place, quiet = Path(__file__).parent, {**os.environ, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place, env=quiet
+    )
     return float(done.stdout.split()[-1])
 
 
