@@ -15,7 +15,7 @@ from torch import nn
 
 import spikezoo
 from spikezoo import pictures
-from spikezoo.checkpoint import load_state
+from spikezoo.checkpoint import Config, load_state
 from spikezoo.cli import main
 from spikezoo.data import create_loader
 from spikezoo.evaluate import input_options
@@ -765,8 +765,9 @@ def test_pictures_of_rates_are_measured(trained, tmp_path, monkeypatch):
     )
     argv = ["dynsnn", "--checkpoint", str(trained), "--samples", "200", "--compression", "0.5"]
     argv += ["--plot-rates", str(tmp_path / "rates.png"), "--reactivated", str(trained)]
-    assert main([*argv, "--output", str(tmp_path / "new")]) == 0
+    assert main([*argv, "--output", str(tmp_path / "new"), "--val-subset", "50"]) == 0
     model = spikezoo.create_model(f"local-dir:{tmp_path / 'new'}", pretrained=True)
+    assert Config.read(tmp_path / "new").results["samples"] == 50
     images = create_loader("digits", "train", batch_size=256, subset=200, **input_options(model, "digits"))
     changed = 0
     for name, rate in neuron_rates(model, images).items():
@@ -787,6 +788,7 @@ def test_command_says_what_is_wrong(trained, tmp_path, capsys):
         (["--tolerance", "-1"], "tolerance=-1"),
         (["--threshold", "0.1", "--plot-rates", "rates.txt"], "ends in .png"),
         (["--threshold", "0.1", "--reactivated", "net"], "give --plot-rates FILE, too"),
+        (["--threshold", "0.1", "--val-subset", "0"], "--val-subset 0: expected an integer >= 1"),
     ):
         assert main(["dynsnn", "--checkpoint", str(trained), "--samples", "50", *argv]) == 2
         assert words in capsys.readouterr().err

@@ -249,6 +249,9 @@ def test_potentials_before_and_after_a_membrane_norm(tmp_path, capsys):
     assert (layer, threshold) == ("0", 2.0)
     assert [u.tolist() for u in charged] == [[3.0], [4.5]]
     assert [u.tolist() for u in compared] == [[1.0], [1.75]]
+    net[0].norm = None
+    _, charged, compared, _ = pictures.potentials(net, torch.full((2, 1, 1, 1, 1), 0.1))
+    assert all(torch.equal(*both) for both in zip(charged, compared, strict=True))  # and not rounded otherwise
     model = spikezoo.create_model("test_spiking_vgg", in_chans=1, img_size=8)
     spikezoo.save_checkpoint(model, tmp_path / "net", {"dataset": "digits"})
     argv = ["activations", "--checkpoint", str(tmp_path / "net"), "--plot", str(tmp_path / "x.png"), "--potentials"]

@@ -83,11 +83,12 @@ def potentials(
     charged: list[Tensor] = []
     compared: list[Tensor] = []
     distance, threshold = neuron.distance, neuron.config.threshold
+    normed = neuron.norm is not None or neuron.folded is not None
 
     def watch(u: Tensor) -> Tensor:
         away = distance(u)
         charged.append(u.flatten().float().cpu())
-        compared.append((away + threshold).flatten().float().cpu())
+        compared.append((away + threshold).flatten().float().cpu() if normed else charged[-1])
         return away
 
     vars(neuron)["distance"] = watch  # of this copy alone
