@@ -82,8 +82,9 @@ def test_deployed_and_folded(name, arguments, monkeypatch, caplog):
 def test_onnx(name, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    # The exporter takes a second for a few layers. Meta-SpikeFormer needs all of its five stages, and is made for T=1.
-    model = make(name, T=1 if name == "test_metaspikeformer" else 2, **SHORTER.get(name, {})).eval()
+    # The exporter takes a second for a few layers, and as long again for their neurons' second step.
+    long = name in ("test_metaspikeformer", "test_qkformer", "test_spikingresformer")
+    model = make(name, T=1 if long else 2, **SHORTER.get(name, {})).eval()
     x = image_for(model, 3)
     session = runtime.InferenceSession(spikezoo.export(model, tmp_path / "net.onnx", x))
     logits = torch.from_numpy(session.run(None, {"input": x[:2].numpy()})[0])

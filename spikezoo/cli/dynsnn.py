@@ -91,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
     test = batches(args, dataset, model, args.batch_size, subset=args.val_subset)
     if args.samples < train.num_samples:
         train = batches(args, dataset, model, args.batch_size, "train", subset=args.samples)
-    rates = neuron_rates(model, train)
-    threshold = args.threshold
+    rates, threshold = neuron_rates(model, train), args.threshold
     if args.compression is not None:
         threshold = threshold_for(model, rates, args.compression)
     elif args.tolerance is not None:

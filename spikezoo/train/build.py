@@ -57,8 +57,8 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
         raise ValueError(f"--rate-penalty on neuron={model.neuron_config.kind!r}, which does not fire spikes.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
-            f"{args.model} has nothing to train: all its weights are final. Add --tune, which trains those of a baked "
-            "ticket that are not zero."
+            f"{args.model} has nothing to train: all its weights are final. Add --tune, which trains on those of a "
+            "baked model that are not zero."
         )
     return model
 

@@ -205,6 +205,8 @@ def weighted_layers(model: nn.Module, exempt: Sequence[str]) -> dict[str, nn.Con
 
 def _frozen(weight: Tensor, init: str, seed: int, kept: float) -> Tensor:
     """Random weights that the seed determines: its signs, and magnitudes of the initialisation."""
+    if weight.is_meta:
+        return torch.empty_like(weight)  # nothing to draw for shapes alone
     fan_in = weight[0].numel()
     std = math.sqrt(2 / (fan_in * kept))
     if init == "signed_constant":
