@@ -246,6 +246,30 @@ def _thresholds(ann: nn.Module, flow: _Flow) -> dict[str, float]:
     return units
 
 
+def _check_options(
+    ann: SpikingModel, levels: set[int], data: object, T: int | None, mode: str | float, bias_correction: bool
+) -> None:
+    """Raise where a network lacks a classifier, or arguments of :func:`convert` do not go with each other."""
+    if not isinstance(ann.head.fc, nn.Linear):
+        raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
+    if not levels and (data is None or T is None):
+        raise ValueError("A ReLU network needs data to measure its activations on, and T: convert(ann, images, T=64).")
+    if bias_correction and data is None:
+        raise ValueError("bias_correction=True needs images to measure rates on: convert(ann, images, ...).")
+    if levels and mode != "max":
+        raise ValueError(f"mode={mode!r} would do nothing: a QCFS network has learned what a spike stands for.")
+
+
+def _take_over(model: SpikingModel, plain: SpikingModel, spent: set[str]) -> None:
+    """Give a spiking model the weights of its rescaled twin, but for what is spent, and what is known of its inputs."""
+    like = next(plain.parameters())
+    state = {name: value for name, value in plain.state_dict().items() if name not in spent}
+    model.to(like.device, like.dtype).load_state_dict(state)
+    known = plain.pretrained_cfg
+    inputs: dict[str, Any] = {key: known[key] for key in ("mean", "std", "inputs") if key in known}
+    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
+
+
 @torch.no_grad()
 def convert(
     ann: SpikingModel,
@@ -302,15 +326,8 @@ def convert(
     _check(ann, encoding)
     facts = describe(ann)
     flow = _Flow(ann)
-    if not isinstance(ann.head.fc, nn.Linear):
-        raise ValueError("num_classes=0: without a classifier rates would come out in unknown units. Give it one.")
     levels = {module.levels for module in ann.modules() if isinstance(module, QCFS)}
-    if not levels and (data is None or T is None):
-        raise ValueError("A ReLU network needs data to measure its activations on, and T: convert(ann, images, T=64).")
-    if bias_correction and data is None:
-        raise ValueError("bias_correction=True needs images to measure rates on: convert(ann, images, ...).")
-    if levels and mode != "max":
-        raise ValueError(f"mode={mode!r} would do nothing: a QCFS network has learned what a spike stands for.")
+    _check_options(ann, levels, data, T, mode, bias_correction)
     plain = _folded(ann)
     images = [*_batches(data)] if bias_correction and data is not None else []
     data = images or data  # a loader's batches would not be the same a second time
@@ -328,12 +345,7 @@ def convert(
     if bias_correction:
         wanted = _mean_rates(plain, {name: units[group] for name, group in flow.neurons.items()}, images)
     _rescale(plain, flow, units)
-    like = next(plain.parameters())
-    spent = {f"{name}.threshold" for name in measured}
-    state = {name: value for name, value in plain.state_dict().items() if name not in spent}
-    model.to(like.device, like.dtype).load_state_dict(state)
-    inputs = {key: plain.pretrained_cfg[key] for key in ("mean", "std", "inputs") if key in plain.pretrained_cfg}
-    model.pretrained_cfg = {**model.pretrained_cfg, **inputs}
+    _take_over(model, plain, {f"{name}.threshold" for name in measured})
     for _ in range(SWEEPS if bias_correction else 0):
         _correct_biases(model.eval(), flow, wanted, images)
     return model.eval()
