@@ -171,10 +171,13 @@ def trained(rest):
     if "--config" in rest and rest[rest.index("--config") + 1] in THEIRS:
         rest = [word for word in rest if word not in ("--config", *THEIRS)]
     if "--plan" in rest:
-        args = argparse.Namespace(**dict(zip(*[iter(rest)] * 2, strict=True)))
-        if (plan := getattr(args, "--plan")) in THEIRS:
+        own = argparse.ArgumentParser(allow_abbrev=False)
+        for flag in ("--plan", "--time-budget", "--output"):
+            own.add_argument(flag)
+        args, more = own.parse_known_args(rest)
+        if args.plan in THEIRS:
             return args
-        runs, _ = read_plan(find_config(plan, "plan"), "output", [])
+        runs, _ = read_plan(find_config(args.plan, "plan"), "output", more)
         return runs[0].args
     if "--import" in rest:
         theirs = ("--import", "my_method.py", "--magnitude", "sparsity=0.5", "my_model.py", "--model", "my_net")

@@ -348,7 +348,7 @@ def test_unknown_model_names_the_nearest(validate):
 
 def test_missing_data_gives_the_two_commands(validate, tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
-        validate.main(["--model", "mpbn_resnet19", "--data-dir", str(tmp_path), "--no-dataset-download"])
+        validate.main(["--model", "spiking_resnet19", "--data-dir", str(tmp_path), "--no-dataset-download"])
     for part in ("cifar10", str(tmp_path), "--data-dir", "--dataset digits"):
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
