@@ -290,7 +290,7 @@ def convert(
     threshold. In T time steps, best as many as the activations have levels, each layer's rate of a constant input is
     its activation; what is lost is due to spikes that come unevenly. Most of that is the same for all images, and
     ``bias_correction`` takes it out, layer by layer: the mean difference between the rate that a channel should have
-    and the one that it has in T steps goes into its bias ("A Free Lunch From ANN", Li et al., ICML 2021, section 4.2).
+    and the one that it has in T steps goes into its bias ("A Free Lunch From ANN", Li et al., ICML 2021).
 
     Args:
         ann: A model of ``create_model(name, neuron='relu')`` or ``neuron='qcfs'``; it stays as it is.

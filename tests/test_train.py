@@ -1343,6 +1343,16 @@ def test_a_quantised_twin_starts_from_a_relu_net_and_ends_in_spikes(fast, tmp_pa
     assert torch.equal(new.stem[0].conv.weight, trained.stem[0].conv.weight)
 
 
+def test_a_quantised_net_that_cannot_spike_is_trained_all_the_same(fast, tmp_path):
+    given = ("--model", "test_spiking_vgg", "--img-size", 16, "--T", 1, "--epochs", 1)  # with max-pooling
+    fast.main(flags(tmp_path, *given, "--neuron", "relu", "--experiment", "relu"))
+    twin = (*given, "--neuron", "qcfs", "--initial-checkpoint", tmp_path / "relu")
+    run = fast.Run(fast.parse_args(flags(tmp_path, *twin)))
+    learned = [module.threshold for module in run.model.modules() if isinstance(module, QCFS)]
+    assert len({id(threshold) for threshold in learned}) == len(learned) > 1
+    assert all(threshold != 8 for threshold in learned)
+
+
 def test_scores_start_from_a_trained_net(fast, tmp_path):
     given = ("--model", "test_spiking_vgg", "--img-size", 16)
     fast.main(flags(tmp_path, *given, "--experiment", "dense", "--epochs", 1))

@@ -17,6 +17,7 @@ from spikezoo.convert import share_thresholds
 from spikezoo.data import Loader, create_loader, dataset_info
 from spikezoo.evaluate import input_options
 from spikezoo.factory import SpikingModel, create_from, create_model
+from spikezoo.neurons import QCFS
 from spikezoo.train.initial import model_arguments
 from spikezoo.train.length import check_sizes
 from spikezoo.train.start import fit_thresholds, fresh_membrane_norms, preserve_function
@@ -46,8 +47,7 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
     for transform in TRANSFORMS.values():
         if transform.initialise:
             transform.initialise(model, args)
-    if model.neuron_config.kind == "qcfs":
-        share_thresholds(model)
+    _threshold_groups(model)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -61,6 +61,15 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
             "baked model that are not zero."
         )
     return model
+
+
+def _threshold_groups(model: SpikingModel) -> list[list[str]]:
+    """Names of the QCFS activations that share one threshold from now on, a list for each; none in other nets."""
+    names = [name for name, module in model.named_modules() if isinstance(module, QCFS)]
+    try:
+        return share_thresholds(model) if names else []
+    except ValueError:  # max-pooling, attention: it is trained as it is, and convert says why it has no spiking form
+        return [[name] for name in names]
 
 
 class Batches:
@@ -144,8 +153,9 @@ class Batches:
         norms = fresh_membrane_norms(model, known)
         if norms:
             preserve_function(model, norms, (images for images, _ in self.plain(500, 100)))
-        if model.neuron_config.kind == "qcfs" and not any(name.endswith(".threshold") for name in known):
-            fit_thresholds(model, share_thresholds(model), (images for images, _ in self.plain(500, 100)))
+        groups = _threshold_groups(model)
+        if groups and not any(name.endswith(".threshold") for name in known):
+            fit_thresholds(model, groups, (images for images, _ in self.plain(500, 100)))
 
 
 def build_teacher(
