@@ -378,6 +378,8 @@ def _mean_rates(model: nn.Module, units: Mapping[str, float], batches: Iterable[
         with suppress(_EnoughError):
             twin(images.to(device))
         count += len(images)
+    if not count:
+        raise ValueError("data holds no batch: give some images to measure rates on, a hundred will do.")
     return {name: total / count for name, total in sums.items()}
 
 

@@ -295,6 +295,8 @@ def test_bias_correction():
     torch.testing.assert_close(same[0].head.fc.weight, spikezoo.convert(relu, x, T=4).head.fc.weight)
     with pytest.raises(ValueError, match="needs images to measure rates on"):
         spikezoo.convert(ann, bias_correction=True)
+    with pytest.raises(ValueError, match="data holds no batch"):
+        spikezoo.convert(ann, [], bias_correction=True)
     rmp = quantised("test_rmp_resnet")
     for module in rmp.modules():
         if isinstance(module, QCFS):

@@ -1307,13 +1307,13 @@ def test_thresholds_of_the_quantised_twin_cut_little_off():
     levels = torch.tensor([[-3.0, 0.5, 1.0, 1.5, 2.0], [0.0, 0.5, 0.0, 2.0, -1.0]], dtype=torch.float64)
     torch.nn.init.zeros_(net[1].weight)
     torch.nn.init.constant_(net[1].bias, -1)
-    fit_thresholds(net, [["0"], ["2"]], [levels])
+    fit_thresholds(net, [levels])
     assert net[0].threshold.item() == pytest.approx(2.0)  # all values are levels of it, and are left as they are
     torch.testing.assert_close(net[0](levels), levels.relu())
     assert net[2].threshold.item() == 8.0  # silent: nothing to fit
     # One value of 100 in 10,000 is cut off, since a threshold that holds it leaves the others no levels.
     many = torch.cat([levels[:1].expand(2000, -1).flatten(), torch.tensor([100.0], dtype=torch.float64)])[:, None]
-    fit_thresholds(torch.nn.Sequential(net[0]), [["0"]], [many])
+    fit_thresholds(torch.nn.Sequential(net[0]), [many])
     assert 2 <= net[0].threshold.item() <= 8
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from spikezoo.convert import share_thresholds
 from spikezoo.data import Loader, create_loader, dataset_info
 from spikezoo.evaluate import input_options
 from spikezoo.factory import SpikingModel, create_from, create_model
-from spikezoo.neurons import QCFS
 from spikezoo.train.initial import model_arguments
 from spikezoo.train.length import check_sizes
 from spikezoo.train.start import fit_thresholds, fresh_membrane_norms, preserve_function
@@ -47,7 +46,9 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
     for transform in TRANSFORMS.values():
         if transform.initialise:
             transform.initialise(model, args)
-    _threshold_groups(model)
+    if model.neuron_config.kind == "qcfs":
+        with suppress(ValueError):  # max-pooling, attention: convert says why that cannot spike; it trains
+            share_thresholds(model)
     model.to(device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -61,15 +62,6 @@ def build_model(args: argparse.Namespace, device: torch.device) -> SpikingModel:
             "baked model that are not zero."
         )
     return model
-
-
-def _threshold_groups(model: SpikingModel) -> list[list[str]]:
-    """Names of the QCFS activations that share one threshold from now on, a list for each; none in other nets."""
-    names = [name for name, module in model.named_modules() if isinstance(module, QCFS)]
-    try:
-        return share_thresholds(model) if names else []
-    except ValueError:  # max-pooling, attention: it is trained as it is, and convert says why it has no spiking form
-        return [[name] for name in names]
 
 
 class Batches:
@@ -153,9 +145,8 @@ class Batches:
         norms = fresh_membrane_norms(model, known)
         if norms:
             preserve_function(model, norms, (images for images, _ in self.plain(500, 100)))
-        groups = _threshold_groups(model)
-        if groups and not any(name.endswith(".threshold") for name in known):
-            fit_thresholds(model, groups, (images for images, _ in self.plain(500, 100)))
+        if model.neuron_config.kind == "qcfs" and not any(name.endswith(".threshold") for name in known):
+            fit_thresholds(model, (images for images, _ in self.plain(500, 100)))
 
 
 def build_teacher(

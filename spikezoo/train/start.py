@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -63,33 +63,30 @@ def preserve_function(model: nn.Module, norms: Iterable[MembraneNorm], batches: 
 
 
 @torch.no_grad()
-def fit_thresholds(model: nn.Module, groups: Iterable[Sequence[str]], batches: Iterable[Tensor]) -> None:
+def fit_thresholds(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set thresholds of QCFS activations to those that change a ReLU network's activations least, in the mean square.
 
     The initial value of the paper, 8, is meant for trainings from nothing: of activations around 1, four levels from
     0 to 8 leave nothing but zeros.
 
     Args:
-        model: The model, with the weights of its ReLU twin; it stays in its mode.
-        groups: Names of the activations that share one threshold, a list for each.
+        model: The model, with the weights of its ReLU twin; it stays in its mode. Activations may share a threshold.
         batches: Inputs of the model, each ``[B, C, H, W]``.
     """
-    seen: dict[str, list[Tensor]] = {name: [] for group in groups for name in group}
+    activations = [module for module in model.modules() if isinstance(module, QCFS)]
+    seen: dict[nn.Parameter, list[Tensor]] = {activation.threshold: [] for activation in activations}
 
-    def watch(name: str, inputs: tuple[Tensor]) -> Tensor:
+    def watch(activation: QCFS, inputs: tuple[Tensor], _quantised: Tensor) -> Tensor:
         (current,) = inputs
         flat = current.float().relu().flatten()
-        seen[name].append(flat[:: max(1, flat.numel() // 10_000)])
+        seen[activation.threshold].append(flat[:: max(1, flat.numel() // 10_000)])
         return current.relu()
 
-    hooks = [(model.get_submodule(name), lambda _module, x, _out, name=name: watch(name, x)) for name in seen]
-    with evaluating(model, hooks):
+    with evaluating(model, [(activation, watch) for activation in activations]):
         for batch in batches:
             model(batch)
-    for group in groups:
-        activation = model.get_submodule(group[0])
-        assert isinstance(activation, QCFS)
-        values = torch.cat([part for name in group for part in seen[name]])
+    for activation in {activation.threshold: activation for activation in activations}.values():
+        values = torch.cat(seen[activation.threshold])
         largest = float(values.max())
         if largest == 0:
             continue  # silent on these images: nothing to fit, it keeps its initial threshold
