@@ -5,15 +5,17 @@
 // contraction but for the one multiply-add of its batch norm (compile with -ffp-contract=off).
 //
 // Look-ups: the spikes of WIDTH channels are a number, whose place in a table has the sum of the weights that they
-// select. A table is built where it is needed, of bytes where weights are small (tickets), of words for eight bits. One
-// vector holds many places: maps are laid out with borders of zeros that neighbours share, so that a tap of a kernel is
-// a shift, and a stride several maps. Events: every spike adds its row of weights to the sums of its neighbours.
+// select. Tables of tickets, whose weights are -1, 0 and 1, are of bytes, and so few that all stand ready; those of
+// eight-bit weights are of words and built where they are needed. One vector holds many places: maps are laid out with
+// borders of zeros that neighbours share, so that a tap of a kernel is a shift, and a stride several maps. Events: every
+// spike adds its row of weights to the sums of its neighbours.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -26,7 +28,8 @@ enum Kind : int32_t { BYTES, WORDS, ROWS, BITS, FLOATS };  // how a summand is c
 struct Term {  // one summand of a neuron's current, and the norm behind it
   int32_t kind, channels, height, width, kernel[2], stride[2], padding[2], dilation[2], pool[3], segment;
   float levels;                                // what the sums are divided by, a power of two
-  const void *input, *weight;                  // of BYTES, WORDS [O/8][steps][8][WIDTH]; of ROWS [O/64][taps][C][64]
+  // Of BYTES numbers of tables [O/8][steps][8]; of WORDS [O/8][steps][8][WIDTH], of ROWS [O/64][taps][C][64].
+  const void *input, *weight;
   const float *scale, *bias, *gain, *shift;    // [O] each; bias, gain and shift may be missing
   int64_t strides[5];                          // of FLOATS [T, B, O, H, W]
 };
@@ -144,6 +147,16 @@ struct Map {  // a summand with its geometry and the numbers of its input's spik
   int width = 0, planes = 0;
   int64_t frame = 0, lead = 0, size = 0;
   std::vector<uint8_t>* numbers = nullptr;
+  std::vector<const uint8_t*> from;  // the first number of every look-up
+  void find(int B) {
+    for (int ky = 0; ky < y.kernel; ++ky)
+      for (int kx = 0; kx < x.kernel; ++kx)
+        for (int plane = 0; plane < planes; ++plane) {
+          const int unit = (y.phase(ky) * x.stride + x.phase(kx)) * planes + plane;
+          const uint8_t* first = numbers->data() + unit * size + lead;
+          from.push_back(first + (int64_t(y.shift(ky)) * x.pitch + x.shift(kx)) * B);
+        }
+  }
 };
 
 // One plane of numbers: WIDTH channels of a phase, with borders of zeros.
@@ -170,9 +183,25 @@ void lay_out(const Layer& l, const Map& m, int unit) {
     }
 }
 
-template <class K>
-void build(const int8_t* weight, typename K::Elem* table, int count) {
-  using E = typename K::Elem;
+// Tables of `count` look-ups of an output: copies of those of tickets, others from their weights.
+void build(const void* weights, int64_t first, int8_t* table, int count) {
+  constexpr int WIDTH = Bytes::WIDTH, ENTRIES = Bytes::ENTRIES;
+  static const auto all = [] {
+    int tables = 1;
+    for (int j = 0; j < WIDTH; ++j) tables *= 3;
+    std::vector<int8_t> sums(tables * ENTRIES);
+    for (int i = 0; i < tables * ENTRIES; ++i)
+      for (int j = 0, digits = i / ENTRIES; j < WIDTH; ++j, digits /= 3) sums[i] += (digits % 3 - 1) * (i >> j & 1);
+    return sums;
+  }();
+  const uint16_t* number = (const uint16_t*)weights + first;
+  for (int k = 0; k < count; ++k) std::memcpy(table + k * ENTRIES, all.data() + number[k] * ENTRIES, ENTRIES);
+}
+
+void build(const void* weights, int64_t first, int16_t* table, int count) {
+  using K = Words;
+  using E = K::Elem;
+  const int8_t* weight = (const int8_t*)weights + first * K::WIDTH;
   static const auto masks = [] {
     std::vector<E> m(K::WIDTH * K::ENTRIES);
     for (int i = 0; i < K::WIDTH * K::ENTRIES; ++i) m[i] = (i % K::ENTRIES) >> (i / K::ENTRIES) & 1 ? E(-1) : E(0);
@@ -188,12 +217,17 @@ void build(const int8_t* weight, typename K::Elem* table, int count) {
   }
 }
 
+// Adds up, or on request begins with, the look-ups of N vectors of places. All loops over sums are unrolled, so that they
+// stay in registers.
 template <class K, int N>
-void look_up(const typename K::Elem* table, const uint8_t* const* from, int steps, int64_t at, int32_t* sums, int64_t pitch) {
+void look_up(const typename K::Elem* table, const uint8_t* const* from, int steps, int64_t at, int32_t* sums, int64_t pitch,
+             bool begin) {
   for (int first = 0; first < GROUP; first += K::OUTS) {
     typename K::Vec sum[K::OUTS][N];
-    for (auto& row : sum)
-      for (auto& one : row) one = K::zero();
+#pragma GCC unroll 8
+    for (int o = 0; o < K::OUTS; ++o)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sum[o][n] = K::zero();
     for (int s = 0; s < steps; ++s) {
       decltype(K::index(from[s])) index[N];
 #pragma GCC unroll 4
@@ -205,12 +239,17 @@ void look_up(const typename K::Elem* table, const uint8_t* const* from, int step
         for (int n = 0; n < N; ++n) sum[o][n] = K::add(sum[o][n], one, index[n]);
       }
     }
+#pragma GCC unroll 8
     for (int o = 0; o < K::OUTS; ++o)
+#pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         typename K::Elem out[K::LANES];
         K::spill(sum[o][n], out);
         int32_t* to = sums + (first + o) * pitch + n * K::LANES;
-        for (int i = 0; i < K::LANES; ++i) to[i] += out[i];
+        if (begin)
+          for (int i = 0; i < K::LANES; ++i) to[i] = out[i];
+        else
+          for (int i = 0; i < K::LANES; ++i) to[i] += out[i];
       }
   }
 }
@@ -229,29 +268,27 @@ struct Span {
 
 template <class K>
 void sum_by_tables(const Layer& l, const Map& m, const Span& s, int group, int32_t* sums) {
-  const int taps = m.t->kernel[0] * m.t->kernel[1], steps = taps * m.planes, segment = m.t->segment;
-  std::vector<typename K::Elem> table(int64_t(segment) * GROUP * K::ENTRIES);
-  std::vector<const uint8_t*> from(segment);
-  const int8_t* weight = (const int8_t*)m.t->weight + int64_t(group) * steps * GROUP * K::WIDTH;
+  static thread_local std::vector<typename K::Elem> table;
+  const int steps = m.from.size(), segment = m.t->segment;
+  table.resize(int64_t(segment) * GROUP * K::ENTRIES);
   for (int begin = 0; begin < steps; begin += segment) {
     const int count = std::min(segment, steps - begin);
-    build<K>(weight + int64_t(begin) * GROUP * K::WIDTH, table.data(), count * GROUP);
-    for (int i = 0; i < count; ++i) {
-      const int tap = (begin + i) / m.planes, ky = tap / m.t->kernel[1], kx = tap % m.t->kernel[1];
-      const int unit = (m.y.phase(ky) * m.x.stride + m.x.phase(kx)) * m.planes + (begin + i) % m.planes;
-      from[i] = m.numbers->data() + unit * m.size + m.lead + (int64_t(m.y.shift(ky)) * m.x.pitch + m.x.shift(kx)) * l.B;
-    }
+    build(m.t->weight, (int64_t(group) * steps + begin) * GROUP, table.data(), count * GROUP);
     for (int t = 0; t < (s.whole ? 1 : l.T); ++t) {
       const int64_t length = s.whole ? l.T * m.frame : (s.y1 - s.y0) * s.row, at = t * m.frame + s.y0 * s.row;
       for (int64_t p = 0; p < length;) {
         const int64_t left = (length - p + K::LANES - 1) / K::LANES;
-        int32_t* to = sums + t * s.step + p;
+        auto some = [&](auto vectors) {
+          constexpr int N = decltype(vectors)::value;
+          look_up<K, N>(table.data(), m.from.data() + begin, count, at + p, sums + t * s.step + p, s.pitch, begin == 0);
+          p += N * K::LANES;
+        };
         if (K::MOST >= 3 && left >= 3)
-          look_up<K, 3>(table.data(), from.data(), count, at + p, to, s.pitch), p += 3 * K::LANES;
+          some(std::integral_constant<int, 3>());
         else if (K::MOST >= 2 && left >= 2)
-          look_up<K, 2>(table.data(), from.data(), count, at + p, to, s.pitch), p += 2 * K::LANES;
+          some(std::integral_constant<int, 2>());
         else
-          look_up<K, 1>(table.data(), from.data(), count, at + p, to, s.pitch), p += K::LANES;
+          some(std::integral_constant<int, 1>());
       }
     }
   }
@@ -312,6 +349,20 @@ void sum_by_rows(const Layer& l, const Map& m, const Span& s, int block, int32_t
   }
 }
 
+// Maxima along a row of `in` places, of windows of some places, to `out` of them.
+void widest(const int32_t* row, int32_t* to, int in, int out, int B, int size, int stride, int padding) {
+  std::fill(to, to + out * B, INT32_MIN);
+  for (int k = -padding; k < size - padding; ++k) {
+    const int first = k < 0 ? (stride - 1 - k) / stride : 0, end = std::min(out, (in - k + stride - 1) / stride);
+    const int32_t* from = row + k * B;
+    if (B == 1 && stride == 2)  // a constant, so that many places are taken at once
+      for (int x = first; x < end; ++x) to[x] = std::max(to[x], from[2 * x]);
+    else
+      for (int x = first; x < end; ++x)
+        for (int b = 0; b < B; ++b) to[x * B + b] = std::max(to[x * B + b], from[int64_t(x) * stride * B + b]);
+  }
+}
+
 // What a summand adds to the current of one channel, rows y0 to y1 of one time step: after pooling, scale and norm.
 void read(const Layer& l, const Map& m, const Span& s, const int32_t* sums, int t, int channel, int y0, int y1, float* to) {
   const Term& term = *m.t;
@@ -331,17 +382,20 @@ void read(const Layer& l, const Map& m, const Span& s, const int32_t* sums, int 
   } else {
     const float scale = term.scale[channel], part = 1 / term.levels, bias = term.bias ? term.bias[channel] : 0;
     const int size = term.pool[0], stride = term.pool[1], padding = term.pool[2];
-    std::vector<int32_t> most(size ? W * B : 0);
+    static thread_local std::vector<int32_t> tall, most;
+    const int count = m.x.out * B;
+    if (size) tall.resize(count), most.resize(W * B);
     for (int y = y0; y < y1; ++y, to += W * B) {
       const int32_t* from = sums + t * s.step + (y - s.y0) * s.row;
       if (size) {
-        std::fill(most.begin(), most.end(), INT32_MIN);
-        for (int py = std::max(0, y * stride - padding); py < std::min(m.y.out, y * stride - padding + size); ++py)
-          for (int x = 0; x < W; ++x)
-            for (int px = std::max(0, x * stride - padding); px < std::min(m.x.out, x * stride - padding + size); ++px) {
-              const int32_t* one = sums + t * s.step + (py - s.y0) * s.row + px * B;
-              for (int b = 0; b < B; ++b) most[x * B + b] = std::max(most[x * B + b], one[b]);
-            }
+        const int top = std::max(0, y * stride - padding), end = std::min(m.y.out, y * stride - padding + size);
+        from = sums + t * s.step + (top - s.y0) * s.row;
+        std::copy(from, from + count, tall.begin());
+        for (int py = top + 1; py < end; ++py) {
+          from += s.row;
+          for (int i = 0; i < count; ++i) tall[i] = std::max(tall[i], from[i]);
+        }
+        widest(tall.data(), most.data(), m.x.out, W, B, size, stride, padding);
         from = most.data();
       }
       for (int i = 0; i < W * B; ++i) to[i] = float(from[i]) * part * scale;
@@ -382,7 +436,7 @@ void unit(const Layer& l, const Map* maps, int first, int outputs, int y0, int y
     const int *p = m.t->pool, from = p[0] ? std::max(0, y0 * p[1] - p[2]) : y0;
     spans.emplace_back(l, m, from, p[0] ? std::min(m.y.out, (y1 - 1) * p[1] - p[2] + p[0]) : y1);
     if (m.t->kind > ROWS) continue;
-    sums[i].assign(spans[i].pitch * outputs, 0);
+    sums[i].resize(std::max<int64_t>(sums[i].size(), spans[i].pitch * outputs));
     if (m.t->kind == ROWS) sum_by_rows(l, m, spans[i], first / BLOCK, sums[i].data());
     for (int g = 0; m.t->kind < ROWS && g < outputs && first + g < l.O; g += GROUP)
       (m.t->kind == BYTES ? sum_by_tables<Bytes> : sum_by_tables<Words>)(l, m, spans[i], (first + g) / GROUP,
@@ -450,6 +504,7 @@ void bits_layer(const Layer* layer) {
     laying[i] = m.planes * m.y.stride * m.x.stride;
     m.numbers = &numbers[i];
     if (int64_t(numbers[i].size()) < laying[i] * m.size) numbers[i].resize(laying[i] * m.size);
+    m.find(l.B);
   }
   const int rows = std::max<int64_t>(1, std::min<int64_t>(l.H, PLACES / (row * l.T)));
   const int blocks = (l.H + rows - 1) / rows, all = laying[0] + laying[1], parts = (l.O + outputs - 1) / outputs;

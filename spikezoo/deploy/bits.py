@@ -225,8 +225,7 @@ class Summand(nn.Module):
             scale=layer.scale.float().expand(len(weight), *layer.scale.shape[1:]).reshape(-1).contiguous(),
             bias=None if layer.bias is None else layer.bias.detach().float().contiguous(),
         )
-        limit = self._one_sided("bytes").amax()
-        self.methods = [*(("bytes",) if limit <= 127 else ()), "words", "dense"]
+        self.methods = [*(("bytes",) if weight.abs().max() <= 1 else ()), "words", "dense"]
         if weight.shape[1] <= 65535:
             self.methods.insert(-1, "rows")
         self.choose(self.methods[0])
@@ -238,7 +237,11 @@ class Summand(nn.Module):
             weight = self._padded(64, 1)
             weight = weight.reshape(-1, 64, *weight.shape[1:]).permute(0, 2, 3, 1).to(torch.int16).contiguous()
         elif method != "dense":
-            weight, segment = self._steps(method).contiguous(), self._segment(method)
+            weight, segment = self._steps(method), self._segment(method)
+            if method == "bytes":  # the number of the table, with a digit of three for every weight
+                digits = 3 ** torch.arange(weight.shape[3])
+                weight = ((weight.int() + 1) * digits).sum(3).to(torch.int16)
+            weight = weight.contiguous()
         packed = self.packed  # which a call holds already
         packed.method, packed.weight, packed.segment = method, weight, segment
 
@@ -259,21 +262,17 @@ class Summand(nn.Module):
         weight = self._padded(8, width)
         return weight.reshape(len(weight) // 8, 8, -1, width).transpose(1, 2)
 
-    def _one_sided(self, method: str) -> Tensor:
-        """The largest sum that a look-up can give, or its negative: ``[O / 8, steps, 8, 2]``."""
-        steps = self._steps(method).int()
-        return torch.stack([steps.clamp(min=0).sum(3), -steps.clamp(max=0).sum(3)], 3)
-
     def _segment(self, method: str) -> int:
-        """How many look-ups fit into a byte, or a word, whatever fires."""
+        """How many look-ups fit into a byte, or a word, whatever fires; no more than leave room in the first cache."""
         if method == "words":
             return 48  # of at most six weights of 127 each
-        sums = self._one_sided(method)
-        for length in (64, 48, 32, 24, 16, 8, 4, 2):
+        steps = self._steps(method)
+        sums = torch.stack([(steps == sign).sum(3) for sign in (1, -1)], 3)  # the largest, or its negative
+        for length in (32, 24, 16):
             whole = F.pad(sums, (0, 0, 0, 0, 0, -sums.shape[1] % length)).unflatten(1, (-1, length)).sum(2)
             if whole.amax() <= 127:
                 return length
-        return 1
+        return 16  # of at most six weights
 
     def forward(self, x: Tensor) -> Tensor:
         """What the kernel reads: the bits themselves, or float sums."""
