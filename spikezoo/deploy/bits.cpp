@@ -199,21 +199,21 @@ void build(const void* weights, int64_t first, int8_t* table, int count) {
 }
 
 void build(const void* weights, int64_t first, int16_t* table, int count) {
-  using K = Words;
-  using E = K::Elem;
-  const int8_t* weight = (const int8_t*)weights + first * K::WIDTH;
-  static const auto masks = [] {
-    std::vector<E> m(K::WIDTH * K::ENTRIES);
-    for (int i = 0; i < K::WIDTH * K::ENTRIES; ++i) m[i] = (i % K::ENTRIES) >> (i / K::ENTRIES) & 1 ? E(-1) : E(0);
+  constexpr int WIDTH = Words::WIDTH, ENTRIES = Words::ENTRIES;
+  typedef int16_t Vec __attribute__((vector_size(ENTRIES * 2)));
+  static const auto masks = [] {  // whether a channel fires
+    std::vector<int16_t> m(WIDTH * ENTRIES);
+    for (int i = 0; i < WIDTH * ENTRIES; ++i) m[i] = -((i % ENTRIES) >> (i / ENTRIES) & 1);
     return m;
   }();
-  for (int k = 0; k < count; ++k, weight += K::WIDTH, table += K::ENTRIES) {
-    E sums[K::ENTRIES] = {};
-    for (int j = 0; j < K::WIDTH; ++j) {
-      const E w = weight[j], *mask = masks.data() + j * K::ENTRIES;
-      for (int e = 0; e < K::ENTRIES; ++e) sums[e] += w & mask[e];
-    }
-    std::memcpy(table, sums, sizeof sums);
+  Vec mask[WIDTH];
+  std::memcpy(mask, masks.data(), sizeof mask);
+  const int8_t* weight = (const int8_t*)weights + first * WIDTH;
+  for (int k = 0; k < count; ++k, weight += WIDTH) {
+    Vec sum = {};
+#pragma GCC unroll 8
+    for (int j = 0; j < WIDTH; ++j) sum += (Vec{} + int16_t(weight[j])) & mask[j];
+    std::memcpy(table + k * ENTRIES, &sum, sizeof sum);
   }
 }
 
