@@ -20,6 +20,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -217,8 +218,8 @@ class Deployed(nn.Module):
             self._time(x)
         with (
             tqdm(desc=words, bar_format="{desc}", disable=None if fresh else True, leave=False),
-            inductor.patch(freezing=self.precision == "bf16"),
-            torch.autocast(x.device.type, enabled=False),
+            inductor.patch(freezing=self.precision == "bf16") if self.compiled else nullcontext(),
+            torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext(),
         ):
             T: Any = self.model.T if x.dim() == 4 else x.shape[1]
             features = self._features(x) if self.whole(T) else self._in_parts(x)

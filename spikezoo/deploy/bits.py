@@ -354,7 +354,9 @@ class Spikes(nn.Module):
             self.tuned = True
             self._tune(x, T)
         inputs = [summand(one) for summand, one in zip(self.summands, x, strict=False)]
-        return _spikes([*inputs, *([x[-1]] if self.own else [])], T or x[0].shape[0], self.key)
+        inputs, T = [*inputs, *([x[-1]] if self.own else [])], T or x[0].shape[0]
+        # An operation, which a graph needs, costs as much as a small layer.
+        return _spikes(inputs, T, self.key) if torch.compiler.is_compiling() else self.call.run(inputs, T)
 
     def _tune(self, x: tuple[Tensor, ...], T: int | None) -> None:
         """Find the fastest way of every summand, of those that give the example's answer."""
