@@ -89,6 +89,29 @@ def test_every_way_gives_the_layers_spikes(path, geometry, ticket):
             assert torch.equal(unpack(layer(pack(x)), outputs).float(), wanted), (way, batch)
 
 
+POOLS = [((2, 2, 0), (8, 6)), ((3, 2, 1), (7, 9)), ((2, 2, 1), (5, 5)), ((3, 3, 0), (9, 7)), ((3, 1, 1), (4, 4))]
+
+
+@pytest.mark.parametrize(("pool", "size"), POOLS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_maxima_of_sums_before_the_norm(path, pool, size, batch):
+    torch.manual_seed(batch)
+    conv, norm = nn.Conv2d(9, 10, 3, padding=1, bias=False), nn.BatchNorm2d(10).eval()
+    with torch.no_grad():
+        conv.weight.copy_(round_to_levels(conv.weight))
+        norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.02, 0.1)
+    neuron, most = LIF(NeuronConfig(decay=0.8, threshold=0.8)), nn.MaxPool2d(*pool)
+    neuron.shape = (10, 1, 1)
+    x = (torch.rand(3, batch, 9, *size) < 0.4).float()
+    with torch.no_grad():
+        wanted = neuron(over_time(lambda x: norm(most(conv(x))), x))
+    layer = Spikes(neuron, Summand(Dense(EightBit(conv, 1), most, 9), ExactNorm(norm), ()))
+    assert layer.summands[0].methods == ["words", "rows", "dense"] and 0 < wanted.mean() < 1
+    for way in ways(layer):
+        layer.tuned = True
+        assert torch.equal(unpack(layer(pack(x)), 10).float(), wanted), way
+
+
 NETS = [
     ("test_spiking_vgg", {"img_size": 16}, 5),
     ("test_spiking_vgg", {"img_size": (8, 16), "neuron": "plif", "v_reset": -0.1, "threshold": 0.6}, 5),
