@@ -1,15 +1,18 @@
 """Tests of spikes in bits: the model's spikes, whatever the geometry, the way of computing and the processor's path."""
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from spikezoo.checkpoint.sparse import round_to_levels
 from spikezoo.deploy import deploy
 from spikezoo.deploy.bits import Dense, Spikes, Summand
-from spikezoo.deploy.int8 import EightBit
+from spikezoo.deploy.int8 import EightBit, _is_summed_rightly
 from spikezoo.deploy.kernel import PATHS, instructions, pack, unpack
 from spikezoo.deploy.norms import ExactNorm
 from spikezoo.layers import over_time, set_ternary
@@ -187,6 +190,36 @@ def test_a_damaged_kernel_is_compiled_anew(monkeypatch, tmp_path):
     assert kernels.library("plain") == file and asked.read_text() == "x\n" and file.read_text() == "kernel\n"
     file.write_text("kernek\n")
     assert kernels.library("plain") == file and asked.read_text() == "x\nx\n" and file.read_text() == "kernel\n"
+
+
+def test_who_follows_operations_sees_the_kernel():
+    fast, x = deploy(create("test_spiking_vgg", ticket=True, img_size=8), "bits"), torch.rand(2, 3, 8, 8)
+    fast(x)
+
+    def run(x):
+        return fast.model.forward_sequence(x)
+
+    wanted, other = run(x), run(x.flip(0))
+    assert not torch.equal(wanted, other)
+    traced = make_fx(run)(x)
+    assert torch.equal(traced(x), wanted) and torch.equal(traced(x.flip(0)), other)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert run(mode.from_tensor(x)).shape == wanted.shape
+
+
+def test_shapes_are_timed_while_others_compute():
+    model, images = create("test_spiking_vgg", ticket=True, img_size=8), torch.rand(12, 3, 8, 8)
+    alone, fast = deploy(model, "bits"), deploy(model, "bits")
+    wanted = [alone(images[: 1 + count]) for count in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda count: fast(images[: 1 + count]), [*range(12)] * 4))
+    assert all(map(torch.equal, found, wanted * 4))
+
+
+def test_geometries_that_onednn_sums_wrongly_stay_in_float():
+    conv = nn.Conv2d(1, 8, (1, 2), stride=(1, 2))
+    assert not _is_summed_rightly(conv) and _is_summed_rightly(nn.Conv2d(2, 8, (1, 2), stride=(1, 2)))
+    assert not _is_summed_rightly(nn.Conv2d(2, 8, 3, padding="same")) and _is_summed_rightly(nn.Linear(1, 1))
 
 
 def test_bad_input(monkeypatch):

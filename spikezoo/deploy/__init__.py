@@ -214,13 +214,13 @@ class Deployed(nn.Module):
         # Frozen weights are laid out once for the processor, which changes roundings: not for 'exact' and 'int8'.
         # Only a patch of the whole configuration freezes; as an option of torch.compile it does nothing.
         # An autocast around the call would compute in another precision than this one.
-        if new:
-            self._time(x)
         with (
             tqdm(desc=words, bar_format="{desc}", disable=None if fresh else True, leave=False),
             inductor.patch(freezing=self.precision == "bf16") if self.compiled else nullcontext(),
             torch.autocast(x.device.type, enabled=False) if torch.is_autocast_enabled(x.device.type) else nullcontext(),
         ):
+            if new:
+                self._time(x)
             T: Any = self.model.T if x.dim() == 4 else x.shape[1]
             features = self._features(x) if self.whole(T) else self._in_parts(x)
             return self.model.forward_head(features)  # type: ignore[operator]

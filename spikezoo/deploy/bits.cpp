@@ -121,6 +121,7 @@ using Bytes = Plain<int8_t>;
 using Words = Plain<int16_t>;
 #endif
 
+static_assert(Words::WIDTH * 127 * 48 < 32768, "a word holds as many look-ups as a segment has");
 constexpr int GROUP = 8, BLOCK = 64;        // outputs of a byte of spikes, and of a row of weights
 constexpr int64_t SLACK = 256, PLACES = 4096;  // what a vector may read beyond the end; places that are summed together
 

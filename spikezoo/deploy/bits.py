@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from spikezoo.deploy.int8 import EightBit, InFloat, InRows, whole_signals
 from spikezoo.deploy.kernel import KINDS, Layer, Term, instructions, kernel, pack, unpack, widths
@@ -242,8 +243,8 @@ class Summand(nn.Module):
                 digits = 3 ** torch.arange(weight.shape[3])
                 weight = ((weight.int() + 1) * digits).sum(3).to(torch.int16)
             weight = weight.contiguous()
-        packed = self.packed  # which a call holds already
-        packed.method, packed.weight, packed.segment = method, weight, segment
+        # A call in another thread keeps what it began with.
+        self.packed = replace(self.packed, method=method, weight=weight, segment=segment)
 
     @property
     def method(self) -> str:
@@ -265,7 +266,7 @@ class Summand(nn.Module):
     def _segment(self, method: str) -> int:
         """How many look-ups fit into a byte, or a word, whatever fires; no more than leave room in the first cache."""
         if method == "words":
-            return 48  # of at most six weights of 127 each
+            return 48  # of at most five weights of 127 each
         steps = self._steps(method)
         sums = torch.stack([(steps == sign).sum(3) for sign in (1, -1)], 3)  # the largest, or its negative
         for length in (32, 24, 16):
@@ -274,9 +275,9 @@ class Summand(nn.Module):
                 return length
         return 16  # of at most six weights
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, method: str) -> Tensor:
         """What the kernel reads: the bits themselves, or float sums."""
-        if self.method == "dense":
+        if method == "dense":
             return self.dense(x)
         T, groups, H, W, B = x.shape
         return x.view(T, groups * H * W, 1, 1, B) if self.dense.linear else x
@@ -334,12 +335,13 @@ class Spikes(nn.Module):
 
     def _register(self) -> None:
         """Make the kernel's call of what the summands are now."""
-        terms = [summand.packed for summand in self.summands if isinstance(summand, Summand)]
-        if self.own:
-            terms.append(Packed("bits"))
-        self.call, self.tuned = Call(self.facts, self.at, self.sign, terms), False
+        self.call, self.tuned = Call(self.facts, self.at, self.sign, self._terms()), False
         self.key = next(_KEYS)
         register(self.call, self.key)
+
+    def _terms(self) -> list[Packed]:
+        packed: list[Any] = [summand.packed for summand in self.summands]
+        return [*packed, *([Packed("bits")] if self.own else [])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "call": None}
@@ -353,10 +355,12 @@ class Spikes(nn.Module):
         if not self.tuned and not torch.compiler.is_compiling():
             self.tuned = True
             self._tune(x, T)
-        inputs = [summand(one) for summand, one in zip(self.summands, x, strict=False)]
+        terms = self._terms()
+        inputs = [summand(one, term.method) for summand, one, term in zip(self.summands, x, terms, strict=False)]
         inputs, T = [*inputs, *([x[-1]] if self.own else [])], T or x[0].shape[0]
-        # An operation, which a graph needs, costs as much as a small layer.
-        return _spikes(inputs, T, self.key) if torch.compiler.is_compiling() else self.call.run(inputs, T)
+        if _recorded(x[0]):
+            return _spikes(inputs, T, self.key)
+        return Call(self.facts, self.at, self.sign, terms).run(inputs, T)
 
     def _tune(self, x: tuple[Tensor, ...], T: int | None) -> None:
         """Find the fastest way of every summand, of those that give the example's answer."""
@@ -373,6 +377,16 @@ class Spikes(nn.Module):
                 times[method] = min(taken)
             if times:
                 summand.choose(min(times, key=lambda method: times[method]))
+        self.call.terms = self._terms()
+
+
+def _recorded(x: Tensor) -> bool:
+    """Whether something follows operations, which a kernel that is called by itself is none of.
+
+    An operation costs as much as a small layer.
+    """
+    follows = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return follows or type(x) is not Tensor
 
 
 def methods(layers: Iterable[Spikes]) -> str:

@@ -201,6 +201,17 @@ class InFloat(nn.Module):
         return self.module(x.float(), *arguments)
 
 
+def _is_summed_rightly(layer: Any) -> bool:
+    """Whether oneDNN sums this layer's bytes, and does it rightly.
+
+    Of one channel, by strides of which only that of the columns skips places, it reads beside the map where the output
+    is one place wide (torch 2.14.1).
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return True
+    return not isinstance(layer.padding, str) and (layer.in_channels > 1 or layer.stride[0] == layer.stride[1])
+
+
 def to_int8(model: nn.Module, graph: Graph) -> str:
     """Replace the layers on spikes and let neurons give bytes; say how many layers there are."""
     whole = whole_signals(graph)
@@ -210,7 +221,7 @@ def to_int8(model: nn.Module, graph: Graph) -> str:
     neurons = _as_bytes(model, graph)
     for node in layers:
         level, largest = whole.get(node.inputs[0], (0, 0))
-        fits = level and level * largest <= 255 and not isinstance(getattr(node.module, "padding", 0), str)
+        fits = level and level * largest <= 255 and _is_summed_rightly(node.module)
         if fits and isinstance(node.module, nn.Conv2d | nn.Linear):
             model.set_submodule(node.name, EightBit(node.module, level))
             eight.add(node.name)
