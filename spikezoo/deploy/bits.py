@@ -188,6 +188,7 @@ class Summand(nn.Module):
     def __init__(self, dense: Dense, norm: nn.Module | None, shape: tuple[int, ...], doubled: bool = False) -> None:
         super().__init__()
         self.dense, self.methods, self.weight = dense, ["dense"], None
+        self.place: tuple[list[Packed], int] | None = None  # in the call of its layer
         self.packed = Packed("dense")
         if isinstance(norm, ExactNorm):  # of float32 values
             self.packed = Packed("dense", gain=norm.scale.float(), shift=norm.shift.float())
@@ -243,8 +244,11 @@ class Summand(nn.Module):
                 digits = 3 ** torch.arange(weight.shape[3])
                 weight = ((weight.int() + 1) * digits).sum(3).to(torch.int16)
             weight = weight.contiguous()
-        # A call in another thread keeps what it began with.
+        # A new one, since a call in another thread goes on with what it began with.
         self.packed = replace(self.packed, method=method, weight=weight, segment=segment)
+        if self.place is not None:
+            terms, index = self.place
+            terms[index] = self.packed
 
     @property
     def method(self) -> str:
@@ -335,13 +339,16 @@ class Spikes(nn.Module):
 
     def _register(self) -> None:
         """Make the kernel's call of what the summands are now."""
-        self.call, self.tuned = Call(self.facts, self.at, self.sign, self._terms()), False
+        terms: list[Packed] = []
+        for summand in self.summands:
+            assert isinstance(summand, Summand)
+            summand.place = terms, len(terms)
+            terms.append(summand.packed)
+        if self.own:
+            terms.append(Packed("bits"))
+        self.call, self.tuned = Call(self.facts, self.at, self.sign, terms), False
         self.key = next(_KEYS)
         register(self.call, self.key)
-
-    def _terms(self) -> list[Packed]:
-        packed: list[Any] = [summand.packed for summand in self.summands]
-        return [*packed, *([Packed("bits")] if self.own else [])]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "call": None}
@@ -355,7 +362,7 @@ class Spikes(nn.Module):
         if not self.tuned and not torch.compiler.is_compiling():
             self.tuned = True
             self._tune(x, T)
-        terms = self._terms()
+        terms = list(self.call.terms)
         inputs = [summand(one, term.method) for summand, one, term in zip(self.summands, x, terms, strict=False)]
         inputs, T = [*inputs, *([x[-1]] if self.own else [])], T or x[0].shape[0]
         if _recorded(x[0]):
@@ -377,7 +384,6 @@ class Spikes(nn.Module):
                 times[method] = min(taken)
             if times:
                 summand.choose(min(times, key=lambda method: times[method]))
-        self.call.terms = self._terms()
 
 
 def _recorded(x: Tensor) -> bool:
