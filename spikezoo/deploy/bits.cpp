@@ -467,12 +467,19 @@ void unit(const Layer& l, const Map* maps, int first, int outputs, int y0, int y
   }
 }
 
+// With OpenMP by the threads that torch, too, has: they wait busily for its next layer, and others would have to share
+// their cores.
 template <class F>
 void in_parallel(int threads, F work) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads)
+  work();
+#else
   std::vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(work);
   work();
   for (auto& other : others) other.join();
+#endif
 }
 
 }  // namespace

@@ -96,6 +96,15 @@ def place(path: str) -> Path:
     return Path(cache_dir()) / "spikezoo" / f"bits-{hashlib.sha256(text.encode()).hexdigest()[:16]}-{path}.so"
 
 
+def _compile(compiler: str, path: str, made: Path) -> None:
+    for more in (("-fopenmp",), ()):  # not every compiler has it
+        command = [compiler, *_flags(path), *more, str(SOURCE), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return
+    raise ValueError(f"{compiler} failed on {SOURCE.name}: {done.stderr[:500]}")
+
+
 def library(path: str, content: bytes | None = None) -> Path:
     """File of the compiled kernel: compiled at its first use, then kept.
 
@@ -118,11 +127,7 @@ def library(path: str, content: bytes | None = None) -> Path:
         if content is not None:
             made.write_bytes(content)
         else:
-            done = subprocess.run(
-                [str(found), *_flags(path), str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise ValueError(f"{found} failed on {SOURCE.name}: {done.stderr[:500]}")
+            _compile(str(found), path, made)
         made.replace(file)
         with atomic(digest) as temporary:
             temporary.write_bytes(file_hash(file).encode())
